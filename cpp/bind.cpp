@@ -1,0 +1,77 @@
+// The module `fusedopt._core`: the registry, the choice of instruction set and threads. No arithmetic here.
+#include "bind.h"
+
+#include <pybind11/stl.h>
+
+#include <atomic>
+#include <sstream>
+#include <string>
+#include <vector>
+
+#include "dispatch.h"
+#include "plan.h"
+#include "threads.h"
+
+namespace py = pybind11;
+
+namespace fusedopt {
+namespace {
+
+std::vector<std::string> split(const char* words) {
+  std::istringstream in(words);
+  std::vector<std::string> out;
+  for (std::string w; in >> w;) out.push_back(w);
+  return out;
+}
+
+// name -> (index, hyperparameters, states, carries a scalar)
+py::dict kernels() {
+  py::dict d;
+  const Table& t = table();
+  for (int i = 0; i < t.n_kernels; ++i) {
+    const Kernel& k = t.kernels[i];
+    d[k.name] = py::make_tuple(i, py::tuple(py::cast(split(k.hyper))), py::tuple(py::cast(split(k.states))), k.carries);
+  }
+  return d;
+}
+
+// (param, grad, state) dtype names.
+py::list formats() {
+  py::list out;
+  const Kernel& k = table().kernels[0];
+  for (int i = 0; i < k.n_loops; ++i)
+    out.append(py::make_tuple(name_of(k.loops[i].param), name_of(k.loops[i].grad), name_of(k.loops[i].state)));
+  return out;
+}
+
+py::tuple isas() {
+  py::list out;
+  for (int i = 0; const Table* t = usable_table(i); ++i) out.append(t->isa);
+  return py::tuple(out);
+}
+
+}  // namespace
+
+int threads_or_default(int threads) {
+  static const int n = default_threads();
+  return threads > 0 ? threads : n;
+}
+
+}  // namespace fusedopt
+
+PYBIND11_MODULE(_core, m) {
+  using namespace fusedopt;
+  m.doc() = "The compiled core of fusedopt: fused update kernels over NumPy arrays and torch tensors.";
+  m.attr("__version__") = FUSEDOPT_VERSION;
+  m.def("kernels", &kernels, "name -> (index, hyperparameter names, state names, carries a scalar)");
+  m.def("formats", &formats, "The (param, grad, state) dtype combinations that exist.");
+  m.def("isas", &isas, "Instruction sets this processor can run, best last.");
+  m.def("isa", [] { return table().isa; }, "The instruction set in use.");
+  m.def(
+      "use_isa", [](const char* name) { return use_isa(name); }, py::arg("name").none(true),
+      "Forces an instruction set; None takes the best. False if it is not usable here.");
+  m.def("default_threads", [] { return threads_or_default(0); }, "Threads of a step when nothing is set.");
+  m.def("parallel_runtime", &parallel_runtime, "'openmp' (the process's own, torch's as a rule) or 'pool' (ours).");
+  bind_batch(m);
+  bind_torch_plan(m);
+}

@@ -1,0 +1,13 @@
+// What the binding files share.
+#pragma once
+#include <pybind11/pybind11.h>
+
+namespace fusedopt {
+
+void bind_batch(pybind11::module_& m);
+void bind_torch_plan(pybind11::module_& m);
+
+// The thread count of a step: the given one if positive, else the process's default.
+int threads_or_default(int threads);
+
+}  // namespace fusedopt

@@ -1,0 +1,205 @@
+// `_core.Batch`: tensors given as arrays at each call. Everything is checked before the first write.
+#include <pybind11/stl.h>
+
+#include <algorithm>
+#include <string>
+
+#include "bind.h"
+#include "dispatch.h"
+#include "view.h"
+
+namespace fusedopt {
+namespace {
+
+class Batch {
+ public:
+  void clear() {
+    plan_.rows.clear();
+    plan_.groups.clear();
+    sources_.clear();
+    layouts_.clear();
+    keep_.clear();
+    extents_.clear();
+    carries_.clear();
+    foreign_.clear();
+  }
+
+  // Checks and adds one group of tensors. names: param, grad, the kernel's states, then the carried scalar if any;
+  // an error speaks of names[k], followed by [labels[i]] where labels are given.
+  void add(int kernel, std::vector<double> hyper, bool maximize, py::tuple names, py::object labels, py::list operands,
+           py::list steps) {
+    const Kernel& k = table().kernels[kernel];
+    const int group = int(plan_.groups.size());
+    plan_.groups.push_back({std::move(hyper), maximize});
+    const int n_operands = 2 + k.n_states + (k.carries ? 1 : 0);
+    const size_t n = py::len(operands[0]);
+    const int first = int(plan_.rows.size());
+    sources_.push_back({std::move(names), std::move(labels), std::move(operands)});
+    const Source& source = sources_.back();
+    auto where = [&](int operand, size_t i) { return source.name(operand, i); };
+    for (int o = 0; o < n_operands; ++o)
+      if (source.count(o) != n)
+        throw py::value_error(source.name(o) + ": expected " + std::to_string(n) + " arrays, one for each of " +
+                              source.name(0) + ", got " + std::to_string(source.count(o)));
+    for (size_t i = 0; i < n; ++i) {
+      View v[kOperands + 1];
+      for (int o = 0; o < n_operands; ++o) {
+        py::handle object = source.array(o, i);
+        size_t kept = keep_.size();
+        v[o] = view_of(object, keep_, [&] { return where(o, i); });
+        if (o != 1 && v[o].read_only) throw py::value_error(where(o, i) + ": the array is read-only");
+        if (o != 1 && keep_.size() > kept) foreign_.push_back(py::reinterpret_borrow<py::object>(object));
+        if (o < 2 + k.n_states && !v[o].same_shape(v[0]))
+          throw py::value_error(where(o, i) + ": expected shape " + shape_text(v[0]) + " like " + where(0, i) +
+                                ", got " + shape_text(v[o]));
+        if (o != 1 && overlaps_itself(v[o]))
+          throw py::value_error(where(o, i) + ": elements of the array overlap in memory");
+      }
+      Row row{};
+      row.kernel = kernel;
+      row.group = group;
+      row.loop = loop_of(k, v, [&](int o) { return where(o, i); });
+      row.clock.t = steps[i].cast<int64_t>() - 1;
+      double* carry = nullptr;
+      if (k.carries) {
+        const View& c = v[n_operands - 1];
+        if (c.format != kF64 || c.size() != 1)
+          throw py::type_error(where(n_operands - 1, i) + ": expected one float64 element");
+        carry = reinterpret_cast<double*>(c.data);
+      }
+      lay_out(v, 2 + k.n_states, row, layouts_);
+      for (int o = 0; o < n_operands; ++o) extents_.push_back(extent_of(v[o], o != 1, first + int(i), o));
+      plan_.rows.push_back(row);
+      carries_.push_back(carry);
+    }
+  }
+
+  // One step over all that was added; the global gradient norm if max_norm > 0, else None.
+  py::object run(double max_norm, int threads) {
+    check_overlap();
+    for (size_t r = 0; r < plan_.rows.size(); ++r) {
+      Row& row = plan_.rows[r];
+      if (carries_[r]) row.clock.carry = *carries_[r];
+      table().kernels[row.kernel].advance(plan_.groups[size_t(row.group)].hyper.data(), row.clock);
+      if (carries_[r]) *carries_[r] = row.clock.carry;
+    }
+    double norm;
+    {
+      py::gil_scoped_release nogil;
+      norm = plan_.run({1, max_norm}, threads_or_default(threads));
+    }
+    tell_autograd();
+    return norm < 0 ? py::object(py::none()) : py::float_(norm);
+  }
+
+ private:
+  // What a group's arrays are called, and the arrays themselves: a list for each operand.
+  struct Source {
+    py::tuple names;
+    py::object labels;
+    py::list operands;
+
+    size_t count(int operand) const { return size_t(PyList_GET_SIZE(PyList_GET_ITEM(operands.ptr(), operand))); }
+    py::handle array(int operand, size_t i) const {
+      return PyList_GET_ITEM(PyList_GET_ITEM(operands.ptr(), operand), py::ssize_t(i));
+    }
+    std::string name(int operand) const { return names[size_t(operand)].cast<std::string>(); }
+    std::string name(int operand, size_t i) const {
+      return labels.is_none() ? name(operand) : name(operand) + "[" + std::string(py::str(labels[py::int_(i)])) + "]";
+    }
+  };
+  struct Place {
+    const Source& source;
+    int operand;
+    size_t index;
+    std::string name() const { return source.name(operand, index); }
+    py::object object() const { return py::reinterpret_borrow<py::object>(source.array(operand, index)); }
+  };
+  Place place(const Extent& e) const {
+    int first = e.row;
+    while (first > 0 && plan_.rows[size_t(first) - 1].group == plan_.rows[size_t(e.row)].group) --first;
+    return {sources_[size_t(plan_.rows[size_t(e.row)].group)], e.operand, size_t(e.row - first)};
+  }
+
+  template <class Where>
+  static int loop_of(const Kernel& k, const View* v, const Where& where) {
+    const Format state = k.n_states ? v[2].format : v[0].format;
+    for (int o = 3; o < 2 + k.n_states; ++o)
+      if (v[o].format != state)
+        throw py::type_error(where(o) + ": expected dtype " + name_of(state) + " like " + where(2) + ", got " +
+                             name_of(v[o].format));
+    int loop = find_loop(k, v[0].format, v[1].format, state);
+    if (loop >= 0) return loop;
+    // Name the operand that departs from what the others allow.
+    std::string grads, states;
+    for (int l = 0; l < k.n_loops; ++l) {
+      const Loop& f = k.loops[l];
+      if (f.param != v[0].format) continue;
+      auto note = [](std::string& list, const char* s) {
+        if (list.find(s) == std::string::npos) list += (list.empty() ? "" : " or ") + std::string(s);
+      };
+      note(grads, name_of(f.grad));
+      if (f.grad == v[1].format) note(states, name_of(f.state));
+    }
+    bool bad_grad = states.empty();
+    throw py::type_error(where(bad_grad ? 1 : 2) + ": expected dtype " + (bad_grad ? grads : states) + " with " +
+                         where(0) + " of " + name_of(v[0].format) +
+                         (bad_grad ? "" : " and " + where(1) + " of " + name_of(v[1].format)) + ", got " +
+                         name_of(v[bad_grad ? 1 : 2].format));
+  }
+
+  void check_overlap() {
+    auto same = [](const Extent& a, const Extent& b) {
+      return a.low == b.low && a.high == b.high && a.written == b.written;
+    };
+    if (extents_.size() == checked_.size() &&
+        std::equal(extents_.begin(), extents_.end(), checked_.begin(), same))
+      return;
+    checked_ = extents_;
+    constexpr size_t kLimit = 10000;
+    auto pairs = meetings(extents_, kLimit);
+    for (auto& [a, b] : pairs) {
+      Place pa = place(a), pb = place(b);
+      py::object oa = pa.object(), ob = pb.object();
+      bool shared = true;
+      if (pairs.size() < kLimit) {  // interleaved strided views may meet without sharing an element
+        py::object np = py::module_::import("numpy");
+        if (py::isinstance(oa, np.attr("ndarray")) && py::isinstance(ob, np.attr("ndarray")))
+          shared = np.attr("shares_memory")(oa, ob).cast<bool>();
+      }
+      if (!shared) continue;
+      checked_.clear();
+      bool swap = b.row < a.row || (b.row == a.row && b.operand < a.operand);
+      throw py::value_error((swap ? pa : pb).name() + ": shares memory with " + (swap ? pb : pa).name());
+    }
+  }
+
+  // A raw write does not tell autograd that a torch tensor has changed.
+  void tell_autograd() {
+    if (foreign_.empty()) return;
+    py::object torch = py::module_::import("sys").attr("modules").attr("get")("torch");
+    if (torch.is_none()) return;
+    for (py::object& o : foreign_)
+      if (py::isinstance(o, torch.attr("Tensor"))) torch.attr("autograd").attr("graph").attr("increment_version")(o);
+  }
+
+  Plan plan_;
+  std::vector<Source> sources_;
+  std::vector<std::unique_ptr<Strided>> layouts_;
+  std::vector<py::object> keep_, foreign_;
+  std::vector<Extent> extents_, checked_;
+  std::vector<double*> carries_;
+};
+
+}  // namespace
+
+void bind_batch(py::module_& m) {
+  py::class_<Batch>(m, "Batch", "Tensors to be updated together, given as arrays.")
+      .def(py::init<>())
+      .def("clear", &Batch::clear)
+      .def("add", &Batch::add, py::arg("kernel"), py::arg("hyper"), py::arg("maximize"), py::arg("names"),
+           py::arg("labels"), py::arg("operands"), py::arg("steps"))
+      .def("run", &Batch::run, py::arg("max_norm"), py::arg("threads"));
+}
+
+}  // namespace fusedopt

@@ -1,0 +1,382 @@
+// `_core.TorchPlan`: the parameters of a torch optimizer, remembered between steps. Each step looks at every parameter
+// and gradient anew (both may have moved), at the state's identity, and at the groups' options; what no longer fits is
+// reported as stale before anything is written, and Python builds a new plan.
+#include <pybind11/stl.h>
+
+#include <string>
+
+#include "bind.h"
+#include "dispatch.h"
+#include "view.h"
+
+namespace fusedopt {
+namespace {
+
+py::object interned(const py::handle& s) {
+  PyObject* p = s.inc_ref().ptr();
+  PyUnicode_InternInPlace(&p);
+  return py::reinterpret_steal<py::object>(p);
+}
+
+// One hyperparameter of a kernel: group[key], or group[key][index], or a constant where the key is None.
+struct Source {
+  py::object key;
+  int index;
+  double constant;
+};
+
+// A 0-d tensor that holds a step count or a carried number.
+struct Scalar {
+  char* data = nullptr;
+  Format format = kF32;
+  double get() const {
+    return format == kF64 ? *reinterpret_cast<double*>(data) : double(*reinterpret_cast<float*>(data));
+  }
+  void set(double x) const {
+    if (format == kF64) {
+      *reinterpret_cast<double*>(data) = x;
+    } else {
+      *reinterpret_cast<float*>(data) = float(x);
+    }
+  }
+};
+
+enum Kind { kOurs, kIdle, kForeign };  // updated here; without a gradient so far; left to torch
+
+struct Param {
+  Kind kind;
+  py::object tensor;
+  py::object state;                  // the dict opt.state[p], or None
+  std::vector<py::object> tensors;   // the values in that dict, in its order
+  std::vector<py::object> operands;  // those among them that the kernel updates, in its order
+  py::object step, carry;            // 0-d tensors, or None
+  int64_t done = 0;                  // steps so far, where there is no step tensor
+  const char* last = nullptr;        // where the parameter was last time
+};
+
+struct TorchGroup {
+  py::dict options;
+  int kernel;
+  std::vector<Source> hyper;
+  std::vector<std::pair<py::object, bool>> truths;      // options whose truth chose the kernel
+  std::vector<std::pair<py::object, py::object>> same;  // options that must be the very same object
+  std::vector<Param> params;
+};
+
+class Stale {};
+
+class TorchPlan {
+ public:
+  TorchPlan(py::dict state, py::tuple types, py::object is_neg, py::object bump)
+      : state_(std::move(state)), is_neg_(std::move(is_neg)), bump_(std::move(bump)) {
+    for (py::handle t : types) types_.push_back(py::reinterpret_borrow<py::object>(t));
+    api_ = exchange_api(types_.at(0));
+    if (!api_) throw py::type_error("this torch has no DLPack exchange API");
+  }
+
+  void add_group(py::dict options, int kernel, py::list hyper, py::list truths, py::list same) {
+    TorchGroup g{std::move(options), kernel, {}, {}, {}, {}};
+    for (py::handle h : hyper) {
+      auto t = py::reinterpret_borrow<py::tuple>(h);
+      g.hyper.push_back({t[0].is_none() ? py::none() : interned(t[0]), t[1].cast<int>(), t[2].cast<double>()});
+    }
+    for (py::handle key : truths) g.truths.emplace_back(interned(key), truth(g.options, key));
+    for (py::handle key : same) g.same.emplace_back(interned(key), py::reinterpret_borrow<py::object>(get(g.options, key)));
+    groups_.push_back(std::move(g));
+  }
+
+  // Adds the next parameter of the last group.
+  void add_param(py::object tensor, int kind, py::object state, py::list operands, py::object step, py::object carry,
+                 int64_t done) {
+    Param p;
+    p.kind = Kind(kind);
+    p.tensor = std::move(tensor);
+    p.state = std::move(state);
+    if (!p.state.is_none())
+      for (auto item : py::dict(p.state)) p.tensors.push_back(py::reinterpret_borrow<py::object>(item.second));
+    for (py::handle o : operands) p.operands.push_back(py::reinterpret_borrow<py::object>(o));
+    p.step = std::move(step);
+    p.carry = std::move(carry);
+    p.done = done;
+    groups_.back().params.push_back(std::move(p));
+  }
+
+  // Call after the last add_param.
+  void finish() {
+    entries_.clear();
+    for (auto item : state_)
+      entries_.emplace_back(py::reinterpret_borrow<py::object>(item.first),
+                            py::reinterpret_borrow<py::object>(item.second));
+  }
+
+  // Is `tensor` one that the kernels take as it is: a plain CPU tensor of a type of ours, no negative bit?
+  bool plain(py::handle tensor) const {
+    DLTensor t;
+    Format f;
+    return exact(tensor.ptr()) && !negative(tensor.ptr()) && read(tensor.ptr(), &t) && format_of(t, &f) &&
+           !overlaps_itself(view_of(t, f));
+  }
+
+  // One step. False: stale, nothing was touched.
+  bool step(py::handle state, py::list param_groups, double unscale, double max_norm, int threads) {
+    if (busy_) throw std::runtime_error("step() of this optimizer is already running in another thread");
+    try {
+      look(state, param_groups);
+    } catch (const Stale&) {
+      grads_.clear();
+      active_.clear();
+      places_.clear();
+      return false;
+    }
+    advance();
+    {
+      Busy busy(busy_);
+      py::gil_scoped_release nogil;
+      norm_ = plan_.run({unscale, max_norm}, threads);
+    }
+    tell_autograd();
+    grads_.clear();
+    return true;
+  }
+
+  double norm() const { return norm_; }
+
+  // Positions (group, index) of parameters whose memory meets that of another's parameter or state.
+  py::list conflicts() {
+    std::vector<Extent> extents;
+    std::vector<std::pair<int, int>> places;
+    for (size_t g = 0; g < groups_.size(); ++g)
+      for (size_t i = 0; i < groups_[g].params.size(); ++i) {
+        const Param& p = groups_[g].params[i];
+        if (p.kind != kOurs) continue;
+        places.emplace_back(int(g), int(i));
+        add_extents(p, int(places.size()) - 1, extents);
+      }
+    py::list out;
+    for (auto& [a, b] : meetings(extents, 100000))
+      for (int row : {a.row, b.row}) out.append(py::cast(places[size_t(row)]));
+    return out;
+  }
+
+ private:
+  struct Busy {
+    bool& flag;
+    explicit Busy(bool& f) : flag(f) { flag = true; }
+    ~Busy() { flag = false; }
+  };
+
+  static PyObject* get(const py::dict& d, py::handle key) {
+    PyObject* v = PyDict_GetItemWithError(d.ptr(), key.ptr());
+    if (!v) {
+      if (PyErr_Occurred()) throw py::error_already_set();
+      throw py::key_error(std::string(py::str(key)));
+    }
+    return v;
+  }
+  static bool truth(const py::dict& d, py::handle key) {
+    int t = PyObject_IsTrue(get(d, key));
+    if (t < 0) throw py::error_already_set();
+    return t != 0;
+  }
+  static double number(PyObject* o) {
+    if (PyFloat_CheckExact(o)) return PyFloat_AS_DOUBLE(o);
+    double x = PyFloat_AsDouble(o);  // tensors too
+    if (x == -1 && PyErr_Occurred()) throw py::error_already_set();
+    return x;
+  }
+  bool exact(PyObject* o) const {
+    for (const py::object& t : types_)
+      if (reinterpret_cast<PyObject*>(Py_TYPE(o)) == t.ptr()) return true;
+    return false;
+  }
+  bool negative(PyObject* o) const {
+    PyObject* args[] = {o};
+    PyObject* r = PyObject_Vectorcall(is_neg_.ptr(), args, 1, nullptr);
+    if (!r) throw py::error_already_set();
+    bool yes = r == Py_True;
+    Py_DECREF(r);
+    return yes;
+  }
+  bool read(PyObject* o, DLTensor* t) const {
+    if (api_->tensor_from_object(o, t) != 0) {
+      PyErr_Clear();
+      return false;
+    }
+    return t->device_type == kDLCpu;
+  }
+  View view(PyObject* o) const {
+    DLTensor t;
+    Format f;
+    if (!read(o, &t) || !format_of(t, &f)) throw Stale();
+    return view_of(t, f);
+  }
+  Scalar scalar(const py::object& o) const {
+    View v = view(o.ptr());
+    if (v.size() != 1 || (v.format != kF32 && v.format != kF64)) throw Stale();
+    return {v.data, v.format};
+  }
+
+  void add_extents(const Param& p, int row, std::vector<Extent>& extents) const {
+    extents.push_back(extent_of(view(p.tensor.ptr()), true, row, 0));
+    for (size_t k = 0; k < p.operands.size(); ++k)
+      extents.push_back(extent_of(view(p.operands[k].ptr()), true, row, 2 + int(k)));
+  }
+
+  // Everything a step needs to know, read and compared before the first write.
+  void look(py::handle state, const py::list& param_groups) {
+    same_state(state);
+    if (py::len(param_groups) != groups_.size()) throw Stale();
+    plan_.rows.clear();
+    plan_.groups.resize(groups_.size());
+    layouts_.clear();
+    grads_.clear();
+    active_.clear();
+    clocks_.clear();
+    bool moved = false;
+    for (size_t g = 0; g < groups_.size(); ++g) {
+      TorchGroup& group = groups_[g];
+      if (PyList_GET_ITEM(param_groups.ptr(), py::ssize_t(g)) != group.options.ptr()) throw Stale();
+      for (auto& [key, was] : group.truths)
+        if (truth(group.options, key) != was) throw Stale();
+      for (auto& [key, was] : group.same)
+        if (get(group.options, key) != was.ptr()) throw Stale();
+      Group& to = plan_.groups[g];
+      to.hyper.resize(group.hyper.size());
+      for (size_t h = 0; h < group.hyper.size(); ++h) to.hyper[h] = value(group.options, group.hyper[h]);
+      to.maximize = truth(group.options, maximize_);
+      PyObject* params = get(group.options, params_);
+      if (!PyList_CheckExact(params) || size_t(PyList_GET_SIZE(params)) != group.params.size()) throw Stale();
+      for (size_t i = 0; i < group.params.size(); ++i) {
+        Param& p = group.params[i];
+        if (PyList_GET_ITEM(params, py::ssize_t(i)) != p.tensor.ptr()) throw Stale();
+        if (p.kind != kForeign) moved |= look(p, int(g), group.kernel);
+      }
+    }
+    if (moved && py::len(conflicts()) > 0) throw Stale();
+  }
+
+  // The optimizer's state dict holds the very objects that it held when the plan was made.
+  void same_state(py::handle state) const {
+    if (state.ptr() != state_.ptr() || size_t(PyDict_GET_SIZE(state.ptr())) != entries_.size()) throw Stale();
+    PyObject *key, *value;
+    Py_ssize_t at = 0;
+    for (const auto& [k, v] : entries_)
+      if (!PyDict_Next(state.ptr(), &at, &key, &value) || key != k.ptr() || value != v.ptr()) throw Stale();
+  }
+
+  double value(const py::dict& options, const Source& s) const {
+    if (s.key.is_none()) return s.constant;
+    PyObject* o = get(options, s.key);
+    if (s.index < 0) return number(o);
+    if (PyTuple_CheckExact(o) && s.index < PyTuple_GET_SIZE(o)) return number(PyTuple_GET_ITEM(o, s.index));
+    py::object item = py::reinterpret_steal<py::object>(PySequence_GetItem(o, s.index));
+    if (!item) throw py::error_already_set();
+    return number(item.ptr());
+  }
+
+  // True if the parameter is not where it was.
+  bool look(Param& p, int group, int kernel) {
+    py::object grad = py::reinterpret_steal<py::object>(PyObject_GetAttr(p.tensor.ptr(), grad_.ptr()));
+    if (!grad) throw py::error_already_set();
+    if (grad.is_none()) return false;
+    if (p.kind == kIdle || !exact(p.tensor.ptr()) || !exact(grad.ptr()) || negative(grad.ptr())) throw Stale();
+    if (size_t(PyDict_GET_SIZE(p.state.ptr())) != p.tensors.size()) throw Stale();
+    PyObject *key, *held;
+    Py_ssize_t at = 0;
+    for (const py::object& t : p.tensors)
+      if (!PyDict_Next(p.state.ptr(), &at, &key, &held) || held != t.ptr()) throw Stale();
+
+    const int n = 2 + int(p.operands.size());
+    View v[kOperands];
+    v[0] = view(p.tensor.ptr());
+    v[1] = view(grad.ptr());
+    for (int k = 2; k < n; ++k) v[k] = view(p.operands[size_t(k) - 2].ptr());
+    for (int k = 1; k < n; ++k)
+      if (!v[k].same_shape(v[0])) throw Stale();
+    for (int k = 3; k < n; ++k)
+      if (v[k].format != v[2].format) throw Stale();
+    bool moved = v[0].data != p.last;
+    if (moved && (negative(p.tensor.ptr()) || overlaps_itself(v[0]))) throw Stale();
+
+    Row row{};
+    row.kernel = kernel;
+    row.group = group;
+    row.loop = find_loop(table().kernels[kernel], v[0].format, v[1].format, n > 2 ? v[2].format : v[0].format);
+    if (row.loop < 0) throw Stale();
+    lay_out(v, n, row, layouts_);
+    Extent own = extent_of(v[0], true, 0, 0), its = extent_of(v[1], false, 0, 1);
+    if (own.low < its.high && its.low < own.high) throw Stale();
+    Clocks c{&p, p.step.is_none() ? Scalar{} : scalar(p.step), p.carry.is_none() ? Scalar{} : scalar(p.carry)};
+    plan_.rows.push_back(row);
+    clocks_.push_back(c);
+    active_.push_back(p.tensor);
+    grads_.push_back(std::move(grad));
+    if (moved) places_.emplace_back(&p, v[0].data);
+    return moved;
+  }
+
+  void advance() {
+    const Table& t = table();
+    for (size_t r = 0; r < plan_.rows.size(); ++r) {
+      Row& row = plan_.rows[r];
+      const Clocks& c = clocks_[r];
+      row.clock = {c.step.data ? int64_t(c.step.get()) : c.param->done, c.carry.data ? c.carry.get() : 0};
+      t.kernels[row.kernel].advance(plan_.groups[size_t(row.group)].hyper.data(), row.clock);
+      if (c.step.data) c.step.set(double(row.clock.t));
+      if (c.carry.data) c.carry.set(row.clock.carry), row.clock.carry = c.carry.get();
+      c.param->done = row.clock.t;
+    }
+    for (auto& [p, data] : places_) p->last = data;
+    places_.clear();
+  }
+
+  void tell_autograd() {
+    if (active_.empty()) return;
+    py::list changed(active_.size());
+    for (size_t i = 0; i < active_.size(); ++i) changed[i] = active_[i];
+    bump_(changed);
+    active_.clear();
+  }
+
+  struct Clocks {
+    Param* param;
+    Scalar step, carry;
+  };
+
+  py::dict state_;
+  py::object is_neg_, bump_;
+  std::vector<py::object> types_;
+  const DLPackExchangeAPI* api_;
+  std::vector<std::pair<py::object, py::object>> entries_;
+  std::vector<TorchGroup> groups_;
+  py::object grad_ = interned(py::str("grad")), params_ = interned(py::str("params")),
+             maximize_ = interned(py::str("maximize"));
+
+  Plan plan_;
+  std::vector<std::unique_ptr<Strided>> layouts_;
+  std::vector<py::object> grads_, active_;
+  std::vector<Clocks> clocks_;
+  std::vector<std::pair<Param*, const char*>> places_;
+  double norm_ = -1;
+  bool busy_ = false;
+};
+
+}  // namespace
+
+void bind_torch_plan(py::module_& m) {
+  py::class_<TorchPlan>(m, "TorchPlan", "The parameters of a torch optimizer, remembered between steps.")
+      .def(py::init<py::dict, py::tuple, py::object, py::object>(), py::arg("state"), py::arg("types"),
+           py::arg("is_neg"), py::arg("bump"))
+      .def("add_group", &TorchPlan::add_group, py::arg("options"), py::arg("kernel"), py::arg("hyper"),
+           py::arg("truths"), py::arg("same"))
+      .def("add_param", &TorchPlan::add_param, py::arg("tensor"), py::arg("kind"), py::arg("state"),
+           py::arg("operands"), py::arg("step"), py::arg("carry"), py::arg("done"))
+      .def("finish", &TorchPlan::finish)
+      .def("plain", &TorchPlan::plain, py::arg("tensor"))
+      .def("conflicts", &TorchPlan::conflicts)
+      .def("step", &TorchPlan::step, py::arg("state"), py::arg("param_groups"), py::arg("unscale"),
+           py::arg("max_norm"), py::arg("threads"))
+      .def_property_readonly("norm", &TorchPlan::norm);
+}
+
+}  // namespace fusedopt

@@ -1,0 +1,56 @@
+// Instantiates every rule x formats for one instruction set. Compiled once for each (FUSEDOPT_ISA names it); exports
+// one table and nothing else, so no symbol is shared between instruction sets.
+#include "sweep.h"
+
+#ifndef FUSEDOPT_ISA
+#error "FUSEDOPT_ISA: baseline, avx2 or avx512"
+#endif
+#define FUSEDOPT_CAT_(a, b) a##b
+#define FUSEDOPT_CAT(a, b) FUSEDOPT_CAT_(a, b)
+#define FUSEDOPT_STR_(a) #a
+#define FUSEDOPT_STR(a) FUSEDOPT_STR_(a)
+
+namespace fusedopt {
+namespace {
+
+template <template <class> class Rule>
+struct Loops {
+#define LOOP(P, G, S)                             \
+  {Sweep<Rule<P::Number>, P, G, S>::prepare,      \
+   Sweep<Rule<P::Number>, P, G, S>::sweep,        \
+   P::format,                                     \
+   G::format,                                     \
+   S::format},
+  static constexpr Loop all[] = {FUSEDOPT_FORMATS(LOOP)};
+#undef LOOP
+};
+template <template <class> class Rule>
+constexpr Loop Loops<Rule>::all[];
+
+template <template <class> class Rule>
+constexpr Kernel kernel(const char* name) {
+  using R = Rule<double>;
+  return {name,
+          R::hyper,
+          R::states,
+          R::carries,
+          Sweep<R, F64, F64, F64>::advance,
+          Loops<Rule>::all,
+          int(sizeof(Loops<Rule>::all) / sizeof(Loop)),
+          words(R::states)};
+}
+
+#define KERNEL(name, Rule) kernel<Rule>(#name),
+constexpr Kernel kernels[] = {FUSEDOPT_RULES(KERNEL)};
+#undef KERNEL
+
+constexpr Table table = {FUSEDOPT_STR(FUSEDOPT_ISA),
+                         kernels,
+                         int(sizeof(kernels) / sizeof(Kernel)),
+                         {square_sum<F64>, square_sum<F32>, square_sum<BF16>, square_sum<F16>}};
+
+}  // namespace
+
+const Table* FUSEDOPT_CAT(table_, FUSEDOPT_ISA)() { return &table; }
+
+}  // namespace fusedopt

@@ -1,0 +1,70 @@
+// What a rule may use: arithmetic on one element, with the same bits on every host and device.
+// Nothing here knows about arrays, formats or threads.
+#pragma once
+#include <math.h>
+#include <stdint.h>
+
+#if defined(__CUDACC__)
+#define FUSEDOPT_HD __host__ __device__ inline
+#else
+#define FUSEDOPT_HD inline
+#endif
+
+namespace fusedopt {
+// Internal linkage: every object that includes this keeps its own copy, so code compiled for one instruction set
+// can never be handed to another by the linker.
+namespace {
+
+// a * b + c, rounded once. The compiler contracts nothing by itself; a rule writes fma where it means it.
+FUSEDOPT_HD float fma1(float a, float b, float c) { return fmaf(a, b, c); }
+FUSEDOPT_HD double fma1(double a, double b, double c) { return fma(a, b, c); }
+FUSEDOPT_HD float root(float x) { return sqrtf(x); }
+FUSEDOPT_HD double root(double x) { return sqrt(x); }
+FUSEDOPT_HD float magnitude(float x) { return fabsf(x); }
+FUSEDOPT_HD double magnitude(double x) { return fabs(x); }
+
+// The larger of two; NaN if either is NaN.
+template <class T>
+FUSEDOPT_HD T maximum(T a, T b) {
+  return (a > b || a != a) ? a : b;
+}
+
+// -1, 0 or 1; NaN stays NaN.
+template <class T>
+FUSEDOPT_HD T sign(T x) {
+  return x > T(0) ? T(1) : x < T(0) ? T(-1) : x;
+}
+
+// a + w (b - a), from the nearer end as torch.lerp does, so that w = 1 gives b exactly.
+template <class T>
+FUSEDOPT_HD T lerp(T a, T b, T w) {
+  T d = b - a;
+  return w < T(0.5) ? fma1(w, d, a) : b - d * (T(1) - w);
+}
+
+// g + decay * p, and g itself (not g + 0 * p) when there is no decay.
+template <class T>
+FUSEDOPT_HD T decayed(T g, T p, T decay) {
+  return decay != T(0) ? fma1(decay, p, g) : g;
+}
+
+// b^n by repeated squaring: `pow` of two C libraries differs in its last bit.
+FUSEDOPT_HD double power(double b, int64_t n) {
+  double r = 1;
+  for (; n > 0; n >>= 1, b *= b)
+    if (n & 1) r *= b;
+  return r;
+}
+
+// exp(x) for x in [-700, 0], by basic operations alone, for the same reason.
+FUSEDOPT_HD double exponential(double x) {
+  int64_t halvings = 0;
+  while (x < -0.03125) x *= 0.5, ++halvings;
+  double term = 1, sum = 0;  // exp(x) - 1: squaring it loses no digits while it is small
+  for (int k = 1; k < 10; ++k) sum += term *= x / k;
+  for (; halvings > 0; --halvings) sum = sum * (2 + sum);
+  return 1 + sum;
+}
+
+}  // namespace
+}  // namespace fusedopt

@@ -1,0 +1,258 @@
+// See plan.h.
+#include "plan.h"
+
+#include <fenv.h>
+#include <math.h>
+#include <string.h>
+
+#include <algorithm>
+
+#include "dispatch.h"
+#include "threads.h"
+
+namespace fusedopt {
+namespace {
+
+constexpr int64_t kTile = 512;         // elements of a strided walk that are gathered at a time
+constexpr int64_t kRowCost = 32;       // what starting a row costs, in elements
+constexpr int64_t kStepGrain = 16384;  // elements worth another thread
+constexpr int64_t kNormGrain = 65536;
+constexpr int64_t kSplitAlign = 64;
+
+// The arithmetic of a step is IEEE's default, whatever the caller's mode (flush to zero, rounding), which comes back.
+class FloatMode {
+ public:
+  FloatMode() {
+    fegetenv(&saved_);
+    fesetenv(FE_DFL_ENV);
+  }
+  ~FloatMode() { fesetenv(&saved_); }
+  FloatMode(const FloatMode&) = delete;
+  FloatMode& operator=(const FloatMode&) = delete;
+
+ private:
+  fenv_t saved_;
+};
+
+// Calls run(offset in memory, done, length) for stretches of `count` elements from logical position `begin`.
+template <class U, class F>
+void walk(const Strided& s, const int64_t* stride, int64_t begin, int64_t count, F&& run) {
+  int64_t index[kMaxDims], offset = 0;
+  for (int d = s.ndim - 1; d >= 0; --d) {
+    index[d] = begin % s.shape[d];
+    begin /= s.shape[d];
+    offset += index[d] * stride[d];
+  }
+  const int last = s.ndim - 1;
+  for (int64_t done = 0; done < count;) {
+    int64_t length = std::min(s.shape[last] - index[last], count - done);
+    run(offset, done, length);
+    done += length;
+    index[last] += length;
+    offset += length * stride[last];
+    for (int d = last; d > 0 && index[d] == s.shape[d]; --d) {
+      offset += stride[d - 1] - index[d] * stride[d];
+      index[d] = 0;
+      ++index[d - 1];
+    }
+  }
+}
+
+template <class U>
+void gather(const Strided& s, int operand, const void* from, int64_t begin, int64_t count, void* to) {
+  const int64_t step = s.stride[operand][s.ndim - 1];
+  auto* x = static_cast<const U*>(from);
+  auto* y = static_cast<U*>(to);
+  walk<U>(s, s.stride[operand], begin, count, [&](int64_t offset, int64_t done, int64_t length) {
+    for (int64_t i = 0; i < length; ++i) y[done + i] = x[offset + i * step];
+  });
+}
+
+template <class U>
+void scatter(const Strided& s, int operand, const void* from, int64_t begin, int64_t count, void* to) {
+  const int64_t step = s.stride[operand][s.ndim - 1];
+  auto* x = static_cast<const U*>(from);
+  auto* y = static_cast<U*>(to);
+  walk<U>(s, s.stride[operand], begin, count, [&](int64_t offset, int64_t done, int64_t length) {
+    for (int64_t i = 0; i < length; ++i) y[offset + i * step] = x[done + i];
+  });
+}
+
+using Mover = void (*)(const Strided&, int, const void*, int64_t, int64_t, void*);
+Mover gather_of(Format f) {
+  return size_of(f) == 8 ? gather<uint64_t> : size_of(f) == 4 ? gather<uint32_t> : gather<uint16_t>;
+}
+Mover scatter_of(Format f) {
+  return size_of(f) == 8 ? scatter<uint64_t> : size_of(f) == 4 ? scatter<uint32_t> : scatter<uint16_t>;
+}
+
+char* moved(void* p, int64_t elements, Format f) { return static_cast<char*>(p) + elements * int64_t(size_of(f)); }
+const char* moved(const void* p, int64_t elements, Format f) {
+  return static_cast<const char*>(p) + elements * int64_t(size_of(f));
+}
+
+void sweep_dense(const Loop& loop, int n_states, const void* ready, const Row& row, int64_t begin, int64_t end) {
+  Span s = {moved(row.span.param, begin, loop.param), moved(row.span.grad, begin, loop.grad), {}, end - begin};
+  for (int k = 0; k < n_states; ++k) s.state[k] = moved(row.span.state[k], begin, loop.state);
+  loop.sweep(ready, s);
+}
+
+void sweep_strided(const Loop& loop, int n_states, const void* ready, const Row& row, int64_t begin, int64_t end) {
+  alignas(64) char tile[kOperands][kTile * sizeof(double)];
+  Span s = {tile[0], tile[1], {}, 0};
+  for (int k = 0; k < n_states; ++k) s.state[k] = tile[2 + k];
+  for (; begin < end; begin += s.n) {
+    s.n = std::min(kTile, end - begin);
+    gather_of(loop.param)(*row.strided, 0, row.span.param, begin, s.n, tile[0]);
+    gather_of(loop.grad)(*row.strided, 1, row.span.grad, begin, s.n, tile[1]);
+    for (int k = 0; k < n_states; ++k)
+      gather_of(loop.state)(*row.strided, 2 + k, row.span.state[k], begin, s.n, tile[2 + k]);
+    loop.sweep(ready, s);
+    scatter_of(loop.param)(*row.strided, 0, tile[0], begin, s.n, row.span.param);
+    for (int k = 0; k < n_states; ++k)
+      scatter_of(loop.state)(*row.strided, 2 + k, tile[2 + k], begin, s.n, row.span.state[k]);
+  }
+}
+
+double block_sum(const Table& t, const Row& row, int64_t begin, int64_t n) {
+  Format f = t.kernels[row.kernel].loops[row.loop].grad;
+  if (!row.strided) return t.square_sum[f](moved(row.span.grad, begin, f), n);
+  alignas(64) char tile[kNormBlock * sizeof(double)];
+  gather_of(f)(*row.strided, 1, row.span.grad, begin, n, tile);
+  return t.square_sum[f](tile, n);
+}
+
+// Adds pairs of neighbours until one is left: a tree whose shape depends on n alone.
+double tree_sum(double* x, int64_t n) {
+  for (; n > 1; n = (n + 1) / 2)
+    for (int64_t i = 0; i < n / 2 + n % 2; ++i) x[i] = 2 * i + 1 < n ? x[2 * i] + x[2 * i + 1] : x[2 * i];
+  return n ? x[0] : 0;
+}
+
+}  // namespace
+
+// What the threads of one pass share. Positions count elements, and kRowCost more for every row.
+struct Plan::Work {
+  const Plan& plan;
+  const Table& table;
+  int64_t total;
+  int parts;
+  double* partial;
+
+  int64_t bound(int part) const { return int64_t(double(total) * part / parts); }
+
+  // Calls body(row, begin, end) for the rows and elements that fall to a part.
+  template <class F>
+  void each(int part, int64_t align, F&& body) const {
+    const int64_t from = bound(part), to = part + 1 == parts ? total : bound(part + 1);
+    const auto& first = plan.begin_;
+    size_t r = size_t(std::upper_bound(first.begin(), first.end(), from) - first.begin()) - 1;
+    for (; r < plan.rows.size() && first[r] < to; ++r) {
+      const int64_t n = plan.rows[r].span.n;
+      auto element = [&](int64_t position) {
+        int64_t e = position - first[r];
+        return e <= 0 ? 0 : e >= n ? n : e / align * align;
+      };
+      int64_t begin = element(from), end = to >= first[r + 1] ? n : element(to);
+      if (begin < end) body(r, begin, end);
+    }
+  }
+
+  void sweep(int part) const {
+    alignas(16) char ready[kPreparedBytes];
+    const Row* prepared = nullptr;
+    each(part, kSplitAlign, [&](size_t r, int64_t begin, int64_t end) {
+      const Row& row = plan.rows[r];
+      const Kernel& kernel = table.kernels[row.kernel];
+      const Loop& loop = kernel.loops[row.loop];
+      if (!prepared || prepared->group != row.group || prepared->kernel != row.kernel || prepared->loop != row.loop ||
+          prepared->clock.t != row.clock.t || prepared->clock.carry != row.clock.carry) {
+        loop.prepare(plan.groups[size_t(row.group)].hyper.data(), row.clock, plan.scale_[size_t(row.group)], ready);
+        prepared = &row;
+      }
+      (row.strided ? sweep_strided : sweep_dense)(loop, kernel.n_states, ready, row, begin, end);
+    });
+  }
+
+  void norm(int part) const {
+    each(part, kNormBlock, [&](size_t r, int64_t begin, int64_t end) {
+      double* out = partial + first_block(r);
+      for (int64_t b = begin; b < end; b += kNormBlock)
+        out[b / kNormBlock] = block_sum(table, plan.rows[r], b, std::min(kNormBlock, plan.rows[r].span.n - b));
+    });
+  }
+
+  // Every row owns one leaf for each block that it starts; a row's leaves begin after those of the rows before it.
+  int64_t first_block(size_t r) const { return plan.begin_[r] / kNormBlock + int64_t(r); }
+};
+
+int64_t Plan::split(int64_t grain, int threads, int* parts) {
+  begin_.resize(rows.size() + 1);
+  int64_t total = 0;
+  for (size_t r = 0; r < rows.size(); ++r) {
+    begin_[r] = total;
+    total += rows[r].span.n + kRowCost;
+  }
+  begin_[rows.size()] = total;
+  *parts = int(std::max<int64_t>(1, std::min<int64_t>({total / grain, threads, kMaxParts})));
+  return total;
+}
+
+double Plan::norm(const Table& t, int threads) {
+  int parts;
+  int64_t total = split(kNormGrain, threads, &parts);
+  partial_.assign(size_t(total / kNormBlock) + rows.size() + 1, 0.0);
+  Work work{*this, t, total, parts, partial_.data()};
+  parallel(
+      parts,
+      [](void* w, int part) {
+        FloatMode mode;
+        static_cast<Work*>(w)->norm(part);
+      },
+      &work);
+  double sum = 0;
+  for (size_t r = 0; r < rows.size(); ++r)
+    sum += tree_sum(partial_.data() + work.first_block(r), (rows[r].span.n + kNormBlock - 1) / kNormBlock);
+  return sqrt(sum);
+}
+
+double Plan::run(const Scaling& scaling, int threads) {
+  const Table& t = table();
+  FloatMode mode;
+  double result = -1, factor = scaling.unscale;
+  if (scaling.max_norm > 0) {
+    result = norm(t, threads) * fabs(scaling.unscale);
+    double clip = scaling.max_norm / (result + 1e-6);  // as torch.nn.utils.clip_grad_norm_; NaN stays NaN
+    if (!(clip >= 1)) factor *= clip;
+  }
+  scale_.resize(groups.size());
+  for (size_t g = 0; g < groups.size(); ++g) scale_[g] = groups[g].maximize ? -factor : factor;
+  int parts;
+  int64_t total = split(kStepGrain, threads, &parts);
+  Work work{*this, t, total, parts, nullptr};
+  parallel(
+      parts,
+      [](void* w, int part) {
+        FloatMode inner;
+        static_cast<Work*>(w)->sweep(part);
+      },
+      &work);
+  return result;
+}
+
+int find_loop(const Kernel& kernel, Format param, Format grad, Format state) {
+  for (int i = 0; i < kernel.n_loops; ++i) {
+    const Loop& l = kernel.loops[i];
+    if (l.param == param && l.grad == grad && (kernel.n_states == 0 || l.state == state)) return i;
+  }
+  return -1;
+}
+
+size_t size_of(Format f) { return f == kF64 ? 8 : f == kF32 ? 4 : 2; }
+
+const char* name_of(Format f) {
+  static const char* const names[] = {"float64", "float32", "bfloat16", "float16"};
+  return names[f];
+}
+
+}  // namespace fusedopt

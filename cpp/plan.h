@@ -1,0 +1,65 @@
+// Many tensors seen as one flat range: what a step works on, split evenly, serial when small. Knows pointers and
+// lengths; nothing of Python, arithmetic or instruction sets.
+#pragma once
+#include <stdint.h>
+
+#include <vector>
+
+#include "table.h"
+
+namespace fusedopt {
+
+constexpr int kMaxDims = 64;
+constexpr int kOperands = 2 + kMaxStates;  // param, grad, states
+
+// Operands that do not share one dense layout: walked in logical order, a tile at a time.
+struct Strided {
+  int ndim;
+  int64_t shape[kMaxDims];
+  int64_t stride[kOperands][kMaxDims];  // in elements
+};
+
+// One tensor with its gradient and states.
+struct Row {
+  Span span;
+  const Strided* strided;  // nullptr: dense, all operands alike
+  int kernel, loop, group;
+  Clock clock;  // of the step to be done, so from 1
+};
+
+// Hyperparameters shared by rows.
+struct Group {
+  std::vector<double> hyper;
+  bool maximize;
+};
+
+// The factors that a step puts on every gradient.
+struct Scaling {
+  double unscale = 1;   // 1 / grad_scale
+  double max_norm = 0;  // 0: no clipping
+};
+
+class Plan {
+ public:
+  std::vector<Row> rows;
+  std::vector<Group> groups;
+
+  // One step over all rows. Returns the global norm of the unscaled gradients when it clips, else -1.
+  double run(const Scaling& scaling, int threads);
+
+ private:
+  struct Work;
+  double norm(const Table& t, int threads);
+  int64_t split(int64_t grain, int threads, int* parts);
+
+  std::vector<int64_t> begin_;   // rows' first positions in the flat range, and its end
+  std::vector<double> partial_;  // leaves of the norm
+  std::vector<double> scale_;    // by group
+};
+
+// The combination of formats among a kernel's loops, or -1. Kernels without state ignore `state`.
+int find_loop(const Kernel& kernel, Format param, Format grad, Format state);
+size_t size_of(Format format);
+const char* name_of(Format format);
+
+}  // namespace fusedopt

@@ -1,0 +1,54 @@
+// The table that every build of cpu.cpp exports, and the plain types that cross its border. No code here.
+#pragma once
+#include <stddef.h>
+#include <stdint.h>
+
+#include "formats.h"
+#include "rules.h"
+
+namespace fusedopt {
+
+constexpr int kMaxStates = 4;
+constexpr size_t kPreparedBytes = 256;  // a rule with its constants, ready for a span
+constexpr int64_t kNormBlock = 4096;    // elements under one leaf of the norm's tree, counted from the tensor's start
+
+// One span of equally laid out operands.
+struct Span {
+  void* param;
+  const void* grad;
+  void* state[kMaxStates];
+  int64_t n;
+};
+
+// One rule in one combination of formats.
+struct Loop {
+  // Computes the constants of a step into `prepared` (kPreparedBytes, aligned to 16); g is multiplied by `scale`.
+  void (*prepare)(const double* hyper, const Clock& clock, double scale, void* prepared);
+  void (*sweep)(const void* prepared, const Span& span);
+  Format param, grad, state;
+};
+
+struct Kernel {
+  const char* name;
+  const char* hyper;   // names, separated by blanks
+  const char* states;  // likewise
+  bool carries;
+  void (*advance)(const double* hyper, Clock& clock);
+  const Loop* loops;
+  int n_loops;
+  int n_states;
+};
+
+struct Table {
+  const char* isa;
+  const Kernel* kernels;
+  int n_kernels;
+  // The sum of squares of up to kNormBlock elements, by format.
+  double (*square_sum[kFormats])(const void* x, int64_t n);
+};
+
+const Table* table_baseline();
+const Table* table_avx2();
+const Table* table_avx512();
+
+}  // namespace fusedopt
