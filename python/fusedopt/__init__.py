@@ -1,0 +1,22 @@
+"""The optimizer step: one pass over memory, the same bits on every machine.
+
+In-place functions (``fusedopt.adam_``) and optimizer objects (``fusedopt.Adam``) for NumPy arrays; drop-in
+``torch.optim`` classes in ``fusedopt.torch``. Importing this module imports NumPy alone.
+"""
+
+from ._core import __version__
+from .config import config, get_isa, get_num_threads, isas, set_isa, set_num_threads, show_config
+from .numpy import *  # noqa: F403
+from .numpy import __all__ as _made
+
+__all__ = [
+    "__version__",
+    "config",
+    "get_isa",
+    "get_num_threads",
+    "isas",
+    "set_isa",
+    "set_num_threads",
+    "show_config",
+    *_made,
+]

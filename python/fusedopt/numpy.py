@@ -1,0 +1,393 @@
+"""The NumPy front end: an in-place function and an optimizer class for every rule, made from ``RULES``.
+
+The checks of arrays (dtype, shape, memory) are C++'s (cpp/bind_batch.cpp); those of options are the rule's.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, ClassVar
+
+import numpy as np
+
+from . import _core
+from ._make import array_names, carried, compile_function, option_dict, option_signature, rule_doc
+from .config import get_num_threads
+from .rules import KERNELS, RULES, Rule
+
+__all__: list[str] = ["Optimizer"]
+
+
+def _listed(value: Any, many: bool, name: str) -> list[Any]:
+    if not many:
+        return [value]
+    if not isinstance(value, list | tuple):
+        raise TypeError(f"{name}: expected a sequence of arrays, as param is, got {type(value).__name__}")
+    return list(value)
+
+
+def _counted(step: Any, n: int) -> list[int]:
+    values = list(step) if isinstance(step, list | tuple) else [step] * n
+    if len(values) != n:
+        raise ValueError(f"step: expected {n} values, got {len(values)}")
+    steps = []
+    for value in values:
+        try:
+            steps.append(operator.index(value))
+        except TypeError:
+            raise TypeError(f"step: expected an integer, got {value!r}") from None
+        if steps[-1] < 1:
+            raise ValueError(f"step: expected 1 or more, got {value!r}")
+    return steps
+
+
+def _update(rule: Rule, options: dict[str, Any], param: Any, grad: Any, arrays: dict[str, Any], step: Any) -> None:
+    for option in rule.once:
+        options[option] = rule.defaults[option]
+    rule.check(options)
+    kernel = rule.kernel(options)
+    names = (*rule.states(options), *carried(rule))
+    for name, value in arrays.items():
+        if name in names and value is None:
+            raise TypeError(f"{name}: required with these options")
+        if name not in names and value is not None:
+            raise TypeError(f"{name}: not used with these options, expected None")
+    many = isinstance(param, list | tuple)
+    operands = [_listed(param, many, "param"), _listed(grad, many, "grad")]
+    operands += [_listed(arrays[name], many, name) for name in names]
+    n = len(operands[0])
+    batch = _core.Batch()
+    batch.add(
+        KERNELS[kernel][0],
+        rule.values(options),
+        bool(options["maximize"]),
+        ("param", "grad", *names),
+        range(n) if many else None,
+        operands,
+        _counted(step, n),
+    )
+    batch.run(0.0, get_num_threads())
+
+
+_FUNCTION_DOC = """
+    Args:
+        param: array, updated in place, or a sequence of arrays; then every array argument is one of equal length.
+        grad: the gradient, of the same shape; read only.
+        {states}: state, updated in place, of the same shape.{extra}
+
+    Arrays: float64; float32; float16 or bfloat16 (ml_dtypes); a float32 param with a 16-bit grad; 16-bit param and
+    grad with float32 states. Any layout, views included; anything on the CPU with ``__dlpack__``.
+
+    Returns:
+        None.
+
+    Raises:
+        TypeError: wrong dtype, byte order, device or kind of object; masked arrays.
+        ValueError: read-only, misaligned, overlapping or mis-shaped arrays; an option out of its range.
+
+        The message names the argument, and nothing has been written.
+
+    Example:
+        >>> import numpy as np, fusedopt
+        >>> param, grad = np.ones(3, np.float32), np.ones(3, np.float32)
+        >>> {zeros}fusedopt.{call}
+    """
+
+
+def _make_function(rule: Rule) -> Callable[..., None]:
+    always, sometimes = array_names(rule)
+    # A rule whose plain form keeps nothing takes its one optional state by position.
+    positional = [*always, *(f"{s}=None" for s in sometimes if not always)]
+    late = [f"{s}=None" for s in sometimes if always]
+    by_step = "step" in rule.scalars
+    clock = [*(["step"] if by_step else []), *carried(rule)]
+    options = option_signature(rule, rule.once)
+    signature = ", ".join(["param", "grad", *positional, "*", *clock, options, *late, *([] if by_step else ["first=False"])])
+    arrays = "{" + ", ".join(f"{s!r}: {s}" for s in (*always, *sometimes, *carried(rule))) + "}"
+    step = "step" if by_step else "1 if first else 2"
+    body = f"_update(_rule, {option_dict(rule, rule.once)}, param, grad, {arrays}, {step})"
+    function = compile_function(rule.function, signature, body, {"_update": _update, "_rule": rule})
+    extra = ["step: the number of this step, counted from 1 (a sequence gives each array its own)."] if by_step else []
+    extra += [f"{s}: one float64 element, carried from step to step; starts at {rule.first(s, rule.defaults):g}."
+              for s in carried(rule)]
+    extra += [] if by_step else ["first: True in the step that initialises momentum_buffer with the gradient."]
+    scalars = ["step=1"] if by_step else []
+    scalars += [f"{s}=np.array({rule.first(s, rule.defaults)!r})" for s in carried(rule)]
+    function.__doc__ = _fill(
+        rule_doc(rule, _FUNCTION_DOC),
+        {
+            "{states}": ", ".join((*always, *sometimes)) or "(no state)",
+            "{extra}": "".join(f"\n    {line}" for line in extra),
+            "{zeros}": "".join(f"{s} = np.zeros_like(param); " for s in always),
+            "{call}": f"{rule.function}({', '.join(['param', 'grad', *always, *scalars, 'lr=0.1'])})",
+        },
+    )
+    function.__module__ = "fusedopt"
+    return function
+
+
+def _fill(text: str, values: dict[str, str]) -> str:
+    """str.format for texts that hold TeX braces."""
+    for key, value in values.items():
+        text = text.replace(key, value)
+    return text
+
+
+LearningRate = float | Callable[[int], float]
+
+
+class Optimizer:
+    """The optimizer objects of the NumPy front end; see a subclass, such as :class:`fusedopt.Adam`.
+
+    Attributes:
+        param_groups: a list of dicts, as in torch: ``params`` (a list of arrays) and the options; edit them between
+            steps.
+        state: a list, parallel to all groups' parameters, of dicts: ``step`` and the rule's arrays.
+        last_grad_norm: the global gradient norm of the last step, None without ``max_grad_norm``.
+    """
+
+    _rule: ClassVar[Rule]
+
+    def _setup(self, params: Any, options: dict[str, Any], max_grad_norm: float | None) -> None:
+        self.defaults = options
+        self.max_grad_norm = max_grad_norm
+        self.param_groups: list[dict[str, Any]] = []
+        self.state: list[dict[str, Any]] = []
+        self.last_grad_norm: float | None = None
+        self._keys: list[Any] | None = None
+        self._batch: Any = _core.Batch()
+        self._max_norm()
+        if isinstance(params, Mapping):
+            self._keys = list(params)
+            params = [params[k] for k in self._keys]
+        elif not isinstance(params, list | tuple):
+            params = [params]
+        if params and all(isinstance(p, Mapping) for p in params):
+            for group in params:
+                self.add_param_group(group)
+        else:
+            self.add_param_group({"params": list(params)})
+
+    def add_param_group(self, group: Mapping[str, Any]) -> None:
+        """Adds parameters with options of their own: ``{"params": arrays, "lr": 0.1, ...}``; the rest by default.
+
+        Raises:
+            TypeError, ValueError: for an unknown option, one out of its range, or a parameter that cannot be updated.
+        """
+        unknown = set(group) - {"params", *self.defaults}
+        if "params" not in group or unknown:
+            raise TypeError(f"param_groups: expected 'params' and options of {type(self).__name__}, got {sorted(group)}")
+        params = group["params"]
+        new = {"params": list(params) if isinstance(params, list | tuple) else [params]}
+        new.update({k: group.get(k, v) for k, v in self.defaults.items()})
+        self._check(new, 0)
+        states = [self._initial(p, new, len(self.state) + i) for i, p in enumerate(new["params"])]
+        self.param_groups.append(new)
+        self.state.extend(states)
+
+    def _check(self, group: dict[str, Any], step: int) -> dict[str, Any]:
+        options = {k: group[k] for k in self.defaults}
+        if callable(options["lr"]):
+            options["lr"] = options["lr"](step)
+        self._rule.check(options)
+        return options
+
+    def _initial(self, param: Any, options: dict[str, Any], index: int) -> dict[str, Any]:
+        if not isinstance(param, np.ndarray):
+            raise TypeError(f"params[{self._label(index)}]: expected a NumPy array, got {type(param).__name__}")
+        state: dict[str, Any] = {"step": 0}
+        for name in carried(self._rule):
+            state[name] = np.array(self._rule.first(name, options))
+        dtype = np.dtype(np.float32) if param.dtype.itemsize == 2 else param.dtype
+        for name in self._rule.states(options):
+            state[name] = np.full(param.shape, self._rule.first(name, options), dtype)
+        return state
+
+    def _label(self, index: int) -> Any:
+        return index if self._keys is None or index >= len(self._keys) else repr(self._keys[index])
+
+    def _max_norm(self) -> float:
+        value = self.max_grad_norm
+        if value is None:
+            return 0.0
+        if not (isinstance(value, int | float | np.number) and 0 < value < np.inf):
+            raise ValueError(f"max_grad_norm: expected a positive number or None, got {value!r}")
+        return float(value)
+
+    def step(self, grads: Any) -> None:
+        """Updates every parameter in place.
+
+        Args:
+            grads: gradients in the structure of ``params``: an array, a sequence, or a dict with the same keys; with
+                several groups a sequence for each group, or one flat sequence. None leaves that parameter alone.
+
+        Raises:
+            TypeError, ValueError: as the in-place functions do, before anything is written.
+        """
+        batch, max_norm = self._batch, self._max_norm()
+        batch.clear()
+        advanced: list[dict[str, Any]] = []
+        flat = self._flat(grads)
+        start = 0
+        for group in self.param_groups:
+            params = group["params"]
+            self._add(batch, group, flat[start : start + len(params)], start, advanced)
+            start += len(params)
+        norm = batch.run(max_norm, get_num_threads())
+        self.last_grad_norm = norm
+        for state in advanced:
+            state["step"] += 1
+        batch.clear()
+
+    def _add(self, batch: Any, group: dict[str, Any], grads: list[Any], start: int, advanced: list[Any]) -> None:
+        rule = self._rule
+        options = self._check(group, max((s["step"] for s in self.state), default=0))
+        kernel = rule.kernel(options)
+        names = (*rule.states(options), *carried(rule))
+        chosen = [i for i, g in enumerate(grads) if g is not None]
+        states = [self.state[start + i] for i in chosen]
+        for i, state in zip(chosen, states, strict=True):
+            if any(name not in state for name in names):
+                state.update({**self._initial(group["params"][i], options, start + i), **state})
+        batch.add(
+            KERNELS[kernel][0],
+            rule.values(options),
+            bool(options["maximize"]),
+            ("params", "grads", *names),
+            [self._label(start + i) for i in chosen],
+            [[group["params"][i] for i in chosen], [grads[i] for i in chosen], *([s[n] for s in states] for n in names)],
+            [s["step"] + 1 for s in states],
+        )
+        advanced += states
+
+    def _flat(self, grads: Any) -> list[Any]:
+        expected = len(self.state)
+        if self._keys is not None:
+            if not isinstance(grads, Mapping):
+                raise TypeError(f"grads: expected a dict with the keys of params, got {type(grads).__name__}")
+            if set(grads) - set(self._keys):
+                raise ValueError(f"grads: unknown keys {sorted(set(map(str, grads)) - set(map(str, self._keys)))}")
+            missing = [k for k in self._keys if k not in grads]
+            if missing:
+                raise ValueError(f"grads: missing keys {missing}")
+            flat = [grads[k] for k in self._keys]
+        elif not isinstance(grads, list | tuple):
+            flat = [grads]
+        elif len(self.param_groups) > 1 and all(isinstance(g, list | tuple) for g in grads):
+            for group, part in zip(self.param_groups, grads, strict=False):
+                if len(part) != len(group["params"]):
+                    raise ValueError(f"grads: expected {len(group['params'])} for a group, got {len(part)}")
+            flat = [g for part in grads for g in part]
+        else:
+            flat = list(grads)
+        if len(flat) != expected:
+            raise ValueError(f"grads: expected {expected}, one for each of params, got {len(flat)}")
+        return flat
+
+    def _entries(self) -> Iterator[tuple[str, dict[str, Any], str]]:
+        for i, state in enumerate(self.state):
+            for name in state:
+                yield f"state.{i}.{name}", state, name
+        for i, group in enumerate(self.param_groups):
+            for name in self.defaults:
+                yield f"group.{i}.{name}", group, name
+
+    def state_dict(self) -> dict[str, Any]:
+        """A flat dict of copies, fit for ``np.savez(path, **opt.state_dict())``.
+
+        Keys: ``state.<i>.<name>`` for every parameter, ``group.<i>.<option>`` for every group. A learning rate that is a
+        function is left out: it is code, and belongs to the program that loads.
+        """
+        return {
+            key: holder[name].copy() if isinstance(holder[name], np.ndarray) else holder[name]
+            for key, holder, name in self._entries()
+            if not callable(holder[name])
+        }
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Takes over what :meth:`state_dict` gave, also by way of ``np.load``. Nothing changes if it raises.
+
+        Raises:
+            KeyError: a key is missing.
+            ValueError: an array has another shape than its parameter's state.
+        """
+        params = [p for group in self.param_groups for p in group["params"]]
+        state: list[dict[str, Any]] = []
+        for i, (param, old) in enumerate(zip(params, self.state, strict=True)):
+            prefix = f"state.{i}."
+            names = [k[len(prefix) :] for k in state_dict if k.startswith(prefix)]
+            missing = [prefix + n for n in old if n not in names]
+            if missing:
+                raise KeyError(f"state_dict: missing {', '.join(missing)}")
+            state.append({n: self._loaded(state_dict[prefix + n], n, param, prefix + n) for n in names})
+        options = []
+        for i, group in enumerate(self.param_groups):
+            new = dict(group)
+            for name, default in self.defaults.items():
+                key = f"group.{i}.{name}"
+                if key in state_dict:
+                    value = np.asarray(state_dict[key]).tolist()
+                    new[name] = tuple(value) if isinstance(default, tuple) else value
+                elif not callable(group[name]):
+                    raise KeyError(f"state_dict: missing {key}")
+            self._check(new, 0)
+            options.append(new)
+        self.state[:] = state
+        for group, new in zip(self.param_groups, options, strict=True):
+            group.update(new)
+
+    def _loaded(self, value: Any, name: str, param: Any, key: str) -> Any:
+        array = np.array(value)
+        if name == "step":
+            return int(array)
+        if array.dtype.kind == "V" and array.dtype.itemsize == 2:  # np.savez stores bfloat16 as raw bytes
+            import ml_dtypes
+
+            array = array.view(ml_dtypes.bfloat16)
+        if name not in carried(self._rule) and array.shape != param.shape:
+            raise ValueError(f"state_dict: {key}: expected shape {param.shape}, got {array.shape}")
+        return array
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in self.__dict__.items() if k != "_batch"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._batch = _core.Batch()
+
+    def __repr__(self) -> str:
+        n = sum(p.size for group in self.param_groups for p in group["params"])
+        options = ", ".join(f"{k}={self.param_groups[0][k]!r}" for k in self.defaults)
+        return f"{type(self).__name__}({n} parameters in {len(self.state)} arrays, {options})"
+
+
+_CLASS_DOC = """
+    Args:
+        params: a float array, a sequence or dict of arrays, or a sequence of groups (dicts with ``params`` and options).
+            They are updated in place; 16-bit parameters get float32 state.
+        lr: a number, or a function of the step, counted from 0.
+        max_grad_norm: clip the gradients of all groups together to this global norm, inside the step.
+
+    Call ``step(grads)`` with gradients in the same structure; see :class:`fusedopt.Optimizer` for the rest.
+
+    Example:
+        >>> import numpy as np, fusedopt
+        >>> w = np.ones(3, np.float32)
+        >>> opt = fusedopt.{name}(w, lr=0.1)
+        >>> opt.step(np.ones(3, np.float32))
+    """
+
+
+def _make_class(rule: Rule) -> type[Optimizer]:
+    options = option_signature(rule).split(", ", 1)
+    signature = f"self, params, {options[0]}, *, {options[1]}, max_grad_norm=None"
+    init = compile_function("__init__", signature, f"self._setup(params, {option_dict(rule)}, max_grad_norm)", {})
+    doc = _fill(rule_doc(rule, _CLASS_DOC), {"{name}": rule.name})
+    return type(rule.name, (Optimizer,), {"__init__": init, "__doc__": doc, "__module__": "fusedopt", "_rule": rule})
+
+
+for _rule in RULES.values():
+    globals()[_rule.function] = _make_function(_rule)
+    globals()[_rule.name] = _make_class(_rule)
+    __all__ += [_rule.function, _rule.name]

@@ -1,0 +1,360 @@
+"""Every update rule as Python sees it: options and their defaults, documentation, float64 reference.
+
+The arithmetic that runs is cpp/rules.h; the references here state it a second time, on purpose, to check it. The
+front ends (``fusedopt.numpy``, ``fusedopt.torch``), their stubs, the tests and the benchmarks are made from ``RULES``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, MutableMapping
+from typing import Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from . import _core
+
+Array = NDArray[np.float64]
+State = MutableMapping[str, Array]
+Options = Mapping[str, Any]
+
+RULES: dict[str, Rule] = {}
+"""All rules by the name of their optimizer class, in the order of definition."""
+
+# Option: lowest value, highest value, whether the highest is allowed. Options that are absent need only be finite.
+_RANGES: dict[str, tuple[float, float, bool]] = {
+    "betas": (0.0, 1.0, False),
+    "alpha": (0.0, 1.0, True),
+    "rho": (0.0, 1.0, True),
+}
+
+
+class Rule:
+    """One update rule: a subclass per optimizer, one instance of it in ``RULES``."""
+
+    function: ClassVar[str]
+    """Name of the in-place function."""
+    defaults: ClassVar[dict[str, Any]]
+    """Options with their defaults, under torch's names and in torch's order."""
+    variants: ClassVar[dict[tuple[str, ...], str]]
+    """The options that are true -> the kernel in cpp/rules.h; the first entry is the plain one."""
+    scalars: ClassVar[tuple[str, ...]] = ("step",)
+    """Numbers kept per parameter beside its arrays: the step count, and what the kernel carries along."""
+    constants: ClassVar[dict[str, float]] = {}
+    """Hyperparameters of the kernel that are no options of this optimizer."""
+    initial: ClassVar[dict[str, str | float]] = {}
+    """First values of states that do not start at 0: a number, or the name of an option."""
+
+    def __init_subclass__(cls) -> None:
+        RULES[cls.__name__] = cls()
+
+    @property
+    def name(self) -> str:
+        """Name of the optimizer class."""
+        return type(self).__name__
+
+    @property
+    def chooses(self) -> tuple[str, ...]:
+        """The options whose truth chooses the kernel."""
+        return tuple(sorted({option for key in self.variants for option in key}))
+
+    @property
+    def once(self) -> tuple[str, ...]:
+        """The options that only say how a state begins."""
+        return tuple(v for v in self.initial.values() if isinstance(v, str))
+
+    def kernel(self, options: Options) -> str:
+        """Name of the kernel that does this rule under these options."""
+        true = {option for option in self.chooses if options.get(option)}
+        return next(kernel for key, kernel in self.variants.items() if set(key) == true)
+
+    def states(self, options: Options) -> tuple[str, ...]:
+        """Names of the arrays kept per parameter under these options, in torch's order."""
+        names: tuple[str, ...] = KERNELS[self.kernel(options)][2]
+        return names
+
+    def hyper(self, options: Options) -> list[tuple[str | None, int, float]]:
+        """Where the kernel's hyperparameters come from: (option, index or -1, value if there is no option)."""
+        sources: list[tuple[str | None, int, float]] = []
+        for name in KERNELS[self.kernel(options)][1]:
+            if name in self.constants:
+                sources.append((None, -1, self.constants[name]))
+            elif name in ("beta1", "beta2"):
+                sources.append(("betas", int(name[-1]) - 1, 0.0))
+            else:
+                sources.append((name, -1, 0.0))
+        return sources
+
+    def values(self, options: Options) -> list[float]:
+        """The kernel's hyperparameters as numbers."""
+        return [
+            constant if key is None else float(options[key] if index < 0 else options[key][index])
+            for key, index, constant in self.hyper(options)
+        ]
+
+    def first(self, state: str, options: Options) -> float:
+        """The value that a state begins with."""
+        value = self.initial.get(state, 0.0)
+        return float(options[value] if isinstance(value, str) else value)
+
+    def check(self, options: Options) -> None:
+        """Raises ValueError or TypeError, naming the option, unless every option is in its range."""
+        for option, default in self.defaults.items():
+            value = options[option]
+            if isinstance(default, bool):
+                if not isinstance(value, bool | np.bool_):
+                    raise TypeError(f"{option}: expected True or False, got {value!r}")
+                continue
+            low, high, closed = _RANGES.get(option, (0.0, math.inf, False))
+            many = isinstance(default, tuple)
+            items = value if many else (value,)
+            if many and (not isinstance(value, tuple | list | np.ndarray) or len(value) != len(default)):
+                raise TypeError(f"{option}: expected {len(default)} numbers, got {value!r}")
+            for item in items:
+                try:
+                    x = float(item)
+                except (TypeError, ValueError):
+                    raise TypeError(f"{option}: expected a number, got {item!r}") from None
+                if not (low <= x < high or (closed and x == high)):
+                    bracket = "]" if closed else ")"
+                    raise ValueError(f"{option}: expected a value in [{low:g}, {high:g}{bracket}, got {item!r}")
+
+    def reference(self, param: Array, grad: Array, state: State, step: int, **options: Any) -> None:
+        """The update in plain float64 NumPy, in place; ``step`` counts from 1. For checking, not for speed."""
+        o = {**self.defaults, **options}
+        self._reference(param, -grad if o["maximize"] else grad, state, step, o)
+
+    def _reference(self, p: Array, g: Array, s: State, t: int, o: Options) -> None:
+        raise NotImplementedError
+
+
+KERNELS: dict[str, tuple[int, tuple[str, ...], tuple[str, ...], bool]] = _core.kernels()
+
+
+def _moments(p: Array, g: Array, s: State, o: Options, decoupled: bool) -> None:
+    """Weight decay of either kind, then both moments; shared by the Adam family."""
+    b1, b2 = o["betas"]
+    if decoupled:
+        p *= 1 - o["lr"] * o["weight_decay"]
+    else:
+        g = g + o["weight_decay"] * p
+    s["exp_avg"][...] = b1 * s["exp_avg"] + (1 - b1) * g
+    s["exp_avg_sq"][...] = b2 * s["exp_avg_sq"] + (1 - b2) * g * g
+
+
+class SGD(Rule):
+    r"""Stochastic gradient descent, with momentum, dampening and Nesterov's look-ahead.
+
+    .. math::
+        g_t &\leftarrow g_t + \lambda \theta_{t-1} \\
+        b_1 &= g_1, \qquad b_t = \mu b_{t-1} + (1 - \tau) g_t \\
+        d_t &= g_t + \mu b_t \text{ (Nesterov)}, \quad b_t \text{ (momentum)}, \quad g_t \text{ (plain)} \\
+        \theta_t &= \theta_{t-1} - \gamma d_t
+
+    Options:
+        lr: :math:`\gamma \ge 0`, the learning rate.
+        momentum: :math:`\mu \ge 0`; 0 is plain SGD, which keeps no state.
+        dampening: :math:`\tau \ge 0`.
+        weight_decay: :math:`\lambda \ge 0`, L2 penalty.
+        nesterov: look ahead; needs momentum > 0 and dampening = 0.
+        maximize: ascend instead of descend.
+
+    Sutskever, Martens, Dahl, Hinton: On the importance of initialization and momentum in deep learning (ICML 2013).
+    As in torch, the learning rate multiplies the velocity, and the first step copies the gradient undamped.
+    """
+
+    function = "sgd_"
+    defaults: ClassVar = {
+        "lr": 1e-3,
+        "momentum": 0.0,
+        "dampening": 0.0,
+        "weight_decay": 0.0,
+        "nesterov": False,
+        "maximize": False,
+    }
+    variants: ClassVar = {(): "sgd", ("momentum",): "momentum"}
+    scalars = ()
+
+    def check(self, options: Options) -> None:
+        super().check(options)
+        if options["nesterov"] and (options["momentum"] <= 0 or options["dampening"] != 0):
+            raise ValueError("nesterov: requires momentum > 0 and dampening = 0")
+
+    def _reference(self, p: Array, g: Array, s: State, t: int, o: Options) -> None:
+        g = g + o["weight_decay"] * p
+        if o["momentum"]:
+            b = s["momentum_buffer"]
+            b[...] = g if t == 1 else o["momentum"] * b + (1 - o["dampening"]) * g
+            g = g + o["momentum"] * b if o["nesterov"] else b
+        p -= o["lr"] * g
+
+
+class Adagrad(Rule):
+    r"""AdaGrad: every coordinate's rate falls with the sum of its squared gradients.
+
+    .. math::
+        g_t &\leftarrow g_t + \lambda \theta_{t-1}, \qquad \gamma_t = \gamma / (1 + (t - 1) \eta) \\
+        s_t &= s_{t-1} + g_t^2 \\
+        \theta_t &= \theta_{t-1} - \gamma_t g_t / (\sqrt{s_t} + \epsilon)
+
+    Options:
+        lr: :math:`\gamma \ge 0`.
+        lr_decay: :math:`\eta \ge 0`.
+        weight_decay: :math:`\lambda \ge 0`, L2 penalty.
+        initial_accumulator_value: :math:`s_0 \ge 0` (optimizer objects only).
+        eps: :math:`\epsilon \ge 0`.
+        maximize: ascend instead of descend.
+
+    Duchi, Hazan, Singer: Adaptive Subgradient Methods (JMLR 12, 2011).
+    """
+
+    function = "adagrad_"
+    defaults: ClassVar = {
+        "lr": 1e-2,
+        "lr_decay": 0.0,
+        "weight_decay": 0.0,
+        "initial_accumulator_value": 0.0,
+        "eps": 1e-10,
+        "maximize": False,
+    }
+    variants: ClassVar = {(): "adagrad"}
+    initial: ClassVar = {"sum": "initial_accumulator_value"}
+
+    def _reference(self, p: Array, g: Array, s: State, t: int, o: Options) -> None:
+        g = g + o["weight_decay"] * p
+        s["sum"] += g * g
+        p -= o["lr"] / (1 + (t - 1) * o["lr_decay"]) * g / (np.sqrt(s["sum"]) + o["eps"])
+
+
+class RMSprop(Rule):
+    r"""RMSProp: divides by a running root mean square of the gradient; centered: by its standard deviation.
+
+    .. math::
+        g_t &\leftarrow g_t + \lambda \theta_{t-1}, \qquad v_t = \alpha v_{t-1} + (1 - \alpha) g_t^2 \\
+        \bar g_t &= \alpha \bar g_{t-1} + (1 - \alpha) g_t, \quad \tilde v_t = v_t - \bar g_t^2
+            \text{ (centered)}, \quad \tilde v_t = v_t \text{ (else)} \\
+        b_t &= \mu b_{t-1} + g_t / (\sqrt{\tilde v_t} + \epsilon) \\
+        \theta_t &= \theta_{t-1} - \gamma b_t
+
+    Options:
+        lr: :math:`\gamma \ge 0`.
+        alpha: :math:`\alpha \in [0, 1]`, smoothing.
+        eps: :math:`\epsilon \ge 0`, added outside the root, as in torch.
+        weight_decay: :math:`\lambda \ge 0`, L2 penalty.
+        momentum: :math:`\mu \ge 0`; 0 keeps no buffer.
+        centered: subtract the squared mean.
+        maximize: ascend instead of descend.
+
+    Tieleman, Hinton: Lecture 6.5 (2012); centered: Graves, Generating Sequences With Recurrent Neural Networks,
+    arXiv 1308.0850.
+    """
+
+    function = "rmsprop_"
+    defaults: ClassVar = {
+        "lr": 1e-2,
+        "alpha": 0.99,
+        "eps": 1e-8,
+        "weight_decay": 0.0,
+        "momentum": 0.0,
+        "centered": False,
+        "maximize": False,
+    }
+    variants: ClassVar = {
+        (): "rmsprop",
+        ("momentum",): "rmsprop_momentum",
+        ("centered",): "rmsprop_centered",
+        ("centered", "momentum"): "rmsprop_centered_momentum",
+    }
+
+    def _reference(self, p: Array, g: Array, s: State, t: int, o: Options) -> None:
+        a = o["alpha"]
+        g = g + o["weight_decay"] * p
+        v = s["square_avg"]
+        v[...] = a * v + (1 - a) * g * g
+        if o["centered"]:
+            s["grad_avg"][...] = a * s["grad_avg"] + (1 - a) * g
+            v = v - s["grad_avg"] ** 2
+        d = g / (np.sqrt(v) + o["eps"])
+        if o["momentum"]:
+            s["momentum_buffer"][...] = o["momentum"] * s["momentum_buffer"] + d
+            d = s["momentum_buffer"]
+        p -= o["lr"] * d
+
+
+class Adam(Rule):
+    r"""Adam: steps of both moments of the gradient, corrected for their start at zero.
+
+    .. math::
+        g_t &\leftarrow g_t + \lambda \theta_{t-1} \\
+        m_t &= \beta_1 m_{t-1} + (1 - \beta_1) g_t, \qquad v_t = \beta_2 v_{t-1} + (1 - \beta_2) g_t^2 \\
+        \hat m_t &= m_t / (1 - \beta_1^t), \qquad \hat v_t = v_t / (1 - \beta_2^t) \\
+        \theta_t &= \theta_{t-1} - \gamma \hat m_t / (\sqrt{\hat v_t} + \epsilon)
+
+    Options:
+        lr: :math:`\gamma \ge 0`.
+        betas: :math:`\beta_1, \beta_2 \in [0, 1)`.
+        eps: :math:`\epsilon \ge 0`.
+        weight_decay: :math:`\lambda \ge 0`, L2 penalty.
+        amsgrad: divide by the largest :math:`v_t` so far.
+        maximize: ascend instead of descend.
+
+    Kingma, Ba: Adam, arXiv 1412.6980. AMSGrad: Reddi, Kale, Kumar, arXiv 1904.09237; as in torch, the maximum is taken
+    before the correction.
+    """
+
+    function = "adam_"
+    defaults: ClassVar = {
+        "lr": 1e-3,
+        "betas": (0.9, 0.999),
+        "eps": 1e-8,
+        "weight_decay": 0.0,
+        "amsgrad": False,
+        "maximize": False,
+        "decoupled_weight_decay": False,
+    }
+    variants: ClassVar = {(): "adam", ("amsgrad",): "amsgrad"}
+    decoupled: ClassVar[bool] = False
+
+    def _reference(self, p: Array, g: Array, s: State, t: int, o: Options) -> None:
+        b1, b2 = o["betas"]
+        _moments(p, g, s, o, self.decoupled or o.get("decoupled_weight_decay", False))
+        v = s["exp_avg_sq"]
+        if o["amsgrad"]:
+            v = s["max_exp_avg_sq"]
+            np.maximum(v, s["exp_avg_sq"], out=v)
+        p -= o["lr"] * s["exp_avg"] / (1 - b1**t) / (np.sqrt(v / (1 - b2**t)) + o["eps"])
+
+
+class AdamW(Adam):
+    r"""AdamW: Adam whose weight decay shrinks the weights directly, beside the gradient's step.
+
+    .. math::
+        \theta_{t-1} &\leftarrow (1 - \gamma \lambda) \theta_{t-1} \\
+        m_t &= \beta_1 m_{t-1} + (1 - \beta_1) g_t, \qquad v_t = \beta_2 v_{t-1} + (1 - \beta_2) g_t^2 \\
+        \hat m_t &= m_t / (1 - \beta_1^t), \qquad \hat v_t = v_t / (1 - \beta_2^t) \\
+        \theta_t &= \theta_{t-1} - \gamma \hat m_t / (\sqrt{\hat v_t} + \epsilon)
+
+    Options:
+        lr: :math:`\gamma \ge 0`.
+        betas: :math:`\beta_1, \beta_2 \in [0, 1)`.
+        eps: :math:`\epsilon \ge 0`.
+        weight_decay: :math:`\lambda \ge 0`, decoupled.
+        amsgrad: divide by the largest :math:`v_t` so far.
+        maximize: ascend instead of descend.
+
+    Loshchilov, Hutter: Decoupled Weight Decay Regularization, arXiv 1711.05101. As in torch, the decay is scaled by the
+    learning rate.
+    """
+
+    function = "adamw_"
+    defaults: ClassVar = {
+        "lr": 1e-3,
+        "betas": (0.9, 0.999),
+        "eps": 1e-8,
+        "weight_decay": 1e-2,
+        "amsgrad": False,
+        "maximize": False,
+    }
+    constants: ClassVar = {"decoupled_weight_decay": 1.0}
+    decoupled = True
