@@ -71,7 +71,7 @@ PYBIND11_MODULE(_core, m) {
       "use_isa", [](const char* name) { return use_isa(name); }, py::arg("name").none(true),
       "Forces an instruction set; None takes the best. False if it is not usable here.");
   m.def("default_threads", [] { return threads_or_default(0); }, "Threads of a step when nothing is set.");
-  m.def("parallel_runtime", &parallel_runtime, "'openmp' (the process's own, torch's as a rule) or 'pool' (ours).");
+  m.def("torch_team", &torch_team, "What runs the steps beside torch: 'openmp', its own runtime, or 'pool', ours.");
   bind_batch(m);
   bind_torch_plan(m);
 }

@@ -86,7 +86,7 @@ class Batch {
     double norm;
     {
       py::gil_scoped_release nogil;
-      norm = plan_.run({1, max_norm}, threads_or_default(threads));
+      norm = plan_.run({1, max_norm}, Team::kOurs, threads_or_default(threads));
     }
     tell_autograd();
     return norm < 0 ? py::object(py::none()) : py::float_(norm);

@@ -3,6 +3,7 @@
 // reported as stale before anything is written, and Python builds a new plan.
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <string>
 
 #include "bind.h"
@@ -43,15 +44,24 @@ struct Scalar {
 
 enum Kind { kOurs, kIdle, kForeign };  // updated here; without a gradient so far; left to torch
 
+constexpr int kMaxValues = 8;         // entries of one parameter's state dict that can be watched
+constexpr int kShape = 5;             // dimensions of a state that are remembered
+constexpr int64_t kAlwaysRead = 4096;  // from this size on a state's address is read anew at every step,
+constexpr int kReadEvery = 16;         // below it in every 16th: it moves only if somebody re-points the tensor
+
 struct Param {
-  Kind kind;
   py::object tensor;
-  py::object state;                  // the dict opt.state[p], or None
-  std::vector<py::object> tensors;   // the values in that dict, in its order
-  std::vector<py::object> operands;  // those among them that the kernel updates, in its order
-  py::object step, carry;            // 0-d tensors, or None
-  int64_t done = 0;                  // steps so far, where there is no step tensor
-  const char* last = nullptr;        // where the parameter was last time
+  py::object state;                       // the dict opt.state[p], or None
+  PyObject* values[kMaxValues] = {};      // what that dict holds, in its order
+  py::object operands[kMaxStates];        // those that the kernel updates, in its order
+  py::object step, carry;                 // 0-d tensors, or None
+  std::vector<py::object> keep;           // keeps `values` and their memory alive
+  View views[2 + kMaxStates] = {};        // param (as of the last step), unused, states
+  int64_t shape[kMaxStates][kShape];      // the states' shapes, kept here to spare a walk through memory
+  Scalar step_at, carry_at;
+  int64_t done = 0;                       // steps so far, where there is no step tensor
+  Kind kind = kIdle;
+  int n_values = 0, n_operands = 0;
 };
 
 struct TorchGroup {
@@ -72,6 +82,8 @@ class TorchPlan {
     for (py::handle t : types) types_.push_back(py::reinterpret_borrow<py::object>(t));
     api_ = exchange_api(types_.at(0));
     if (!api_) throw py::type_error("this torch has no DLPack exchange API");
+    PyObject* grad = _PyType_Lookup(reinterpret_cast<PyTypeObject*>(types_.at(0).ptr()), grad_.ptr());
+    if (grad && Py_TYPE(grad) == &PyGetSetDescr_Type) getter_ = reinterpret_cast<PyGetSetDescrObject*>(grad)->d_getset;
   }
 
   void add_group(py::dict options, int kernel, py::list hyper, py::list truths, py::list same) {
@@ -92,9 +104,15 @@ class TorchPlan {
     p.kind = Kind(kind);
     p.tensor = std::move(tensor);
     p.state = std::move(state);
-    if (!p.state.is_none())
-      for (auto item : py::dict(p.state)) p.tensors.push_back(py::reinterpret_borrow<py::object>(item.second));
-    for (py::handle o : operands) p.operands.push_back(py::reinterpret_borrow<py::object>(o));
+    if (!p.state.is_none()) {
+      if (py::len(p.state) > size_t(kMaxValues)) throw py::value_error("state: too many entries");
+      for (auto item : py::reinterpret_borrow<py::dict>(p.state)) {
+        p.values[p.n_values++] = item.second.ptr();
+        p.keep.push_back(py::reinterpret_borrow<py::object>(item.second));
+        if (py::hasattr(item.second, "untyped_storage")) p.keep.push_back(item.second.attr("untyped_storage")());
+      }
+    }
+    for (py::handle o : operands) p.operands[p.n_operands++] = py::reinterpret_borrow<py::object>(o);
     p.step = std::move(step);
     p.carry = std::move(carry);
     p.done = done;
@@ -107,6 +125,8 @@ class TorchPlan {
     for (auto item : state_)
       entries_.emplace_back(py::reinterpret_borrow<py::object>(item.first),
                             py::reinterpret_borrow<py::object>(item.second));
+    for (TorchGroup& g : groups_)
+      for (Param& p : g.params) read_state(p);
   }
 
   // Is `tensor` one that the kernels take as it is: a plain CPU tensor of a type of ours, no negative bit?
@@ -124,15 +144,13 @@ class TorchPlan {
       look(state, param_groups);
     } catch (const Stale&) {
       grads_.clear();
-      active_.clear();
-      places_.clear();
       return false;
     }
     advance();
     {
       Busy busy(busy_);
       py::gil_scoped_release nogil;
-      norm_ = plan_.run({unscale, max_norm}, threads);
+      norm_ = plan_.run({unscale, max_norm}, Team::kTorch, threads);
     }
     tell_autograd();
     grads_.clear();
@@ -197,6 +215,12 @@ class TorchPlan {
     Py_DECREF(r);
     return yes;
   }
+  // tensor.grad, without looking the attribute up a thousand times.
+  py::object grad_of(PyObject* o) const {
+    PyObject* g = getter_ ? getter_->get(o, getter_->closure) : PyObject_GetAttr(o, grad_.ptr());
+    if (!g) throw py::error_already_set();
+    return py::reinterpret_steal<py::object>(g);
+  }
   bool read(PyObject* o, DLTensor* t) const {
     if (api_->tensor_from_object(o, t) != 0) {
       PyErr_Clear();
@@ -218,8 +242,8 @@ class TorchPlan {
 
   void add_extents(const Param& p, int row, std::vector<Extent>& extents) const {
     extents.push_back(extent_of(view(p.tensor.ptr()), true, row, 0));
-    for (size_t k = 0; k < p.operands.size(); ++k)
-      extents.push_back(extent_of(view(p.operands[k].ptr()), true, row, 2 + int(k)));
+    for (int k = 0; k < p.n_operands; ++k)
+      extents.push_back(extent_of(view(p.operands[k].ptr()), true, row, 2 + k));
   }
 
   // Everything a step needs to know, read and compared before the first write.
@@ -231,7 +255,6 @@ class TorchPlan {
     layouts_.clear();
     grads_.clear();
     active_.clear();
-    clocks_.clear();
     bool moved = false;
     for (size_t g = 0; g < groups_.size(); ++g) {
       TorchGroup& group = groups_[g];
@@ -274,31 +297,44 @@ class TorchPlan {
     return number(item.ptr());
   }
 
+  void read_state(Param& p) const {
+    for (int k = 0; k < p.n_operands; ++k) {
+      View& v = p.views[2 + k];
+      v = view(p.operands[k].ptr());
+      if (v.contiguous()) v.stride = nullptr;
+      if (v.ndim <= kShape) v.shape = std::copy(v.shape, v.shape + v.ndim, p.shape[k]) - v.ndim;
+    }
+    p.step_at = p.step.is_none() ? Scalar{} : scalar(p.step);
+    p.carry_at = p.carry.is_none() ? Scalar{} : scalar(p.carry);
+  }
+
   // True if the parameter is not where it was.
   bool look(Param& p, int group, int kernel) {
-    py::object grad = py::reinterpret_steal<py::object>(PyObject_GetAttr(p.tensor.ptr(), grad_.ptr()));
-    if (!grad) throw py::error_already_set();
+    if (!exact(p.tensor.ptr())) throw Stale();
+    py::object grad = grad_of(p.tensor.ptr());
     if (grad.is_none()) return false;
-    if (p.kind == kIdle || !exact(p.tensor.ptr()) || !exact(grad.ptr()) || negative(grad.ptr())) throw Stale();
-    if (size_t(PyDict_GET_SIZE(p.state.ptr())) != p.tensors.size()) throw Stale();
-    PyObject *key, *held;
-    Py_ssize_t at = 0;
-    for (const py::object& t : p.tensors)
-      if (!PyDict_Next(p.state.ptr(), &at, &key, &held) || held != t.ptr()) throw Stale();
-
-    const int n = 2 + int(p.operands.size());
-    View v[kOperands];
+    if (p.kind == kIdle || !exact(grad.ptr()) || negative(grad.ptr())) throw Stale();
+    if (!p.state.is_none()) {
+      if (PyDict_GET_SIZE(p.state.ptr()) != p.n_values) throw Stale();
+      PyObject *key, *held;
+      Py_ssize_t at = 0;
+      for (int k = 0; k < p.n_values; ++k)
+        if (!PyDict_Next(p.state.ptr(), &at, &key, &held) || held != p.values[k]) throw Stale();
+    }
+    const int n = 2 + p.n_operands;
+    const char* last = p.views[0].data;
+    View* v = p.views;
     v[0] = view(p.tensor.ptr());
     v[1] = view(grad.ptr());
-    for (int k = 2; k < n; ++k) v[k] = view(p.operands[size_t(k) - 2].ptr());
+    Row row{};
+    row.span.n = v[0].size();
+    if (row.span.n >= kAlwaysRead || plan_.rows.size() % kReadEvery == tick_) read_state(p);
     for (int k = 1; k < n; ++k)
       if (!v[k].same_shape(v[0])) throw Stale();
     for (int k = 3; k < n; ++k)
       if (v[k].format != v[2].format) throw Stale();
-    bool moved = v[0].data != p.last;
+    const bool moved = v[0].data != last;
     if (moved && (negative(p.tensor.ptr()) || overlaps_itself(v[0]))) throw Stale();
-
-    Row row{};
     row.kernel = kernel;
     row.group = group;
     row.loop = find_loop(table().kernels[kernel], v[0].format, v[1].format, n > 2 ? v[2].format : v[0].format);
@@ -306,12 +342,9 @@ class TorchPlan {
     lay_out(v, n, row, layouts_);
     Extent own = extent_of(v[0], true, 0, 0), its = extent_of(v[1], false, 0, 1);
     if (own.low < its.high && its.low < own.high) throw Stale();
-    Clocks c{&p, p.step.is_none() ? Scalar{} : scalar(p.step), p.carry.is_none() ? Scalar{} : scalar(p.carry)};
     plan_.rows.push_back(row);
-    clocks_.push_back(c);
-    active_.push_back(p.tensor);
+    active_.push_back(&p);
     grads_.push_back(std::move(grad));
-    if (moved) places_.emplace_back(&p, v[0].data);
     return moved;
   }
 
@@ -319,34 +352,29 @@ class TorchPlan {
     const Table& t = table();
     for (size_t r = 0; r < plan_.rows.size(); ++r) {
       Row& row = plan_.rows[r];
-      const Clocks& c = clocks_[r];
-      row.clock = {c.step.data ? int64_t(c.step.get()) : c.param->done, c.carry.data ? c.carry.get() : 0};
+      Param& p = *active_[r];
+      row.clock = {p.step_at.data ? int64_t(p.step_at.get()) : p.done, p.carry_at.data ? p.carry_at.get() : 0};
       t.kernels[row.kernel].advance(plan_.groups[size_t(row.group)].hyper.data(), row.clock);
-      if (c.step.data) c.step.set(double(row.clock.t));
-      if (c.carry.data) c.carry.set(row.clock.carry), row.clock.carry = c.carry.get();
-      c.param->done = row.clock.t;
+      if (p.step_at.data) p.step_at.set(double(row.clock.t));
+      if (p.carry_at.data) p.carry_at.set(row.clock.carry), row.clock.carry = p.carry_at.get();
+      p.done = row.clock.t;
     }
-    for (auto& [p, data] : places_) p->last = data;
-    places_.clear();
+    tick_ = (tick_ + 1) % kReadEvery;
   }
 
   void tell_autograd() {
     if (active_.empty()) return;
     py::list changed(active_.size());
-    for (size_t i = 0; i < active_.size(); ++i) changed[i] = active_[i];
+    for (size_t i = 0; i < active_.size(); ++i)
+      PyList_SET_ITEM(changed.ptr(), py::ssize_t(i), active_[i]->tensor.inc_ref().ptr());
     bump_(changed);
-    active_.clear();
   }
-
-  struct Clocks {
-    Param* param;
-    Scalar step, carry;
-  };
 
   py::dict state_;
   py::object is_neg_, bump_;
   std::vector<py::object> types_;
   const DLPackExchangeAPI* api_;
+  const PyGetSetDef* getter_ = nullptr;
   std::vector<std::pair<py::object, py::object>> entries_;
   std::vector<TorchGroup> groups_;
   py::object grad_ = interned(py::str("grad")), params_ = interned(py::str("params")),
@@ -354,9 +382,9 @@ class TorchPlan {
 
   Plan plan_;
   std::vector<std::unique_ptr<Strided>> layouts_;
-  std::vector<py::object> grads_, active_;
-  std::vector<Clocks> clocks_;
-  std::vector<std::pair<Param*, const char*>> places_;
+  std::vector<py::object> grads_;
+  std::vector<Param*> active_;
+  size_t tick_ = 0;
   double norm_ = -1;
   bool busy_ = false;
 };

@@ -8,7 +8,6 @@
 #include <algorithm>
 
 #include "dispatch.h"
-#include "threads.h"
 
 namespace fusedopt {
 namespace {
@@ -198,13 +197,13 @@ int64_t Plan::split(int64_t grain, int threads, int* parts) {
   return total;
 }
 
-double Plan::norm(const Table& t, int threads) {
+double Plan::norm(const Table& t, Team team, int threads) {
   int parts;
   int64_t total = split(kNormGrain, threads, &parts);
   partial_.assign(size_t(total / kNormBlock) + rows.size() + 1, 0.0);
   Work work{*this, t, total, parts, partial_.data()};
   parallel(
-      parts,
+      team, parts,
       [](void* w, int part) {
         FloatMode mode;
         static_cast<Work*>(w)->norm(part);
@@ -216,12 +215,12 @@ double Plan::norm(const Table& t, int threads) {
   return sqrt(sum);
 }
 
-double Plan::run(const Scaling& scaling, int threads) {
+double Plan::run(const Scaling& scaling, Team team, int threads) {
   const Table& t = table();
   FloatMode mode;
   double result = -1, factor = scaling.unscale;
   if (scaling.max_norm > 0) {
-    result = norm(t, threads) * fabs(scaling.unscale);
+    result = norm(t, team, threads) * fabs(scaling.unscale);
     double clip = scaling.max_norm / (result + 1e-6);  // as torch.nn.utils.clip_grad_norm_; NaN stays NaN
     if (!(clip >= 1)) factor *= clip;
   }
@@ -231,7 +230,7 @@ double Plan::run(const Scaling& scaling, int threads) {
   int64_t total = split(kStepGrain, threads, &parts);
   Work work{*this, t, total, parts, nullptr};
   parallel(
-      parts,
+      team, parts,
       [](void* w, int part) {
         FloatMode inner;
         static_cast<Work*>(w)->sweep(part);

@@ -66,58 +66,57 @@ struct Job {
   }
 };
 
-// Workers that sleep between jobs, one job at a time: who finds the pool busy works alone.
+// Workers that sleep between jobs, one job at a time: who finds the pool busy works alone, and nobody waits for a worker
+// that has not begun (its core may be taken by another library's threads).
 class Pool {
  public:
-  bool run(Job& job) {
+  void run(Job& job) {
     std::unique_lock<std::mutex> busy(busy_, std::try_to_lock);
-    if (!busy.owns_lock()) return false;
-    int helpers = job.parts - 1;
+    if (!busy.owns_lock()) return job.work(0);
     {
       std::lock_guard<std::mutex> lock(mutex_);
       try {
-        while (int(workers_) < helpers) {
-          std::thread([this, id = workers_] { serve(id); }).detach();
-          ++workers_;
-        }
+        for (; workers_ < job.parts - 1; ++workers_) std::thread([this, id = workers_ + 1] { serve(id); }).detach();
       } catch (const std::system_error&) {  // no more threads to be had: go on with those there are
       }
-      if (helpers > workers_) helpers = workers_;
       job_ = &job;
-      wanted_ = helpers;
-      running_.store(helpers, std::memory_order_relaxed);
       generation_.fetch_add(1, std::memory_order_release);
     }
     wake_.notify_all();
     job.work(0);
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      job_ = nullptr;
+    }
     while (running_.load(std::memory_order_acquire) > 0) relax();
-    return true;
   }
 
  private:
   void serve(int id) {
     for (uint64_t seen = 0;;) {
       // A step follows a step within microseconds when arrays are small: look for a while before sleeping.
-      for (int i = 0; i < 2000 && generation_.load(std::memory_order_acquire) == seen; ++i) relax();
+      for (int i = 0; i < kLook && generation_.load(std::memory_order_acquire) == seen; ++i) relax();
       Job* job;
       {
         std::unique_lock<std::mutex> lock(mutex_);
         wake_.wait(lock, [&] { return generation_.load(std::memory_order_relaxed) != seen; });
         seen = generation_.load(std::memory_order_relaxed);
-        if (id >= wanted_) continue;
+        if (!job_ || id >= job_->parts) continue;
         job = job_;
+        running_.fetch_add(1, std::memory_order_relaxed);
       }
-      job->work(id + 1);
+      job->work(id);
       running_.fetch_sub(1, std::memory_order_release);
     }
   }
 
+  static constexpr int kLook = 2000;
   std::mutex busy_, mutex_;
   std::condition_variable wake_;
   std::atomic<uint64_t> generation_{0};
   std::atomic<int> running_{0};
   Job* job_ = nullptr;
-  int workers_ = 0, wanted_ = 0;
+  int workers_ = 0;
 };
 
 // Never destroyed: workers may outlive main. A forked child has none of the parent's workers and takes a new one.
@@ -178,23 +177,19 @@ int default_threads() {
   return usable_processors();
 }
 
-void parallel(int parts, void (*fn)(void*, int), void* arg) {
+void parallel(Team team, int parts, void (*fn)(void*, int), void* arg) {
+  if (parts > kMaxParts) abort();
   Job job;
   job.fn = fn;
   job.arg = arg;
   job.parts = parts;
-  if (parts > kMaxParts) abort();
-  if (parts > 1) {
-    if (openmp()) {
-      gomp_parallel.load()([](void* j) { static_cast<Job*>(j)->work(omp_thread_number.load()()); }, &job,
-                           unsigned(parts), 0);
-    } else {
-      the_pool().run(job);
-    }
-  }
-  job.work(0);  // whatever nobody took
+  if (parts <= 1) return job.work(0);
+  if (team == Team::kOurs || !openmp()) return the_pool().run(job);
+  gomp_parallel.load()([](void* j) { static_cast<Job*>(j)->work(omp_thread_number.load()()); }, &job, unsigned(parts),
+                       0);
+  job.work(0);  // a nested region may have had fewer threads than asked for
 }
 
-const char* parallel_runtime() { return openmp() ? "openmp" : "pool"; }
+const char* torch_team() { return openmp() ? "openmp" : "pool"; }
 
 }  // namespace fusedopt

@@ -1,5 +1,6 @@
-// Who runs the parts of a step: the OpenMP runtime that the process already has (torch's), else a small pool of our
-// own, else the caller alone. Never a second OpenMP runtime: its workers would fight torch's for the cores.
+// Who runs the parts of a step. Beside torch: the OpenMP runtime that torch runs, never a second one, whose workers
+// would fight torch's for the cores. For NumPy: a small pool of our own, which waits for no core that a BLAS library's
+// threads still hold.
 #pragma once
 #include <stdint.h>
 
@@ -11,11 +12,14 @@ int default_threads();
 
 constexpr int kMaxParts = 256;
 
-// Calls fn(arg, part) for every part in [0, parts), parts <= kMaxParts, on up to `parts` threads; returns when all are done. Results must
-// not depend on which thread runs which part. Callable from several threads at once, and in a forked child.
-void parallel(int parts, void (*fn)(void* arg, int part), void* arg);
+enum class Team { kOurs, kTorch };
 
-// "openmp" or "pool": what parallel() would use now.
-const char* parallel_runtime();
+// Calls fn(arg, part) for every part in [0, parts), parts <= kMaxParts, on up to `parts` threads; returns when all are
+// done. Results must not depend on which thread runs which part. Callable from several threads at once, and in a forked
+// child.
+void parallel(Team team, int parts, void (*fn)(void* arg, int part), void* arg);
+
+// "openmp" or "pool": what Team::kTorch stands for now.
+const char* torch_team();
 
 }  // namespace fusedopt

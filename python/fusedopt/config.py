@@ -83,7 +83,7 @@ def config() -> dict[str, Any]:
         "isa": get_isa(),
         "isas": isas(),
         "threads": get_num_threads(),
-        "runtime": _core.parallel_runtime(),
+        "runtime": "pool" if torch is None else f"pool; beside torch: {_core.torch_team()}",
         "cuda": "not built",
         "numpy": numpy.__version__,
         "torch": _installed_torch() if torch is None else str(torch.__version__),
