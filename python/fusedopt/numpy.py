@@ -103,14 +103,18 @@ def _make_function(rule: Rule) -> Callable[..., None]:
     by_step = "step" in rule.scalars
     clock = [*(["step"] if by_step else []), *carried(rule)]
     options = option_signature(rule, rule.once)
-    signature = ", ".join(["param", "grad", *positional, "*", *clock, options, *late, *([] if by_step else ["first=False"])])
+    signature = ", ".join(
+        ["param", "grad", *positional, "*", *clock, options, *late, *([] if by_step else ["first=False"])]
+    )
     arrays = "{" + ", ".join(f"{s!r}: {s}" for s in (*always, *sometimes, *carried(rule))) + "}"
     step = "step" if by_step else "1 if first else 2"
     body = f"_update(_rule, {option_dict(rule, rule.once)}, param, grad, {arrays}, {step})"
     function = compile_function(rule.function, signature, body, {"_update": _update, "_rule": rule})
     extra = ["step: the number of this step, counted from 1 (a sequence gives each array its own)."] if by_step else []
-    extra += [f"{s}: one float64 element, carried from step to step; starts at {rule.first(s, rule.defaults):g}."
-              for s in carried(rule)]
+    extra += [
+        f"{s}: one float64 element, carried from step to step; starts at {rule.first(s, rule.defaults):g}."
+        for s in carried(rule)
+    ]
     extra += [] if by_step else ["first: True in the step that initialises momentum_buffer with the gradient."]
     scalars = ["step=1"] if by_step else []
     scalars += [f"{s}=np.array({rule.first(s, rule.defaults)!r})" for s in carried(rule)]
@@ -177,7 +181,9 @@ class Optimizer:
         """
         unknown = set(group) - {"params", *self.defaults}
         if "params" not in group or unknown:
-            raise TypeError(f"param_groups: expected 'params' and options of {type(self).__name__}, got {sorted(group)}")
+            raise TypeError(
+                f"param_groups: expected 'params' and options of {type(self).__name__}, got {sorted(group)}"
+            )
         params = group["params"]
         new = {"params": list(params) if isinstance(params, list | tuple) else [params]}
         new.update({k: group.get(k, v) for k, v in self.defaults.items()})
@@ -256,7 +262,11 @@ class Optimizer:
             bool(options["maximize"]),
             ("params", "grads", *names),
             [self._label(start + i) for i in chosen],
-            [[group["params"][i] for i in chosen], [grads[i] for i in chosen], *([s[n] for s in states] for n in names)],
+            [
+                [group["params"][i] for i in chosen],
+                [grads[i] for i in chosen],
+                *([s[n] for s in states] for n in names),
+            ],
             [s["step"] + 1 for s in states],
         )
         advanced += states
