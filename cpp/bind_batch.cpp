@@ -1,4 +1,5 @@
 // `_core.Batch`: tensors given as arrays at each call. Everything is checked before the first write.
+#include <pybind11/numpy.h>
 #include <pybind11/stl.h>
 
 #include <algorithm>
@@ -74,9 +75,29 @@ class Batch {
     }
   }
 
+  // Raises ValueError where what is written shares memory with anything else that was added.
+  // grads=false looks past the gradients.
+  void check(bool grads) {
+    if (!grads)
+      extents_.erase(std::remove_if(extents_.begin(), extents_.end(), [](const Extent& e) { return e.operand == 1; }),
+                     extents_.end());
+    layout_.clear();
+    for (const Extent& e : extents_) {
+      layout_.push_back(reinterpret_cast<intptr_t>(e.low));
+      layout_.push_back(reinterpret_cast<intptr_t>(e.high));
+      layout_.push_back(e.written);
+    }
+    for (const auto& s : layouts_)
+      for (int k = 0; k < s->n; ++k) layout_.insert(layout_.end(), s->stride[k], s->stride[k] + s->ndim);
+    if (layout_ == checked_) return;  // as in the last call
+    checked_.clear();
+    refuse_overlap();
+    checked_ = layout_;
+  }
+
   // One step over all that was added; the global gradient norm if max_norm > 0, else None.
   py::object run(double max_norm, int threads) {
-    check_overlap();
+    check(true);
     for (size_t r = 0; r < plan_.rows.size(); ++r) {
       Row& row = plan_.rows[r];
       if (carries_[r]) row.clock.carry = *carries_[r];
@@ -148,27 +169,22 @@ class Batch {
                          name_of(v[bad_grad ? 1 : 2].format));
   }
 
-  void check_overlap() {
-    auto same = [](const Extent& a, const Extent& b) {
-      return a.low == b.low && a.high == b.high && a.written == b.written;
-    };
-    if (extents_.size() == checked_.size() &&
-        std::equal(extents_.begin(), extents_.end(), checked_.begin(), same))
-      return;
-    checked_ = extents_;
-    constexpr size_t kLimit = 10000;
+  py::array as_numpy(const py::object& object) {
+    View v = view_of(object, keep_, [] { return std::string("array"); });
+    std::vector<py::ssize_t> shape(v.shape, v.shape + v.ndim), strides;
+    for (int d = 0; v.stride && d < v.ndim; ++d) strides.push_back(v.step(d) * py::ssize_t(size_of(v.format)));
+    return py::array(py::dtype(size_of(v.format) == 2 ? "u2" : name_of(v.format)), shape, strides, v.data, object);
+  }
+
+  void refuse_overlap() {
+    constexpr size_t kLimit = 1000000;
     auto pairs = meetings(extents_, kLimit);
     for (auto& [a, b] : pairs) {
       Place pa = place(a), pb = place(b);
-      py::object oa = pa.object(), ob = pb.object();
-      bool shared = true;
-      if (pairs.size() < kLimit) {  // interleaved strided views may meet without sharing an element
-        py::object np = py::module_::import("numpy");
-        if (py::isinstance(oa, np.attr("ndarray")) && py::isinstance(ob, np.attr("ndarray")))
-          shared = np.attr("shares_memory")(oa, ob).cast<bool>();
-      }
-      if (!shared) continue;
-      checked_.clear();
+      // Interleaved strided views may meet without sharing an element.
+      if (pairs.size() < kLimit &&
+          !py::module_::import("numpy").attr("shares_memory")(as_numpy(pa.object()), as_numpy(pb.object())).cast<bool>())
+        continue;
       bool swap = b.row < a.row || (b.row == a.row && b.operand < a.operand);
       throw py::value_error((swap ? pa : pb).name() + ": shares memory with " + (swap ? pb : pa).name());
     }
@@ -187,9 +203,22 @@ class Batch {
   std::vector<Source> sources_;
   std::vector<std::unique_ptr<Strided>> layouts_;
   std::vector<py::object> keep_, foreign_;
-  std::vector<Extent> extents_, checked_;
+  std::vector<Extent> extents_;
+  std::vector<int64_t> layout_, checked_;  // where all operands lie: now, and when they were last found apart
   std::vector<double*> carries_;
 };
+
+// The whole of an in-place function's call: the batch is kept, so that its vectors are, too.
+void update(int kernel, std::vector<double> hyper, bool maximize, py::tuple names, py::object labels, py::list operands,
+            py::list steps, int threads) {
+  thread_local Batch batch;
+  struct Clear {
+    ~Clear() { batch.clear(); }
+  } at_end;
+  batch.add(kernel, std::move(hyper), maximize, std::move(names), std::move(labels), std::move(operands),
+            std::move(steps));
+  batch.run(0, threads);
+}
 
 }  // namespace
 
@@ -199,7 +228,11 @@ void bind_batch(py::module_& m) {
       .def("clear", &Batch::clear)
       .def("add", &Batch::add, py::arg("kernel"), py::arg("hyper"), py::arg("maximize"), py::arg("names"),
            py::arg("labels"), py::arg("operands"), py::arg("steps"))
+      .def("check", &Batch::check, py::arg("grads"))
       .def("run", &Batch::run, py::arg("max_norm"), py::arg("threads"));
+  m.def("update", &update, py::arg("kernel"), py::arg("hyper"), py::arg("maximize"), py::arg("names"),
+        py::arg("labels"), py::arg("operands"), py::arg("steps"), py::arg("threads"),
+        "Adds one group to a batch and runs it.");
 }
 
 }  // namespace fusedopt

@@ -48,12 +48,21 @@ FUSEDOPT_HD T decayed(T g, T p, T decay) {
   return decay != T(0) ? fma1(decay, p, g) : g;
 }
 
-// b^n by repeated squaring: `pow` of two C libraries differs in its last bit.
+// b^n by repeated squaring (`pow` of two C libraries differs in its last bit), carrying what each product rounds off:
+// 1 - b^n would make a lost digit large.
 FUSEDOPT_HD double power(double b, int64_t n) {
-  double r = 1;
-  for (; n > 0; n >>= 1, b *= b)
-    if (n & 1) r *= b;
-  return r;
+  double r = 1, r_low = 0, b_low = 0;
+  for (; n > 0; n >>= 1) {
+    if (n & 1) {
+      double p = r * b;
+      r_low = fma(r, b, -p) + (r * b_low + r_low * b);
+      r = p;
+    }
+    double p = b * b;
+    b_low = fma(b, b, -p) + 2 * b * b_low;
+    b = p;
+  }
+  return r + r_low;
 }
 
 // exp(x) for x in [-700, 0], by basic operations alone, for the same reason.

@@ -7,6 +7,10 @@
 
 #include <algorithm>
 
+#if defined(__SSE2__) || defined(_M_X64)
+#include <xmmintrin.h>
+#endif
+
 #include "dispatch.h"
 
 namespace fusedopt {
@@ -21,16 +25,24 @@ constexpr int64_t kSplitAlign = 64;
 // The arithmetic of a step is IEEE's default, whatever the caller's mode (flush to zero, rounding), which comes back.
 class FloatMode {
  public:
+#if defined(__SSE2__) || defined(_M_X64)
+  FloatMode() : saved_(_mm_getcsr()) { _mm_setcsr(0x1f80); }
+  ~FloatMode() { _mm_setcsr(saved_); }
+
+ private:
+  unsigned saved_;
+#else
   FloatMode() {
     fegetenv(&saved_);
     fesetenv(FE_DFL_ENV);
   }
   ~FloatMode() { fesetenv(&saved_); }
-  FloatMode(const FloatMode&) = delete;
-  FloatMode& operator=(const FloatMode&) = delete;
 
  private:
   fenv_t saved_;
+#endif
+  FloatMode(const FloatMode&) = delete;
+  FloatMode& operator=(const FloatMode&) = delete;
 };
 
 // Calls run(offset in memory, done, length) for stretches of `count` elements from logical position `begin`.

@@ -15,7 +15,7 @@ constexpr int kOperands = 2 + kMaxStates;  // param, grad, states
 
 // Operands that do not share one dense layout: walked in logical order, a tile at a time.
 struct Strided {
-  int ndim;
+  int n, ndim;  // operands, dimensions
   int64_t shape[kMaxDims];
   int64_t stride[kOperands][kMaxDims];  // in elements
 };

@@ -1,8 +1,6 @@
 // THE loop: load, rule, store, over a span. Options that belong to every rule live here (so far: the gradient's
 // multiplier, which unscales, clips and signs in a register). The compiler vectorises it; `make vectorized` shows where.
 #pragma once
-#include <new>
-
 #include "table.h"
 
 #if defined(__clang__)
@@ -69,7 +67,8 @@ struct Sweep {
     typename Rule::Hyper h;
     static_assert(sizeof h == sizeof(double) * words(Rule::hyper), "Hyper and its names differ");
     memcpy(&h, hyper, sizeof h);
-    ::new (prepared) Ready{Rule(h, clock), T(scale)};
+    const Ready ready{Rule(h, clock), T(scale)};
+    memcpy(prepared, &ready, sizeof ready);
   }
 
   static void advance(const double* hyper, Clock& clock) {

@@ -75,6 +75,11 @@ struct Managed {  // DLManagedTensorVersioned up to its tensor
 };
 
 bool dlpack_view(py::handle object, std::vector<py::object>& keep, View* v, std::string* why) {
+  for (const char* bit : {"is_neg", "is_conj"})  // torch's lazy views, which DLPack does not tell of
+    if (py::hasattr(object, bit) && object.attr(bit)().cast<bool>()) {
+      *why = "a lazily negated or conjugated view: resolve it first";
+      return false;
+    }
   int device = object.attr("__dlpack_device__")().cast<py::tuple>()[0].cast<int>();
   if (device != kDLCpu) {
     *why = "expected an array on the CPU, got DLPack device type " + std::to_string(device);
@@ -111,12 +116,17 @@ bool dlpack_view(py::handle object, std::vector<py::object>& keep, View* v, std:
   bool read_only = v->read_only;
   *v = view_of(*t, format);
   v->read_only = read_only;
+  if (reinterpret_cast<uintptr_t>(v->data) % size_of(format) != 0) {
+    *why = "the array is misaligned for its dtype";
+    return false;
+  }
   keep.push_back(std::move(capsule));
   return true;
 }
 
 // Drops dimensions of size 1 and merges those that every operand can walk as one.
-void simplify(Strided& s, int n) {
+void simplify(Strided& s) {
+  const int n = s.n;
   int out = 0;
   for (int d = 0; d < s.ndim; ++d) {
     if (s.shape[d] == 1) continue;
@@ -196,6 +206,7 @@ void lay_out(const View* v, int n, Row& row, std::vector<std::unique_ptr<Strided
   for (int k = 0; k < n && flat; ++k) flat = v[k].contiguous();
   if (flat || row.span.n == 0) return;
   Strided s;
+  s.n = n;
   s.ndim = v[0].ndim;
   for (int d = 0; d < s.ndim; ++d) s.shape[d] = v[0].shape[d];
   for (int k = 0; k < n; ++k) {
@@ -205,7 +216,7 @@ void lay_out(const View* v, int n, Row& row, std::vector<std::unique_ptr<Strided
       expected *= s.shape[d];
     }
   }
-  simplify(s, n);
+  simplify(s);
   bool alike = dense(s, 0);
   for (int k = 1; k < n && alike; ++k) alike = std::equal(s.stride[0], s.stride[0] + s.ndim, s.stride[k]);
   if (alike) return;

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from textwrap import dedent
 from typing import Any
 
-from .rules import KERNELS, Rule
+from .rules import Rule
 
 
 def compile_function(name: str, signature: str, body: str, names: dict[str, Any]) -> Callable[..., Any]:
@@ -23,13 +23,13 @@ def option_signature(rule: Rule, without: tuple[str, ...] = ()) -> str:
 
 
 def option_dict(rule: Rule, without: tuple[str, ...] = ()) -> str:
-    """``{'lr': lr, 'betas': betas, ...}``"""
-    return "{" + ", ".join(f"{k!r}: {k}" for k in rule.defaults if k not in without) + "}"
+    """``{'lr': lr, 'betas': betas, ...}``; options that are not in the signature have their default."""
+    return "{" + ", ".join(f"{k!r}: {v!r}" if k in without else f"{k!r}: {k}" for k, v in rule.defaults.items()) + "}"
 
 
 def array_names(rule: Rule) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """The arrays that every variant of the rule keeps, and those that only some do; torch's names and order."""
-    variants = [KERNELS[kernel][2] for kernel in rule.variants.values()]
+    variants = [rule.states(dict.fromkeys(true, True)) for true in rule.variants]
     always = tuple(s for s in variants[0] if all(s in v for v in variants))
     sometimes = tuple(dict.fromkeys(s for v in variants for s in v if s not in always))
     return always, sometimes

@@ -6,7 +6,9 @@ The checks of arrays (dtype, shape, memory) are C++'s (cpp/bind_batch.cpp); thos
 from __future__ import annotations
 
 import operator
+import threading
 from collections.abc import Callable, Iterator, Mapping
+from functools import cache
 from typing import Any, ClassVar
 
 import numpy as np
@@ -14,12 +16,14 @@ import numpy as np
 from . import _core
 from ._make import array_names, carried, compile_function, option_dict, option_signature, rule_doc
 from .config import get_num_threads
-from .rules import KERNELS, RULES, Rule
+from .rules import RULES, Kernel, Rule
 
 __all__: list[str] = ["Optimizer"]
 
 
 def _listed(value: Any, many: bool, name: str) -> list[Any]:
+    if value is None:
+        raise TypeError(f"{name}: expected an array with these options, got None")
     if not many:
         return [value]
     if not isinstance(value, list | tuple):
@@ -28,6 +32,8 @@ def _listed(value: Any, many: bool, name: str) -> list[Any]:
 
 
 def _counted(step: Any, n: int) -> list[int]:
+    if type(step) is int and step > 0:
+        return [step] * n
     values = list(step) if isinstance(step, list | tuple) else [step] * n
     if len(values) != n:
         raise ValueError(f"step: expected {n} values, got {len(values)}")
@@ -42,32 +48,28 @@ def _counted(step: Any, n: int) -> list[int]:
     return steps
 
 
-def _update(rule: Rule, options: dict[str, Any], param: Any, grad: Any, arrays: dict[str, Any], step: Any) -> None:
-    for option in rule.once:
-        options[option] = rule.defaults[option]
+def _update(rule: Rule, options: dict[str, Any], arrays: dict[str, Any], step: Any) -> None:
     rule.check(options)
     kernel = rule.kernel(options)
-    names = (*rule.states(options), *carried(rule))
+    names = _names(rule, kernel)
+    many = isinstance(arrays["param"], list | tuple)
+    operands = []
     for name, value in arrays.items():
-        if name in names and value is None:
-            raise TypeError(f"{name}: required with these options")
-        if name not in names and value is not None:
+        if name in names:
+            operands.append(_listed(value, many, name) if many or value is None else [value])
+        elif value is not None:
             raise TypeError(f"{name}: not used with these options, expected None")
-    many = isinstance(param, list | tuple)
-    operands = [_listed(param, many, "param"), _listed(grad, many, "grad")]
-    operands += [_listed(arrays[name], many, name) for name in names]
     n = len(operands[0])
-    batch = _core.Batch()
-    batch.add(
-        KERNELS[kernel][0],
-        rule.values(options),
-        bool(options["maximize"]),
-        ("param", "grad", *names),
-        range(n) if many else None,
-        operands,
-        _counted(step, n),
+    labels = range(n) if many else None
+    maximize = bool(options["maximize"])
+    _core.update(
+        kernel.index, kernel.values(options), maximize, names, labels, operands, _counted(step, n), get_num_threads()
     )
-    batch.run(0.0, get_num_threads())
+
+
+@cache
+def _names(rule: Rule, kernel: Kernel) -> tuple[str, ...]:
+    return "param", "grad", *kernel.states, *carried(rule)
 
 
 _FUNCTION_DOC = """
@@ -106,9 +108,11 @@ def _make_function(rule: Rule) -> Callable[..., None]:
     signature = ", ".join(
         ["param", "grad", *positional, "*", *clock, options, *late, *([] if by_step else ["first=False"])]
     )
-    arrays = "{" + ", ".join(f"{s!r}: {s}" for s in (*always, *sometimes, *carried(rule))) + "}"
+    # In the kernels' order: the states of a smaller variant are those of a larger one, less some.
+    names = ("param", "grad", *max((rule.states(dict.fromkeys(v, True)) for v in rule.variants), key=len), *carried(rule))
+    arrays = "{" + ", ".join(f"{s!r}: {s}" for s in names) + "}"
     step = "step" if by_step else "1 if first else 2"
-    body = f"_update(_rule, {option_dict(rule, rule.once)}, param, grad, {arrays}, {step})"
+    body = f"_update(_rule, {option_dict(rule, rule.once)}, {arrays}, {step})"
     function = compile_function(rule.function, signature, body, {"_update": _update, "_rule": rule})
     extra = ["step: the number of this step, counted from 1 (a sequence gives each array its own)."] if by_step else []
     extra += [
@@ -160,7 +164,7 @@ class Optimizer:
         self.state: list[dict[str, Any]] = []
         self.last_grad_norm: float | None = None
         self._keys: list[Any] | None = None
-        self._batch: Any = _core.Batch()
+        self._revive()
         self._max_norm()
         if isinstance(params, Mapping):
             self._keys = list(params)
@@ -188,9 +192,22 @@ class Optimizer:
         new = {"params": list(params) if isinstance(params, list | tuple) else [params]}
         new.update({k: group.get(k, v) for k, v in self.defaults.items()})
         self._check(new, 0)
-        states = [self._initial(p, new, len(self.state) + i) for i, p in enumerate(new["params"])]
+        for i, p in enumerate(new["params"]):
+            if not isinstance(p, np.ndarray):
+                raise TypeError(f"params[{self._label(len(self.state) + i)}]: expected a NumPy array, got {p!r:.80}")
+        states = [self._initial(p, new) for p in new["params"]]
         self.param_groups.append(new)
         self.state.extend(states)
+        try:  # the checks of a step, over all groups, with the parameters in place of gradients
+            self._batch.clear()
+            self._add_all([p for g in self.param_groups for p in g["params"]], [])
+            self._batch.check(grads=False)
+        except (TypeError, ValueError):
+            self.param_groups.pop()
+            del self.state[len(self.state) - len(states) :]
+            raise
+        finally:
+            self._batch.clear()
 
     def _check(self, group: dict[str, Any], step: int) -> dict[str, Any]:
         options = {k: group[k] for k in self.defaults}
@@ -199,9 +216,7 @@ class Optimizer:
         self._rule.check(options)
         return options
 
-    def _initial(self, param: Any, options: dict[str, Any], index: int) -> dict[str, Any]:
-        if not isinstance(param, np.ndarray):
-            raise TypeError(f"params[{self._label(index)}]: expected a NumPy array, got {type(param).__name__}")
+    def _initial(self, param: Any, options: dict[str, Any]) -> dict[str, Any]:
         state: dict[str, Any] = {"step": 0}
         for name in carried(self._rule):
             state[name] = np.array(self._rule.first(name, options))
@@ -231,42 +246,44 @@ class Optimizer:
         Raises:
             TypeError, ValueError: as the in-place functions do, before anything is written.
         """
-        batch, max_norm = self._batch, self._max_norm()
-        batch.clear()
-        advanced: list[dict[str, Any]] = []
-        flat = self._flat(grads)
+        if not self._free.acquire(blocking=False):
+            raise RuntimeError("step() of this optimizer is already running in another thread")
+        try:
+            max_norm = self._max_norm()
+            self._batch.clear()
+            advanced: list[dict[str, Any]] = []
+            self._add_all(self._flat(grads), advanced)
+            self.last_grad_norm = self._batch.run(max_norm, get_num_threads())
+            for state in advanced:
+                state["step"] += 1
+        finally:
+            self._batch.clear()
+            self._free.release()
+
+    def _add_all(self, grads: list[Any], advanced: list[dict[str, Any]]) -> None:
         start = 0
         for group in self.param_groups:
-            params = group["params"]
-            self._add(batch, group, flat[start : start + len(params)], start, advanced)
-            start += len(params)
-        norm = batch.run(max_norm, get_num_threads())
-        self.last_grad_norm = norm
-        for state in advanced:
-            state["step"] += 1
-        batch.clear()
+            n = len(group["params"])
+            self._add(group, grads[start : start + n], start, advanced)
+            start += n
 
-    def _add(self, batch: Any, group: dict[str, Any], grads: list[Any], start: int, advanced: list[Any]) -> None:
+    def _add(self, group: dict[str, Any], grads: list[Any], start: int, advanced: list[Any]) -> None:
         rule = self._rule
         options = self._check(group, max((s["step"] for s in self.state), default=0))
         kernel = rule.kernel(options)
-        names = (*rule.states(options), *carried(rule))
+        names = kernel.states + carried(rule)
         chosen = [i for i, g in enumerate(grads) if g is not None]
         states = [self.state[start + i] for i in chosen]
         for i, state in zip(chosen, states, strict=True):
             if any(name not in state for name in names):
-                state.update({**self._initial(group["params"][i], options, start + i), **state})
-        batch.add(
-            KERNELS[kernel][0],
-            rule.values(options),
+                state.update({**self._initial(group["params"][i], options), **state})
+        self._batch.add(
+            kernel.index,
+            kernel.values(options),
             bool(options["maximize"]),
             ("params", "grads", *names),
             [self._label(start + i) for i in chosen],
-            [
-                [group["params"][i] for i in chosen],
-                [grads[i] for i in chosen],
-                *([s[n] for s in states] for n in names),
-            ],
+            [[group["params"][i] for i in chosen], [grads[i] for i in chosen], *([s[n] for s in states] for n in names)],
             [s["step"] + 1 for s in states],
         )
         advanced += states
@@ -323,6 +340,10 @@ class Optimizer:
             ValueError: an array has another shape than its parameter's state.
         """
         params = [p for group in self.param_groups for p in group["params"]]
+        for kind, n in (("state", len(params)), ("group", len(self.param_groups))):
+            found = {k.split(".")[1] for k in state_dict if k.startswith(kind + ".")}
+            if found - {str(i) for i in range(n)}:
+                raise ValueError(f"state_dict: expected {n} entries {kind}.<i>, got {len(found)}")
         state: list[dict[str, Any]] = []
         for i, (param, old) in enumerate(zip(params, self.state, strict=True)):
             prefix = f"state.{i}."
@@ -359,12 +380,16 @@ class Optimizer:
             raise ValueError(f"state_dict: {key}: expected shape {param.shape}, got {array.shape}")
         return array
 
+    def _revive(self) -> None:
+        self._batch: Any = _core.Batch()
+        self._free = threading.Lock()
+
     def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k != "_batch"}
+        return {k: v for k, v in self.__dict__.items() if k not in ("_batch", "_free")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._batch = _core.Batch()
+        self._revive()
 
     def __repr__(self) -> str:
         n = sum(p.size for group in self.param_groups for p in group["params"])

@@ -7,7 +7,9 @@ front ends (``fusedopt.numpy``, ``fusedopt.torch``), their stubs, the tests and 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, ClassVar
 
 import numpy as np
@@ -21,6 +23,34 @@ Options = Mapping[str, Any]
 
 RULES: dict[str, Rule] = {}
 """All rules by the name of their optimizer class, in the order of definition."""
+
+@dataclass(frozen=True)
+class Kernel:
+    """One entry of the registry in cpp/rules.h, and where its hyperparameters come from."""
+
+    name: str
+    index: int
+    states: tuple[str, ...]
+    sources: tuple[tuple[str | None, int, float], ...]
+    """For each hyperparameter: the option or None, the index into it or -1, the value if there is no option."""
+
+    values: Callable[[Options], list[float]]
+    """The hyperparameters as numbers, in the kernel's order."""
+
+
+def _kernel(name: str, rule: Rule) -> Kernel:
+    index, hyper, states, _ = _core.kernels()[name]
+    sources: list[tuple[str | None, int, float]] = []
+    for h in hyper:
+        if h in rule.constants:
+            sources.append((None, -1, rule.constants[h]))
+        elif h in ("beta1", "beta2"):
+            sources.append(("betas", int(h[-1]) - 1, 0.0))
+        else:
+            sources.append((h, -1, 0.0))
+    items = (repr(c) if key is None else f"o[{key!r}]" + f"[{i}]" * (i >= 0) for key, i, c in sources)
+    return Kernel(name, index, states, tuple(sources), eval(f"lambda o: [{', '.join(items)}]"))
+
 
 # Option: lowest value, highest value, whether the highest is allowed. Options that are absent need only be finite.
 _RANGES: dict[str, tuple[float, float, bool]] = {
@@ -55,65 +85,55 @@ class Rule:
         return type(self).__name__
 
     @property
-    def chooses(self) -> tuple[str, ...]:
-        """The options whose truth chooses the kernel."""
-        return tuple(sorted({option for key in self.variants for option in key}))
-
-    @property
     def once(self) -> tuple[str, ...]:
         """The options that only say how a state begins."""
         return tuple(v for v in self.initial.values() if isinstance(v, str))
 
-    def kernel(self, options: Options) -> str:
-        """Name of the kernel that does this rule under these options."""
-        true = {option for option in self.chooses if options.get(option)}
-        return next(kernel for key, kernel in self.variants.items() if set(key) == true)
+    @cached_property
+    def chooses(self) -> tuple[str, ...]:
+        """The options whose truth chooses the kernel."""
+        return tuple(sorted({option for key in self.variants for option in key}))
+
+    @cached_property
+    def _by_truth(self) -> dict[tuple[bool, ...], Kernel]:
+        return {tuple(o in key for o in self.chooses): _kernel(name, self) for key, name in self.variants.items()}
+
+    def kernel(self, options: Options) -> Kernel:
+        """The kernel that does this rule under these options."""
+        return self._by_truth[tuple([bool(options.get(option)) for option in self.chooses])]
 
     def states(self, options: Options) -> tuple[str, ...]:
         """Names of the arrays kept per parameter under these options, in torch's order."""
-        names: tuple[str, ...] = KERNELS[self.kernel(options)][2]
-        return names
-
-    def hyper(self, options: Options) -> list[tuple[str | None, int, float]]:
-        """Where the kernel's hyperparameters come from: (option, index or -1, value if there is no option)."""
-        sources: list[tuple[str | None, int, float]] = []
-        for name in KERNELS[self.kernel(options)][1]:
-            if name in self.constants:
-                sources.append((None, -1, self.constants[name]))
-            elif name in ("beta1", "beta2"):
-                sources.append(("betas", int(name[-1]) - 1, 0.0))
-            else:
-                sources.append((name, -1, 0.0))
-        return sources
-
-    def values(self, options: Options) -> list[float]:
-        """The kernel's hyperparameters as numbers."""
-        return [
-            constant if key is None else float(options[key] if index < 0 else options[key][index])
-            for key, index, constant in self.hyper(options)
-        ]
+        return self.kernel(options).states
 
     def first(self, state: str, options: Options) -> float:
         """The value that a state begins with."""
         value = self.initial.get(state, 0.0)
         return float(options[value] if isinstance(value, str) else value)
 
+    @cached_property
+    def _ranges(self) -> list[tuple[str, type, float, float, bool]]:
+        return [(o, type(d), *_RANGES.get(o, (0.0, math.inf, False))) for o, d in self.defaults.items()]
+
     def check(self, options: Options) -> None:
         """Raises ValueError or TypeError, naming the option, unless every option is in its range."""
-        for option, default in self.defaults.items():
+        for option, kind, low, high, closed in self._ranges:
             value = options[option]
-            if isinstance(default, bool):
-                if not isinstance(value, bool | np.bool_):
+            if kind is float and type(value) is float and low <= value < high:
+                continue
+            if kind is bool:
+                if value is not True and value is not False and not isinstance(value, np.bool_):
                     raise TypeError(f"{option}: expected True or False, got {value!r}")
                 continue
-            low, high, closed = _RANGES.get(option, (0.0, math.inf, False))
-            many = isinstance(default, tuple)
-            items = value if many else (value,)
-            if many and (not isinstance(value, tuple | list | np.ndarray) or len(value) != len(default)):
-                raise TypeError(f"{option}: expected {len(default)} numbers, got {value!r}")
+            if kind is tuple:
+                if not isinstance(value, tuple | list | np.ndarray) or len(value) != len(self.defaults[option]):
+                    raise TypeError(f"{option}: expected {len(self.defaults[option])} numbers, got {value!r}")
+                items = value
+            else:
+                items = (value,)
             for item in items:
                 try:
-                    x = float(item)
+                    x = item if type(item) is float else float(item)
                 except (TypeError, ValueError):
                     raise TypeError(f"{option}: expected a number, got {item!r}") from None
                 if not (low <= x < high or (closed and x == high)):
@@ -129,7 +149,9 @@ class Rule:
         raise NotImplementedError
 
 
-KERNELS: dict[str, tuple[int, tuple[str, ...], tuple[str, ...], bool]] = _core.kernels()
+def _decayed(g: Array, p: Array, o: Options) -> Array:
+    """The L2 penalty's share of the gradient; without one an infinite parameter must not make it NaN."""
+    return g + o["weight_decay"] * p if o["weight_decay"] else g
 
 
 def _moments(p: Array, g: Array, s: State, o: Options, decoupled: bool) -> None:
@@ -138,7 +160,7 @@ def _moments(p: Array, g: Array, s: State, o: Options, decoupled: bool) -> None:
     if decoupled:
         p *= 1 - o["lr"] * o["weight_decay"]
     else:
-        g = g + o["weight_decay"] * p
+        g = _decayed(g, p, o)
     s["exp_avg"][...] = b1 * s["exp_avg"] + (1 - b1) * g
     s["exp_avg_sq"][...] = b2 * s["exp_avg_sq"] + (1 - b2) * g * g
 
@@ -182,7 +204,7 @@ class SGD(Rule):
             raise ValueError("nesterov: requires momentum > 0 and dampening = 0")
 
     def _reference(self, p: Array, g: Array, s: State, t: int, o: Options) -> None:
-        g = g + o["weight_decay"] * p
+        g = _decayed(g, p, o)
         if o["momentum"]:
             b = s["momentum_buffer"]
             b[...] = g if t == 1 else o["momentum"] * b + (1 - o["dampening"]) * g
@@ -222,7 +244,7 @@ class Adagrad(Rule):
     initial: ClassVar = {"sum": "initial_accumulator_value"}
 
     def _reference(self, p: Array, g: Array, s: State, t: int, o: Options) -> None:
-        g = g + o["weight_decay"] * p
+        g = _decayed(g, p, o)
         s["sum"] += g * g
         p -= o["lr"] / (1 + (t - 1) * o["lr_decay"]) * g / (np.sqrt(s["sum"]) + o["eps"])
 
@@ -269,7 +291,7 @@ class RMSprop(Rule):
 
     def _reference(self, p: Array, g: Array, s: State, t: int, o: Options) -> None:
         a = o["alpha"]
-        g = g + o["weight_decay"] * p
+        g = _decayed(g, p, o)
         v = s["square_avg"]
         v[...] = a * v + (1 - a) * g * g
         if o["centered"]:

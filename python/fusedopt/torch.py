@@ -27,7 +27,7 @@ from torch.optim import optimizer as _torch_optimizer
 from . import _core
 from ._make import compile_function, option_dict, option_signature, rule_doc
 from .config import get_num_threads
-from .rules import KERNELS, RULES, Rule
+from .rules import RULES, Rule
 
 __all__ = ["FallbackWarning"]
 
@@ -205,13 +205,13 @@ class _Fused(Optimizer):
         plan = _core.TorchPlan(self.state, _TYPES, torch.Tensor.is_neg, _bump)
         self._foreign = {}
         for g, group in enumerate(self.param_groups):
-            kernel = KERNELS[rule.kernel(group)]
+            kernel = rule.kernel(group)
             hyper = [
                 (None, -1, float(rule.defaults[key])) if key is not None and key not in group else (key, index, value)
-                for key, index, value in rule.hyper(group)
+                for key, index, value in kernel.sources
             ]
             same = [k for k in ("fused", "state_dtype", "differentiable", "capturable") if k in group]
-            plan.add_group(group, kernel[0], hyper, [k for k in rule.chooses if k in group], same)
+            plan.add_group(group, kernel.index, hyper, [k for k in rule.chooses if k in group], same)
             general = self._group_reason(group)
             for p in group["params"]:
                 grad = p.grad
@@ -227,12 +227,12 @@ class _Fused(Optimizer):
                     if new:
                         created.append((p, new))
                     state = self.state.get(p)
-                    reason = self._state_reason(p, grad, state or {}, rule.states(group))
+                    reason = self._state_reason(p, grad, state or {}, kernel.states)
                 if reason:
                     self._foreign.setdefault(reason, []).append((g, p))
                     plan.add_param(p, _FOREIGN, None, [], None, None, 0)
                     continue
-                arrays = [state[name] for name in kernel[2]] if state else []
+                arrays = [state[name] for name in kernel.states] if state else []
                 scalars = [state[name] if state else None for name in rule.scalars]
                 step, carry = (*scalars, None, None)[:2]
                 plan.add_param(p, _OURS, state, arrays, step, carry, done)
