@@ -353,10 +353,11 @@ class TorchPlan {
     for (size_t r = 0; r < plan_.rows.size(); ++r) {
       Row& row = plan_.rows[r];
       Param& p = *active_[r];
-      row.clock = {p.step_at.data ? int64_t(p.step_at.get()) : p.done, p.carry_at.data ? p.carry_at.get() : 0};
+      row.clock = {p.step_at.data ? int64_t(p.step_at.get()) : p.done, p.carry_at.data ? p.carry_at.get() : 0,
+                   p.carry_at.format == kF32};
       t.kernels[row.kernel].advance(plan_.groups[size_t(row.group)].hyper.data(), row.clock);
       if (p.step_at.data) p.step_at.set(double(row.clock.t));
-      if (p.carry_at.data) p.carry_at.set(row.clock.carry), row.clock.carry = p.carry_at.get();
+      if (p.carry_at.data) p.carry_at.set(row.clock.carry);
       p.done = row.clock.t;
     }
     tick_ = (tick_ + 1) % kReadEvery;

@@ -11,19 +11,23 @@
 
 namespace fusedopt {
 
-// Where a tensor stands in its own history: the steps done, and one number that a rule may carry along.
+// Where a tensor stands in its own history: the steps done, and one number that a rule may carry along, a product that
+// is stored in single or double precision.
 struct Clock {
   int64_t t;
   double carry;
+  bool single;
 };
 
 namespace {
 
-// A rule without a carried number.
+// A rule without a carried number. One with it says what the number is multiplied by in step t.
 struct NoCarry {
   static constexpr bool carries = false;
   template <class Hyper>
-  static FUSEDOPT_HD void advance(const Hyper&, Clock&) {}
+  static FUSEDOPT_HD double factor(const Hyper&, int64_t) {
+    return 1;
+  }
 };
 
 // p <- p - lr (g + decay p)

@@ -74,8 +74,8 @@ struct Sweep {
   static void advance(const double* hyper, Clock& clock) {
     typename Rule::Hyper h;
     memcpy(&h, hyper, sizeof h);
-    ++clock.t;
-    Rule::advance(h, clock);
+    const double f = Rule::factor(h, ++clock.t);
+    clock.carry = clock.single ? double(float(clock.carry) * float(f)) : clock.carry * f;
   }
 
   static void sweep(const void* prepared, const Span& span) {

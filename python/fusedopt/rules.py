@@ -154,8 +154,8 @@ def _decayed(g: Array, p: Array, o: Options) -> Array:
     return g + o["weight_decay"] * p if o["weight_decay"] else g
 
 
-def _moments(p: Array, g: Array, s: State, o: Options, decoupled: bool) -> None:
-    """Weight decay of either kind, then both moments; shared by the Adam family."""
+def _moments(p: Array, g: Array, s: State, o: Options, decoupled: bool) -> Array:
+    """Weight decay of either kind, then both moments; the decayed gradient. Shared by the Adam family."""
     b1, b2 = o["betas"]
     if decoupled:
         p *= 1 - o["lr"] * o["weight_decay"]
@@ -163,6 +163,7 @@ def _moments(p: Array, g: Array, s: State, o: Options, decoupled: bool) -> None:
         g = _decayed(g, p, o)
     s["exp_avg"][...] = b1 * s["exp_avg"] + (1 - b1) * g
     s["exp_avg_sq"][...] = b2 * s["exp_avg_sq"] + (1 - b2) * g * g
+    return g
 
 
 class SGD(Rule):
