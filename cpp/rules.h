@@ -203,6 +203,32 @@ struct AMSGrad : Adam<T> {
   }
 };
 
+// Adam along a scheduled Nesterov momentum; the clock carries the product of the momenta so far.
+template <class T>
+struct NAdam : Moments<T> {
+  static constexpr const char* hyper = "lr beta1 beta2 eps weight_decay decoupled_weight_decay momentum_decay";
+  static constexpr const char* states = "exp_avg exp_avg_sq";
+  static constexpr bool carries = true;
+  struct Hyper {
+    double lr, beta1, beta2, eps, weight_decay, decoupled, momentum_decay;
+  };
+  static FUSEDOPT_HD double mu(const Hyper& h, int64_t t) {
+    constexpr double kLog096 = -0.040821994520255166;  // log(0.96)
+    return h.beta1 * (1 - 0.5 * exponential(kLog096 * double(t) * h.momentum_decay));
+  }
+  static FUSEDOPT_HD double factor(const Hyper& h, int64_t t) { return mu(h, t); }
+  T lr_g, lr_m, unbias;
+  FUSEDOPT_HD NAdam(const Hyper& h, const Clock& c)
+      : Moments<T>(h),
+        lr_g(T(h.lr * (1 - mu(h, c.t)) / (1 - c.carry))),
+        lr_m(T(h.lr * mu(h, c.t + 1) / (1 - c.carry * mu(h, c.t + 1)))),
+        unbias(T(1 / sqrt(1 - power(h.beta2, c.t)))) {}
+  FUSEDOPT_HD void operator()(T& p, T g, T& m, T& v) const {
+    this->average(p, g, m, v);
+    p = p - (lr_g * g + lr_m * m) / (root(v) * unbias + this->eps);
+  }
+};
+
 }  // namespace
 
 // The registry: kernel name, struct. Everything else (bindings, dispatch, front ends, tests) reads it from here.
@@ -215,6 +241,7 @@ struct AMSGrad : Adam<T> {
   X(rmsprop_centered, RMSpropCentered) \
   X(rmsprop_centered_momentum, RMSpropCenteredMomentum) \
   X(adam, Adam)                        \
-  X(amsgrad, AMSGrad)
+  X(amsgrad, AMSGrad) \
+  X(nadam, NAdam)
 
 }  // namespace fusedopt

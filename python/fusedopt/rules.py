@@ -381,3 +381,49 @@ class AdamW(Adam):
     }
     constants: ClassVar = {"decoupled_weight_decay": 1.0}
     decoupled = True
+
+
+class NAdam(Rule):
+    r"""NAdam: Adam with Nesterov's look-ahead, along a momentum that warms up.
+
+    .. math::
+        \mu_t &= \beta_1 (1 - 0.96^{t \psi} / 2), \qquad \Pi_t = \prod_{i \le t} \mu_i \\
+        m_t &= \beta_1 m_{t-1} + (1 - \beta_1) g_t, \qquad v_t = \beta_2 v_{t-1} + (1 - \beta_2) g_t^2 \\
+        \hat m_t &= \mu_{t+1} m_t / (1 - \Pi_{t+1}) + (1 - \mu_t) g_t / (1 - \Pi_t), \qquad
+            \hat v_t = v_t / (1 - \beta_2^t) \\
+        \theta_t &= \theta_{t-1} - \gamma \hat m_t / (\sqrt{\hat v_t} + \epsilon)
+
+    Options:
+        lr: :math:`\gamma \ge 0`.
+        betas: :math:`\beta_1, \beta_2 \in [0, 1)`.
+        eps: :math:`\epsilon \ge 0`.
+        weight_decay: :math:`\lambda \ge 0`, L2 penalty.
+        momentum_decay: :math:`\psi \ge 0`.
+        decoupled_weight_decay: shrink the weights directly, as AdamW does.
+        maximize: ascend instead of descend.
+
+    Dozat: Incorporating Nesterov Momentum into Adam (ICLR workshop 2016).
+    """
+
+    function = "nadam_"
+    defaults: ClassVar = {
+        "lr": 2e-3,
+        "betas": (0.9, 0.999),
+        "eps": 1e-8,
+        "weight_decay": 0.0,
+        "momentum_decay": 4e-3,
+        "decoupled_weight_decay": False,
+        "maximize": False,
+    }
+    variants: ClassVar = {(): "nadam"}
+    scalars = ("step", "mu_product")
+    initial: ClassVar = {"mu_product": 1.0}
+
+    def _reference(self, p: Array, g: Array, s: State, t: int, o: Options) -> None:
+        b1, b2 = o["betas"]
+        g = _moments(p, g, s, o, o["decoupled_weight_decay"])
+        mu, ahead = (b1 * (1 - 0.5 * 0.96 ** (i * o["momentum_decay"])) for i in (t, t + 1))
+        s["mu_product"][...] *= mu
+        product = float(s["mu_product"])
+        m = (1 - mu) / (1 - product) * g + ahead / (1 - product * ahead) * s["exp_avg"]
+        p -= o["lr"] * m / (np.sqrt(s["exp_avg_sq"] / (1 - b2**t)) + o["eps"])
