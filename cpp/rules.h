@@ -229,6 +229,29 @@ struct NAdam : Moments<T> {
   }
 };
 
+// Adam that waits: without the second moment's root while its variance cannot be bounded.
+template <class T>
+struct RAdam : Moments<T> {
+  static constexpr const char* hyper = "lr beta1 beta2 eps weight_decay decoupled_weight_decay";
+  static constexpr const char* states = "exp_avg exp_avg_sq";
+  struct Hyper {
+    double lr, beta1, beta2, eps, weight_decay, decoupled;
+  };
+  T lr;
+  bool rectified;
+  FUSEDOPT_HD RAdam(const Hyper& h, const Clock& c) : Moments<T>(h) {
+    const double b2 = power(h.beta2, c.t), longest = 2 / (1 - h.beta2) - 1;
+    const double length = longest - 2 * double(c.t) * b2 / (1 - b2);  // of the moving average, in steps
+    rectified = length > 5;
+    const double r = (length - 4) * (length - 2) * longest / ((longest - 4) * (longest - 2) * length);
+    lr = T(h.lr / (1 - power(h.beta1, c.t)) * (rectified ? sqrt(r * (1 - b2)) : 1));
+  }
+  FUSEDOPT_HD void operator()(T& p, T g, T& m, T& v) const {
+    this->average(p, g, m, v);
+    p = p - (rectified ? (lr * m) / (root(v) + this->eps) : lr * m);
+  }
+};
+
 }  // namespace
 
 // The registry: kernel name, struct. Everything else (bindings, dispatch, front ends, tests) reads it from here.
@@ -242,6 +265,7 @@ struct NAdam : Moments<T> {
   X(rmsprop_centered_momentum, RMSpropCenteredMomentum) \
   X(adam, Adam)                        \
   X(amsgrad, AMSGrad) \
-  X(nadam, NAdam)
+  X(nadam, NAdam) \
+  X(radam, RAdam)
 
 }  // namespace fusedopt

@@ -427,3 +427,48 @@ class NAdam(Rule):
         product = float(s["mu_product"])
         m = (1 - mu) / (1 - product) * g + ahead / (1 - product * ahead) * s["exp_avg"]
         p -= o["lr"] * m / (np.sqrt(s["exp_avg_sq"] / (1 - b2**t)) + o["eps"])
+
+
+class RAdam(Rule):
+    r"""RAdam: Adam whose adaptive rate sets in once its variance is bounded, and is rectified from then on.
+
+    .. math::
+        m_t &= \beta_1 m_{t-1} + (1 - \beta_1) g_t, \qquad v_t = \beta_2 v_{t-1} + (1 - \beta_2) g_t^2 \\
+        \rho_\infty &= 2 / (1 - \beta_2) - 1, \qquad
+            \rho_t = \rho_\infty - 2 t \beta_2^t / (1 - \beta_2^t), \qquad \hat m_t = m_t / (1 - \beta_1^t) \\
+        r_t &= \sqrt{\frac{(\rho_t - 4)(\rho_t - 2) \rho_\infty}{(\rho_\infty - 4)(\rho_\infty - 2) \rho_t}} \\
+        \theta_t &= \theta_{t-1} - \gamma \hat m_t r_t \sqrt{1 - \beta_2^t} / (\sqrt{v_t} + \epsilon)
+            \text{ if } \rho_t > 5, \qquad \theta_{t-1} - \gamma \hat m_t \text{ else}
+
+    Options:
+        lr: :math:`\gamma \ge 0`.
+        betas: :math:`\beta_1, \beta_2 \in [0, 1)`.
+        eps: :math:`\epsilon \ge 0`, beside the uncorrected root, as in torch.
+        weight_decay: :math:`\lambda \ge 0`, L2 penalty.
+        decoupled_weight_decay: shrink the weights directly, as AdamW does.
+        maximize: ascend instead of descend.
+
+    Liu et al.: On the Variance of the Adaptive Learning Rate and Beyond, arXiv 1908.03265.
+    """
+
+    function = "radam_"
+    defaults: ClassVar = {
+        "lr": 1e-3,
+        "betas": (0.9, 0.999),
+        "eps": 1e-8,
+        "weight_decay": 0.0,
+        "decoupled_weight_decay": False,
+        "maximize": False,
+    }
+    variants: ClassVar = {(): "radam"}
+
+    def _reference(self, p: Array, g: Array, s: State, t: int, o: Options) -> None:
+        b1, b2 = o["betas"]
+        _moments(p, g, s, o, o["decoupled_weight_decay"])
+        m = s["exp_avg"] / (1 - b1**t)
+        longest = 2 / (1 - b2) - 1
+        length = longest - 2 * t * b2**t / (1 - b2**t)
+        if length > 5:
+            r = (length - 4) * (length - 2) * longest / ((longest - 4) * (longest - 2) * length)
+            m = m * math.sqrt(r) * math.sqrt(1 - b2**t) / (np.sqrt(s["exp_avg_sq"]) + o["eps"])
+        p -= o["lr"] * m
