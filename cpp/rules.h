@@ -252,6 +252,29 @@ struct RAdam : Moments<T> {
   }
 };
 
+// Adam with the maximum in place of the root mean square.
+template <class T>
+struct Adamax : NoCarry {
+  static constexpr const char* hyper = "lr beta1 beta2 eps weight_decay";
+  static constexpr const char* states = "exp_avg exp_inf";
+  struct Hyper {
+    double lr, beta1, beta2, eps, weight_decay;
+  };
+  T lr, rest1, beta2, eps, decay;
+  FUSEDOPT_HD Adamax(const Hyper& h, const Clock& c)
+      : lr(T(h.lr / (1 - power(h.beta1, c.t)))),
+        rest1(T(1 - h.beta1)),
+        beta2(T(h.beta2)),
+        eps(T(h.eps)),
+        decay(T(h.weight_decay)) {}
+  FUSEDOPT_HD void operator()(T& p, T g, T& m, T& u) const {
+    g = decayed(g, p, decay);
+    m = lerp(m, g, rest1);
+    u = maximum(beta2 * u, magnitude(g) + eps);
+    p = p - (lr * m) / u;
+  }
+};
+
 }  // namespace
 
 // The registry: kernel name, struct. Everything else (bindings, dispatch, front ends, tests) reads it from here.
@@ -266,6 +289,7 @@ struct RAdam : Moments<T> {
   X(adam, Adam)                        \
   X(amsgrad, AMSGrad) \
   X(nadam, NAdam) \
-  X(radam, RAdam)
+  X(radam, RAdam) \
+  X(adamax, Adamax)
 
 }  // namespace fusedopt

@@ -472,3 +472,33 @@ class RAdam(Rule):
             r = (length - 4) * (length - 2) * longest / ((longest - 4) * (longest - 2) * length)
             m = m * math.sqrt(r) * math.sqrt(1 - b2**t) / (np.sqrt(s["exp_avg_sq"]) + o["eps"])
         p -= o["lr"] * m
+
+
+class Adamax(Rule):
+    r"""Adamax: Adam by the infinity norm.
+
+    .. math::
+        g_t &\leftarrow g_t + \lambda \theta_{t-1}, \qquad m_t = \beta_1 m_{t-1} + (1 - \beta_1) g_t \\
+        u_t &= \max(\beta_2 u_{t-1}, |g_t| + \epsilon) \\
+        \theta_t &= \theta_{t-1} - \gamma m_t / ((1 - \beta_1^t) u_t)
+
+    Options:
+        lr: :math:`\gamma \ge 0`.
+        betas: :math:`\beta_1, \beta_2 \in [0, 1)`.
+        eps: :math:`\epsilon \ge 0`.
+        weight_decay: :math:`\lambda \ge 0`, L2 penalty.
+        maximize: ascend instead of descend.
+
+    Kingma, Ba: Adam, arXiv 1412.6980, section 7.1.
+    """
+
+    function = "adamax_"
+    defaults: ClassVar = {"lr": 2e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0, "maximize": False}
+    variants: ClassVar = {(): "adamax"}
+
+    def _reference(self, p: Array, g: Array, s: State, t: int, o: Options) -> None:
+        b1, b2 = o["betas"]
+        g = _decayed(g, p, o)
+        s["exp_avg"][...] = b1 * s["exp_avg"] + (1 - b1) * g
+        s["exp_inf"][...] = np.maximum(b2 * s["exp_inf"], np.abs(g) + o["eps"])
+        p -= o["lr"] / (1 - b1**t) * s["exp_avg"] / s["exp_inf"]
