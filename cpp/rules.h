@@ -275,6 +275,26 @@ struct Adamax : NoCarry {
   }
 };
 
+// The root mean square of past updates over that of past gradients: a step in the parameter's own units.
+template <class T>
+struct Adadelta : NoCarry {
+  static constexpr const char* hyper = "lr rho eps weight_decay";
+  static constexpr const char* states = "square_avg acc_delta";
+  struct Hyper {
+    double lr, rho, eps, weight_decay;
+  };
+  T lr, rho, rest, eps, decay;
+  FUSEDOPT_HD Adadelta(const Hyper& h, const Clock&)
+      : lr(T(h.lr)), rho(T(h.rho)), rest(T(1 - h.rho)), eps(T(h.eps)), decay(T(h.weight_decay)) {}
+  FUSEDOPT_HD void operator()(T& p, T g, T& v, T& a) const {
+    g = decayed(g, p, decay);
+    v = rho * v + rest * g * g;
+    const T d = root(a + eps) / root(v + eps) * g;
+    a = rho * a + rest * d * d;
+    p = fma1(-lr, d, p);
+  }
+};
+
 }  // namespace
 
 // The registry: kernel name, struct. Everything else (bindings, dispatch, front ends, tests) reads it from here.
@@ -290,6 +310,7 @@ struct Adamax : NoCarry {
   X(amsgrad, AMSGrad) \
   X(nadam, NAdam) \
   X(radam, RAdam) \
-  X(adamax, Adamax)
+  X(adamax, Adamax) \
+  X(adadelta, Adadelta)
 
 }  // namespace fusedopt

@@ -502,3 +502,36 @@ class Adamax(Rule):
         s["exp_avg"][...] = b1 * s["exp_avg"] + (1 - b1) * g
         s["exp_inf"][...] = np.maximum(b2 * s["exp_inf"], np.abs(g) + o["eps"])
         p -= o["lr"] / (1 - b1**t) * s["exp_avg"] / s["exp_inf"]
+
+
+class Adadelta(Rule):
+    r"""Adadelta: scales the gradient by the ratio of past updates to past gradients.
+
+    .. math::
+        g_t &\leftarrow g_t + \lambda \theta_{t-1}, \qquad v_t = \rho v_{t-1} + (1 - \rho) g_t^2 \\
+        d_t &= \sqrt{a_{t-1} + \epsilon} / \sqrt{v_t + \epsilon} \; g_t \\
+        a_t &= \rho a_{t-1} + (1 - \rho) d_t^2 \\
+        \theta_t &= \theta_{t-1} - \gamma d_t
+
+    Options:
+        lr: :math:`\gamma \ge 0`; 1 is the paper's rule.
+        rho: :math:`\rho \in [0, 1]`.
+        eps: :math:`\epsilon \ge 0`.
+        weight_decay: :math:`\lambda \ge 0`, L2 penalty.
+        maximize: ascend instead of descend.
+
+    Zeiler: ADADELTA, arXiv 1212.5701.
+    """
+
+    function = "adadelta_"
+    defaults: ClassVar = {"lr": 1.0, "rho": 0.9, "eps": 1e-6, "weight_decay": 0.0, "maximize": False}
+    variants: ClassVar = {(): "adadelta"}
+
+    def _reference(self, p: Array, g: Array, s: State, t: int, o: Options) -> None:
+        rho, eps = o["rho"], o["eps"]
+        g = _decayed(g, p, o)
+        v, a = s["square_avg"], s["acc_delta"]
+        v[...] = rho * v + (1 - rho) * g * g
+        d = np.sqrt(a + eps) / np.sqrt(v + eps) * g
+        a[...] = rho * a + (1 - rho) * d * d
+        p -= o["lr"] * d
