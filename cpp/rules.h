@@ -295,6 +295,23 @@ struct Adadelta : NoCarry {
   }
 };
 
+// The sign of an interpolation between momentum and gradient.
+template <class T>
+struct Lion : NoCarry {
+  static constexpr const char* hyper = "lr beta1 beta2 weight_decay";
+  static constexpr const char* states = "exp_avg";
+  struct Hyper {
+    double lr, beta1, beta2, weight_decay;
+  };
+  T lr, rest1, rest2, keep;
+  FUSEDOPT_HD Lion(const Hyper& h, const Clock&)
+      : lr(T(h.lr)), rest1(T(1 - h.beta1)), rest2(T(1 - h.beta2)), keep(T(1 - h.lr * h.weight_decay)) {}
+  FUSEDOPT_HD void operator()(T& p, T g, T& m) const {
+    p = fma1(-lr, sign(lerp(m, g, rest1)), p * keep);
+    m = lerp(m, g, rest2);
+  }
+};
+
 }  // namespace
 
 // The registry: kernel name, struct. Everything else (bindings, dispatch, front ends, tests) reads it from here.
@@ -311,6 +328,7 @@ struct Adadelta : NoCarry {
   X(nadam, NAdam) \
   X(radam, RAdam) \
   X(adamax, Adamax) \
-  X(adadelta, Adadelta)
+  X(adadelta, Adadelta) \
+  X(lion, Lion)
 
 }  // namespace fusedopt

@@ -535,3 +535,32 @@ class Adadelta(Rule):
         d = np.sqrt(a + eps) / np.sqrt(v + eps) * g
         a[...] = rho * a + (1 - rho) * d * d
         p -= o["lr"] * d
+
+
+class Lion(Rule):
+    r"""Lion: steps by the sign of an interpolation between momentum and gradient; one state, decoupled decay.
+
+    .. math::
+        u_t &= \operatorname{sign}(\beta_1 m_{t-1} + (1 - \beta_1) g_t) \\
+        \theta_t &= (1 - \gamma \lambda) \theta_{t-1} - \gamma u_t \\
+        m_t &= \beta_2 m_{t-1} + (1 - \beta_2) g_t
+
+    Options:
+        lr: :math:`\gamma \ge 0`; the paper takes a third to a tenth of AdamW's.
+        betas: :math:`\beta_1, \beta_2 \in [0, 1)`.
+        weight_decay: :math:`\lambda \ge 0`, decoupled.
+        maximize: ascend instead of descend.
+
+    Chen et al.: Symbolic Discovery of Optimization Algorithms, arXiv 2302.06675.
+    """
+
+    function = "lion_"
+    defaults: ClassVar = {"lr": 1e-4, "betas": (0.9, 0.99), "weight_decay": 0.0, "maximize": False}
+    variants: ClassVar = {(): "lion"}
+    scalars = ()
+
+    def _reference(self, p: Array, g: Array, s: State, t: int, o: Options) -> None:
+        (b1, b2), m = o["betas"], s["exp_avg"]
+        p *= 1 - o["lr"] * o["weight_decay"]
+        p -= o["lr"] * np.sign(b1 * m + (1 - b1) * g)
+        m[...] = b2 * m + (1 - b2) * g
