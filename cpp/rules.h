@@ -79,7 +79,7 @@ struct Adagrad : NoCarry {
       : lr(T(h.lr / (1 + double(c.t - 1) * h.lr_decay))), decay(T(h.weight_decay)), eps(T(h.eps)) {}
   FUSEDOPT_HD void operator()(T& p, T g, T& s) const {
     g = decayed(g, p, decay);
-    s = s + g * g;
+    s = fma1(g, g, s);
     p = p - (lr * g) / (root(s) + eps);
   }
 };
@@ -98,10 +98,10 @@ struct RMSpropBase : NoCarry {
         eps(T(h.eps)),
         decay(T(h.weight_decay)),
         momentum(T(h.momentum)) {}
-  FUSEDOPT_HD void average(T g, T& v) const { v = alpha * v + rest * g * g; }
+  FUSEDOPT_HD void average(T g, T& v) const { v = fma1(rest * g, g, alpha * v); }
   FUSEDOPT_HD T deviation(T v, T g, T& a) const {  // centered: the second moment less the square of the first
     a = lerp(a, g, rest);
-    return root(v - a * a) + eps;
+    return root(fma1(-a, a, v)) + eps;
   }
   FUSEDOPT_HD void move(T& p, T g, T d) const { p = p - (lr * g) / d; }
   FUSEDOPT_HD void move(T& p, T g, T d, T& b) const {
@@ -170,7 +170,7 @@ struct Moments : NoCarry {
     p = p * keep;
     g = decayed(g, p, decay);
     m = lerp(m, g, rest1);
-    v = beta2 * v + rest2 * g * g;
+    v = fma1(rest2 * g, g, beta2 * v);
   }
 };
 
@@ -288,9 +288,9 @@ struct Adadelta : NoCarry {
       : lr(T(h.lr)), rho(T(h.rho)), rest(T(1 - h.rho)), eps(T(h.eps)), decay(T(h.weight_decay)) {}
   FUSEDOPT_HD void operator()(T& p, T g, T& v, T& a) const {
     g = decayed(g, p, decay);
-    v = rho * v + rest * g * g;
+    v = fma1(rest * g, g, rho * v);
     const T d = root(a + eps) / root(v + eps) * g;
-    a = rho * a + rest * d * d;
+    a = fma1(rest * d, d, rho * a);
     p = fma1(-lr, d, p);
   }
 };
