@@ -44,22 +44,18 @@ struct Scalar {
 
 enum Kind { kOurs, kIdle, kForeign };  // updated here; without a gradient so far; left to torch
 
-constexpr int kMaxValues = 8;         // entries of one parameter's state dict that can be watched
-constexpr int kShape = 5;             // dimensions of a state that are remembered
-constexpr int64_t kAlwaysRead = 4096;  // from this size on a state's address is read anew at every step,
-constexpr int kReadEvery = 16;         // below it in every 16th: it moves only if somebody re-points the tensor
+constexpr int kMaxValues = 8;  // entries of one parameter's state dict that can be watched
 
 struct Param {
   py::object tensor;
-  py::object state;                       // the dict opt.state[p], or None
-  PyObject* values[kMaxValues] = {};      // what that dict holds, in its order
-  py::object operands[kMaxStates];        // those that the kernel updates, in its order
-  py::object step, carry;                 // 0-d tensors, or None
-  std::vector<py::object> keep;           // keeps `values` and their memory alive
-  View views[2 + kMaxStates] = {};        // param (as of the last step), unused, states
-  int64_t shape[kMaxStates][kShape];      // the states' shapes, kept here to spare a walk through memory
+  py::object state;                   // the dict opt.state[p], or None
+  PyObject* values[kMaxValues] = {};  // what that dict holds, in its order
+  std::vector<py::object> keep;       // keeps them alive
+  py::object operands[kMaxStates];    // those that the kernel updates, in its order
+  py::object step, carry;             // 0-d tensors, or None
+  View views[2 + kMaxStates] = {};    // param, grad, states: as of the last step
   Scalar step_at, carry_at;
-  int64_t done = 0;                       // steps so far, where there is no step tensor
+  int64_t done = 0;  // steps so far, where there is no step tensor
   Kind kind = kIdle;
   int n_values = 0, n_operands = 0;
 };
@@ -109,7 +105,6 @@ class TorchPlan {
       for (auto item : py::reinterpret_borrow<py::dict>(p.state)) {
         p.values[p.n_values++] = item.second.ptr();
         p.keep.push_back(py::reinterpret_borrow<py::object>(item.second));
-        if (py::hasattr(item.second, "untyped_storage")) p.keep.push_back(item.second.attr("untyped_storage")());
       }
     }
     for (py::handle o : operands) p.operands[p.n_operands++] = py::reinterpret_borrow<py::object>(o);
@@ -125,8 +120,6 @@ class TorchPlan {
     for (auto item : state_)
       entries_.emplace_back(py::reinterpret_borrow<py::object>(item.first),
                             py::reinterpret_borrow<py::object>(item.second));
-    for (TorchGroup& g : groups_)
-      for (Param& p : g.params) read_state(p);
   }
 
   // Is `tensor` one that the kernels take as it is: a plain CPU tensor of a type of ours, no negative bit?
@@ -271,6 +264,7 @@ class TorchPlan {
       if (!PyList_CheckExact(params) || size_t(PyList_GET_SIZE(params)) != group.params.size()) throw Stale();
       for (size_t i = 0; i < group.params.size(); ++i) {
         Param& p = group.params[i];
+        prefetch(group.params, i);
         if (PyList_GET_ITEM(params, py::ssize_t(i)) != p.tensor.ptr()) throw Stale();
         if (p.kind != kForeign) moved |= look(p, int(g), group.kernel);
       }
@@ -297,15 +291,35 @@ class TorchPlan {
     return number(item.ptr());
   }
 
-  void read_state(Param& p) const {
-    for (int k = 0; k < p.n_operands; ++k) {
-      View& v = p.views[2 + k];
-      v = view(p.operands[k].ptr());
-      if (v.contiguous()) v.stride = nullptr;
-      if (v.ndim <= kShape) v.shape = std::copy(v.shape, v.shape + v.ndim, p.shape[k]) - v.ndim;
+  // Tensors are small objects scattered over memory, and a step over a thousand of them waits for little else: ask early
+  // for the lines that the last step found. A hint, harmless where they have moved.
+  static void prefetch(const std::vector<Param>& params, size_t i) {
+    auto fetch = [](const void* at) {
+#if defined(__GNUC__) || defined(__clang__)
+      __builtin_prefetch(at);
+#else
+      (void)at;
+#endif
+    };
+    auto line = [](const void* at, int n) { return static_cast<const char*>(at) + 64 * n; };
+    if (i + 12 < params.size())
+      for (int n = 0; n < int(sizeof(Param) / 64); ++n) fetch(line(&params[i + 12], n));
+    if (i + 8 < params.size()) {
+      const Param& p = params[i + 8];
+      fetch(p.tensor.ptr());
+      fetch(p.state.ptr());
+      for (int k = 0; k < p.n_operands; ++k) fetch(p.operands[k].ptr());
+      fetch(p.step.ptr());
     }
-    p.step_at = p.step.is_none() ? Scalar{} : scalar(p.step);
-    p.carry_at = p.carry.is_none() ? Scalar{} : scalar(p.carry);
+    if (i + 4 < params.size()) {
+      const Param& p = params[i + 4];
+      for (int k = 0; k < 2 + p.n_operands; ++k) {
+        if (k == 1 || !p.views[k].shape) continue;  // the shape lies within the tensor's own record
+        for (int n = -1; n <= 2; ++n) fetch(line(p.views[k].shape, n));
+        fetch(p.views[k].data);
+      }
+      fetch(p.step_at.data);
+    }
   }
 
   // True if the parameter is not where it was.
@@ -326,15 +340,16 @@ class TorchPlan {
     View* v = p.views;
     v[0] = view(p.tensor.ptr());
     v[1] = view(grad.ptr());
-    Row row{};
-    row.span.n = v[0].size();
-    if (row.span.n >= kAlwaysRead || plan_.rows.size() % kReadEvery == tick_) read_state(p);
+    for (int k = 2; k < n; ++k) v[k] = view(p.operands[k - 2].ptr());
+    if (!p.step.is_none()) p.step_at = scalar(p.step);
+    if (!p.carry.is_none()) p.carry_at = scalar(p.carry);
     for (int k = 1; k < n; ++k)
       if (!v[k].same_shape(v[0])) throw Stale();
     for (int k = 3; k < n; ++k)
       if (v[k].format != v[2].format) throw Stale();
     const bool moved = v[0].data != last;
     if (moved && (negative(p.tensor.ptr()) || overlaps_itself(v[0]))) throw Stale();
+    Row row{};
     row.kernel = kernel;
     row.group = group;
     row.loop = find_loop(table().kernels[kernel], v[0].format, v[1].format, n > 2 ? v[2].format : v[0].format);
@@ -360,7 +375,6 @@ class TorchPlan {
       if (p.carry_at.data) p.carry_at.set(row.clock.carry);
       p.done = row.clock.t;
     }
-    tick_ = (tick_ + 1) % kReadEvery;
   }
 
   void tell_autograd() {
@@ -385,7 +399,6 @@ class TorchPlan {
   std::vector<std::unique_ptr<Strided>> layouts_;
   std::vector<py::object> grads_;
   std::vector<Param*> active_;
-  size_t tick_ = 0;
   double norm_ = -1;
   bool busy_ = false;
 };

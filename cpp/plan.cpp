@@ -174,6 +174,7 @@ struct Plan::Work {
     const Row* prepared = nullptr;
     each(part, kSplitAlign, [&](size_t r, int64_t begin, int64_t end) {
       const Row& row = plan.rows[r];
+      if (r + 4 < plan.rows.size()) prefetch(plan.rows[r + 4]);
       const Kernel& kernel = table.kernels[row.kernel];
       const Loop& loop = kernel.loops[row.loop];
       if (!prepared || prepared->group != row.group || prepared->kernel != row.kernel || prepared->loop != row.loop ||
@@ -183,6 +184,20 @@ struct Plan::Work {
       }
       (row.strided ? sweep_strided : sweep_dense)(loop, kernel.n_states, ready, row, begin, end);
     });
+  }
+
+  // The first lines of a row to come: small rows are over before the processor's own prefetching has begun.
+  static void prefetch(const Row& row) {
+#if defined(__GNUC__) || defined(__clang__)
+    for (int line = 0; line < 4 && line * 16 < row.span.n; ++line) {
+      __builtin_prefetch(moved(row.span.param, line * 16, kF32));
+      __builtin_prefetch(moved(row.span.grad, line * 16, kF32));
+      for (void* s : row.span.state)
+        if (s) __builtin_prefetch(moved(s, line * 16, kF32));
+    }
+#else
+    (void)row;
+#endif
   }
 
   void norm(int part) const {

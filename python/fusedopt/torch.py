@@ -36,6 +36,7 @@ _TYPES = (torch.Tensor, torch.nn.Parameter)
 _DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _FORMATS = {tuple(f) for f in _core.formats()}
+_WIDE = (torch.float32, torch.float64)
 _NEW_OPTIONS = ("state_dtype", "max_grad_norm")
 
 
@@ -97,11 +98,10 @@ class _Fused(Optimizer):
         self.last_step_skipped = False
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        for entry in state.get("state", {}).values():
+            if isinstance(entry, dict):
+                entry.update({k: v.tensor for k, v in entry.items() if isinstance(v, _Keep)})
         super().__setstate__(state)
-        for entry in self.state.values():
-            for key, value in entry.items():
-                if isinstance(value, _Keep):
-                    entry[key] = value.tensor
         for group in self.param_groups:
             for key in _NEW_OPTIONS:
                 group.setdefault(key, self.defaults.get(key))
@@ -187,18 +187,18 @@ class _Fused(Optimizer):
                 self._refuse_foreign(unscale, max_norm)
                 clash = plan.conflicts()
                 if not clash and plan.step(self.state, self.param_groups, unscale, max_norm, get_num_threads()):
-                    created.clear()
                     return plan
                 for g, i in clash:
                     banned[self.param_groups[g]["params"][i]] = "its memory overlaps that of another parameter or state"
             raise RuntimeError("the parameters or their state change while step() looks at them")
-        finally:
-            for p, names in created:  # only after an error: leave no state that no step has filled
+        except BaseException:
+            self._plan = None
+            for p, names in created:  # leave no state that no step has filled
                 for name in names:
                     self.state[p].pop(name, None)
                 if not self.state[p]:
                     del self.state[p]
-                self._plan = None
+            raise
 
     def _build(self, created: list[tuple[torch.Tensor, list[str]]], banned: dict[torch.Tensor, str]) -> Any:
         rule = self._rule
@@ -271,11 +271,13 @@ class _Fused(Optimizer):
     ) -> str | None:
         for name in names:
             s = state.get(name)
-            if not isinstance(s, torch.Tensor) or s.shape != p.shape or s.device.type != "cpu" or type(s) not in _TYPES:
-                return f"state {name!r} is missing or does not match its parameter"
+            if isinstance(s, torch.Tensor) and s.shape != p.shape:
+                raise ValueError(f"state {name!r}: expected shape {tuple(p.shape)}, got {tuple(s.shape)}")
+            if not isinstance(s, torch.Tensor) or s.device.type != "cpu" or type(s) not in _TYPES:
+                return f"state {name!r} is missing, or no plain tensor on the CPU"
         for name in self._rule.scalars:
             s = state.get(name)
-            if not isinstance(s, torch.Tensor) or s.numel() != 1 or s.device.type != "cpu" or s.dtype not in _NAMES:
+            if not isinstance(s, torch.Tensor) or s.numel() != 1 or s.device.type != "cpu" or s.dtype not in _WIDE:
                 return f"state {name!r} is not a one-element tensor on the CPU"
         dtypes = {state[name].dtype for name in names} or {p.dtype}
         combination = (_NAMES[p.dtype], _NAMES[grad.dtype], _NAMES.get(next(iter(dtypes))))
@@ -373,21 +375,18 @@ def _before_load(self: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
         for key, p in zip(new["params"], group["params"], strict=False):
             targets[key] = (p, new["state_dtype"])
 
-    def keep(key: Any, entry: Any) -> Any:
-        if key not in targets or not isinstance(entry, dict):
-            return entry
-        p, dtype = targets[key]
-        return {
-            name: _Keep(value.to(device=p.device, dtype=_DTYPES[dtype] if dtype else None, copy=True))
-            if isinstance(value, torch.Tensor)
-            and value.is_floating_point()
-            and value.shape == p.shape
-            and name not in self._rule.scalars
-            else value
-            for name, value in entry.items()
-        }
+    def keep(name: str, value: Any, p: torch.Tensor, dtype: str | None) -> Any:
+        if name == "step" or not isinstance(value, torch.Tensor) or not value.is_floating_point():
+            return value
+        if name in self._rule.scalars:  # torch's cast would round it to 16 bits
+            return value if p.dtype in _WIDE else _Keep(value.clone())
+        return _Keep(value.to(device=p.device, dtype=_DTYPES[dtype] if dtype else None, copy=True))
 
-    return {**state_dict, "param_groups": groups, "state": {k: keep(k, v) for k, v in state_dict["state"].items()}}
+    state = {
+        key: {name: keep(name, value, *targets[key]) for name, value in entry.items()} if key in targets else entry
+        for key, entry in state_dict["state"].items()
+    }
+    return {**state_dict, "param_groups": groups, "state": state}
 
 
 _hooked = Optimizer.profile_hook_step(_Fused._step)
