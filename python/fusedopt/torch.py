@@ -31,6 +31,7 @@ from .rules import RULES, Rule
 
 __all__ = ["FallbackWarning"]
 
+_EXCHANGE = True  # read tensors by DLPack's exchange API where this torch has it (2.10 and later)
 _OURS, _IDLE, _FOREIGN = range(3)  # updated here; without a gradient so far; left to torch
 _TYPES = (torch.Tensor, torch.nn.Parameter)
 _DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -202,7 +203,7 @@ class _Fused(Optimizer):
 
     def _build(self, created: list[tuple[torch.Tensor, list[str]]], banned: dict[torch.Tensor, str]) -> Any:
         rule = self._rule
-        plan = _core.TorchPlan(self.state, _TYPES, torch.Tensor.is_neg, _bump)
+        plan = _core.TorchPlan(self.state, _TYPES, tuple(_DTYPES.values()), torch.Tensor.is_neg, _bump, _EXCHANGE)
         self._foreign = {}
         for g, group in enumerate(self.param_groups):
             kernel = rule.kernel(group)

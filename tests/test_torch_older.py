@@ -1,0 +1,28 @@
+"""A torch without DLPack's exchange API (before 2.10): tensors are read by their Python attributes, to the same bits."""
+
+import pytest
+import torch
+
+import fusedopt.torch as ours
+from fusedopt.rules import RULES
+
+
+def run(name: str) -> list[torch.Tensor]:
+    torch.manual_seed(0)
+    params = [torch.nn.Parameter(torch.randn(shape)) for shape in ((), (3, 5), (2, 4, 1, 3), (0,))]
+    params.append(torch.nn.Parameter(torch.randn(4, 3, 5, 5).to(memory_format=torch.channels_last)))
+    params.append(torch.nn.Parameter(torch.randn(6, 8).bfloat16()))
+    opt = getattr(ours, name)(params)
+    for _ in range(4):
+        for p in params:
+            p.grad = torch.randn(p.shape).to(p.dtype)
+        opt.step()
+    return [p.detach() for p in params]
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_steps_without_the_exchange_api_have_the_same_bits(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    want = run(name)
+    monkeypatch.setattr(ours, "_EXCHANGE", False)
+    for got, expected in zip(run(name), want, strict=True):
+        assert torch.equal(got, expected)
