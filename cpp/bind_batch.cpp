@@ -208,13 +208,24 @@ class Batch {
   std::vector<double*> carries_;
 };
 
-// The whole of an in-place function's call: the batch is kept, so that its vectors are, too.
+// The whole of an in-place function's call. The batch is kept, so that its vectors are, too; a call within a call (from
+// an array's own __dlpack__) takes another.
 void update(int kernel, std::vector<double> hyper, bool maximize, py::tuple names, py::object labels, py::list operands,
             py::list steps, int threads) {
-  thread_local Batch batch;
-  struct Clear {
-    ~Clear() { batch.clear(); }
-  } at_end;
+  thread_local Batch kept;
+  thread_local bool taken = false;
+  Batch other;
+  struct Turn {
+    const bool outer = !taken;
+    Turn() { taken = true; }
+    ~Turn() {
+      if (outer) {
+        kept.clear();
+        taken = false;
+      }
+    }
+  } turn;
+  Batch& batch = turn.outer ? kept : other;
   batch.add(kernel, std::move(hyper), maximize, std::move(names), std::move(labels), std::move(operands),
             std::move(steps));
   batch.run(0, threads);

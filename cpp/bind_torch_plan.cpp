@@ -46,15 +46,22 @@ struct Scalar {
 enum Kind { kOurs, kIdle, kForeign };  // updated here; without a gradient so far; left to torch
 
 constexpr int kMaxValues = 8;  // entries of one parameter's state dict that can be watched
+// The state's tensors are watched by identity, and their memory is read anew where that costs little: at every step from
+// kAlwaysRead elements on, below in every kReadEvery-th (reaching a tensor costs more than updating 64 elements).
+constexpr int64_t kAlwaysRead = 1024;
+constexpr size_t kReadEvery = 16;
 
 struct Param {
   py::object tensor;
   py::object state;                   // the dict opt.state[p], or None
   PyObject* values[kMaxValues] = {};  // what that dict holds, in its order
-  std::vector<py::object> keep;       // keeps them alive
+  std::vector<py::object> keep;       // keeps them and their memory alive
   py::object operands[kMaxStates];    // those that the kernel updates, in its order
   py::object step, carry;             // 0-d tensors, or None
   View views[2 + kMaxStates] = {};    // param, grad, states: as of the last step
+  const void* record = nullptr;       // lies within torch's record of the parameter
+  int64_t n = 0;                      // elements, when the state was last read
+  bool read = false;                  // the state has been
   Scalar step_at, carry_at;
   int64_t done = 0;  // steps so far, where there is no step tensor
   Kind kind = kIdle;
@@ -107,6 +114,7 @@ class TorchPlan {
       for (auto item : py::reinterpret_borrow<py::dict>(p.state)) {
         p.values[p.n_values++] = item.second.ptr();
         p.keep.push_back(py::reinterpret_borrow<py::object>(item.second));
+        if (py::hasattr(item.second, "untyped_storage")) p.keep.push_back(item.second.attr("untyped_storage")());
       }
     }
     for (py::handle o : operands) p.operands[p.n_operands++] = py::reinterpret_borrow<py::object>(o);
@@ -294,7 +302,7 @@ class TorchPlan {
       if (!PyList_CheckExact(params) || size_t(PyList_GET_SIZE(params)) != group.params.size()) throw Stale();
       for (size_t i = 0; i < group.params.size(); ++i) {
         Param& p = group.params[i];
-        prefetch(group.params, i);
+        hint_ahead(group.params, i);
         if (PyList_GET_ITEM(params, py::ssize_t(i)) != p.tensor.ptr()) throw Stale();
         if (p.kind != kForeign) moved |= look(p, int(g), group.kernel);
       }
@@ -322,34 +330,49 @@ class TorchPlan {
   }
 
   // Tensors are small objects scattered over memory, and a step over a thousand of them waits for little else: ask early
-  // for the lines that the last step found. A hint, harmless where they have moved.
-  static void prefetch(const std::vector<Param>& params, size_t i) {
-    auto fetch = [](const void* at) {
+  // for the lines that the last step found. Hints, harmless where they are wrong.
 #if defined(__GNUC__) || defined(__clang__)
-      __builtin_prefetch(at);
+  static void hint(const void* at) { __builtin_prefetch(at); }
 #else
-      (void)at;
+  static void hint(const void*) {}
 #endif
-    };
-    auto line = [](const void* at, int n) { return static_cast<const char*>(at) + 64 * n; };
-    if (i + 12 < params.size())
-      for (int n = 0; n < int(sizeof(Param) / 64); ++n) fetch(line(&params[i + 12], n));
+  static const void* line(const void* at, int n) { return static_cast<const char*>(at) + 64 * n; }
+
+  static void hint_object(const Param& p) {
+    hint(p.tensor.ptr());
+    for (int n = -1; p.record && n <= 2; ++n) hint(line(p.record, n));
+  }
+  // torch keeps the shape of up to five dimensions within the tensor's record, behind the pointers to its storage,
+  // autograd data and version.
+  static void hint_linked(const Param& p) {
+    for (int n = 1; p.record && n <= 6; ++n) hint(static_cast<void* const*>(p.record)[-n]);
+  }
+  static void hint_ahead(const std::vector<Param>& params, size_t i) {
+    if (i + 16 < params.size())
+      for (int n = 0; n <= int(sizeof(Param) / 64); ++n) hint(line(&params[i + 16], n));
     if (i + 8 < params.size()) {
-      const Param& p = params[i + 8];
-      fetch(p.tensor.ptr());
-      fetch(p.state.ptr());
-      for (int k = 0; k < p.n_operands; ++k) fetch(p.operands[k].ptr());
-      fetch(p.step.ptr());
+      hint_object(params[i + 8]);
+      hint(params[i + 8].state.ptr());
+      hint(params[i + 8].step_at.data);
     }
-    if (i + 4 < params.size()) {
-      const Param& p = params[i + 4];
-      for (int k = 0; k < 2 + p.n_operands; ++k) {
-        if (k == 1 || !p.views[k].shape) continue;  // the shape lies within the tensor's own record
-        for (int n = -1; n <= 2; ++n) fetch(line(p.views[k].shape, n));
-        fetch(p.views[k].data);
-      }
-      fetch(p.step_at.data);
+    if (i + 4 < params.size()) hint_linked(params[i + 4]);
+  }
+
+  // Reads where the state lies. What later steps look at is kept in `p`, not in the tensors.
+  void read_state(Param& p) const {
+    for (int k = 0; k < p.n_operands; ++k) {
+      View& v = p.views[2 + k];
+      v = view(p.operands[k].ptr());
+      if (!v.same_shape(p.views[0])) throw Stale();
+      v.shape = p.views[0].shape;
+      if (v.contiguous()) v.stride = nullptr;
     }
+    for (int k = 1; k < p.n_operands; ++k)
+      if (p.views[2 + k].format != p.views[2].format) throw Stale();
+    if (!p.step.is_none()) p.step_at = scalar(p.step);
+    if (!p.carry.is_none()) p.carry_at = scalar(p.carry);
+    p.n = p.views[0].size();
+    p.read = true;
   }
 
   // True if the parameter is not where it was.
@@ -368,15 +391,13 @@ class TorchPlan {
     const int n = 2 + p.n_operands;
     const char* last = p.views[0].data;
     View* v = p.views;
+    const View before = v[0];
     v[0] = view(p.tensor.ptr());
     v[1] = view(grad.ptr());
-    for (int k = 2; k < n; ++k) v[k] = view(p.operands[k - 2].ptr());
-    if (!p.step.is_none()) p.step_at = scalar(p.step);
-    if (!p.carry.is_none()) p.carry_at = scalar(p.carry);
-    for (int k = 1; k < n; ++k)
-      if (!v[k].same_shape(v[0])) throw Stale();
-    for (int k = 3; k < n; ++k)
-      if (v[k].format != v[2].format) throw Stale();
+    p.record = api_ && v[0].ndim > 0 && v[0].ndim <= 5 ? v[0].shape : nullptr;
+    if (!v[1].same_shape(v[0])) throw Stale();
+    const bool same_record = p.read && v[0].shape == before.shape && v[0].ndim == before.ndim && v[0].size() == p.n;
+    if (!same_record || p.n >= kAlwaysRead || plan_.rows.size() % kReadEvery == turn_) read_state(p);
     const bool moved = v[0].data != last;
     if (moved && (negative(p.tensor.ptr()) || overlaps_itself(v[0]))) throw Stale();
     Row row{};
@@ -405,14 +426,21 @@ class TorchPlan {
       if (p.carry_at.data) p.carry_at.set(row.clock.carry);
       p.done = row.clock.t;
     }
+    turn_ = (turn_ + 1) % kReadEvery;
   }
 
   void tell_autograd() {
-    if (active_.empty()) return;
-    py::list changed(active_.size());
-    for (size_t i = 0; i < active_.size(); ++i)
-      PyList_SET_ITEM(changed.ptr(), py::ssize_t(i), active_[i]->tensor.inc_ref().ptr());
-    bump_(changed);
+    constexpr size_t kAtATime = 16;
+    const size_t n = active_.size();
+    for (size_t i = 0; i < n; i += kAtATime) {
+      const size_t next = std::min(i + kAtATime, n), after = std::min(next + kAtATime, n);
+      for (size_t k = next; k < after; ++k) hint_linked(*active_[k]);
+      for (size_t k = after; k < std::min(after + kAtATime, n); ++k) hint_object(*active_[k]);
+      py::list changed(next - i);
+      for (size_t k = i; k < next; ++k)
+        PyList_SET_ITEM(changed.ptr(), py::ssize_t(k - i), active_[k]->tensor.inc_ref().ptr());
+      bump_(changed);
+    }
   }
 
   py::dict state_;
@@ -430,6 +458,7 @@ class TorchPlan {
   std::vector<std::unique_ptr<Strided>> layouts_;
   std::vector<py::object> grads_;
   std::vector<Param*> active_;
+  size_t turn_ = 0;
   mutable std::deque<std::vector<int64_t>> layouts_read_;  // shapes and strides that no tensor lends
   double norm_ = -1;
   bool busy_ = false;

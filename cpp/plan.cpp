@@ -18,7 +18,7 @@ namespace {
 
 constexpr int64_t kTile = 512;         // elements of a strided walk that are gathered at a time
 constexpr int64_t kRowCost = 32;       // what starting a row costs, in elements
-constexpr int64_t kStepGrain = 16384;  // elements worth another thread
+constexpr int64_t kStepGrain = 49152;  // elements worth another thread: to update, to sum up
 constexpr int64_t kNormGrain = 65536;
 constexpr int64_t kSplitAlign = 64;
 
@@ -220,7 +220,8 @@ int64_t Plan::split(int64_t grain, int threads, int* parts) {
     total += rows[r].span.n + kRowCost;
   }
   begin_[rows.size()] = total;
-  *parts = int(std::max<int64_t>(1, std::min<int64_t>({total / grain, threads, kMaxParts})));
+  const int64_t elements = total - kRowCost * int64_t(rows.size());
+  *parts = int(std::max<int64_t>(1, std::min<int64_t>({elements / grain, threads, kMaxParts})));
   return total;
 }
 

@@ -102,25 +102,27 @@ def _make_function(rule: Rule) -> Callable[..., None]:
     # A rule whose plain form keeps nothing takes its one optional state by position.
     positional = [*always, *(f"{s}=None" for s in sometimes if not always)]
     late = [f"{s}=None" for s in sometimes if always]
-    by_step = "step" in rule.scalars
-    clock = [*(["step"] if by_step else []), *carried(rule)]
-    options = option_signature(rule, rule.once)
-    signature = ", ".join(
-        ["param", "grad", *positional, "*", *clock, options, *late, *([] if by_step else ["first=False"])]
-    )
+    clock = [*(["step"] if rule.clock == "step" else []), *carried(rule)]
+    first = ["first=False"] if rule.clock == "first" else []
+    signature = ", ".join(["param", "grad", *positional, "*", *clock, option_signature(rule, rule.once), *late, *first])
     # In the kernels' order: the states of a smaller variant are those of a larger one, less some.
-    names = ("param", "grad", *max((rule.states(dict.fromkeys(v, True)) for v in rule.variants), key=len), *carried(rule))
+    names = (
+        "param",
+        "grad",
+        *max((rule.states(dict.fromkeys(v, True)) for v in rule.variants), key=len),
+        *carried(rule),
+    )
     arrays = "{" + ", ".join(f"{s!r}: {s}" for s in names) + "}"
-    step = "step" if by_step else "1 if first else 2"
+    step = {"step": "step", "first": "1 if first else 2", None: "1"}[rule.clock]
     body = f"_update(_rule, {option_dict(rule, rule.once)}, {arrays}, {step})"
     function = compile_function(rule.function, signature, body, {"_update": _update, "_rule": rule})
-    extra = ["step: the number of this step, counted from 1 (a sequence gives each array its own)."] if by_step else []
+    extra = ["step: the number of this step, counted from 1 (a sequence gives each array its own)."] * (clock != [])
     extra += [
         f"{s}: one float64 element, carried from step to step; starts at {rule.first(s, rule.defaults):g}."
         for s in carried(rule)
     ]
-    extra += [] if by_step else ["first: True in the step that initialises momentum_buffer with the gradient."]
-    scalars = ["step=1"] if by_step else []
+    extra += ["first: True in the step that initialises momentum_buffer with the gradient."] * len(first)
+    scalars = ["step=1"] * (clock != [])
     scalars += [f"{s}=np.array({rule.first(s, rule.defaults)!r})" for s in carried(rule)]
     function.__doc__ = _fill(
         rule_doc(rule, _FUNCTION_DOC),
@@ -283,7 +285,11 @@ class Optimizer:
             bool(options["maximize"]),
             ("params", "grads", *names),
             [self._label(start + i) for i in chosen],
-            [[group["params"][i] for i in chosen], [grads[i] for i in chosen], *([s[n] for s in states] for n in names)],
+            [
+                [group["params"][i] for i in chosen],
+                [grads[i] for i in chosen],
+                *([s[n] for s in states] for n in names),
+            ],
             [s["step"] + 1 for s in states],
         )
         advanced += states
@@ -308,6 +314,7 @@ class Optimizer:
             flat = [g for part in grads for g in part]
         else:
             flat = list(grads)
+        flat = [np.asarray(g) if isinstance(g, np.generic) else g for g in flat]  # the gradient of a 0-d array
         if len(flat) != expected:
             raise ValueError(f"grads: expected {expected}, one for each of params, got {len(flat)}")
         return flat
@@ -323,8 +330,8 @@ class Optimizer:
     def state_dict(self) -> dict[str, Any]:
         """A flat dict of copies, fit for ``np.savez(path, **opt.state_dict())``.
 
-        Keys: ``state.<i>.<name>`` for every parameter, ``group.<i>.<option>`` for every group. A learning rate that is a
-        function is left out: it is code, and belongs to the program that loads.
+        Keys: ``state.<i>.<name>`` for every parameter, ``group.<i>.<option>`` for every group. A learning rate that is
+        a function is left out: it is code, and belongs to the program that loads.
         """
         return {
             key: holder[name].copy() if isinstance(holder[name], np.ndarray) else holder[name]
@@ -399,8 +406,8 @@ class Optimizer:
 
 _CLASS_DOC = """
     Args:
-        params: a float array, a sequence or dict of arrays, or a sequence of groups (dicts with ``params`` and options).
-            They are updated in place; 16-bit parameters get float32 state.
+        params: a float array, a sequence or dict of arrays, or a sequence of groups (dicts with ``params`` and
+            options). They are updated in place; 16-bit parameters get float32 state.
         lr: a number, or a function of the step, counted from 0.
         max_grad_norm: clip the gradients of all groups together to this global norm, inside the step.
 

@@ -24,6 +24,7 @@ Options = Mapping[str, Any]
 RULES: dict[str, Rule] = {}
 """All rules by the name of their optimizer class, in the order of definition."""
 
+
 @dataclass(frozen=True)
 class Kernel:
     """One entry of the registry in cpp/rules.h, and where its hyperparameters come from."""
@@ -70,7 +71,9 @@ class Rule:
     variants: ClassVar[dict[tuple[str, ...], str]]
     """The options that are true -> the kernel in cpp/rules.h; the first entry is the plain one."""
     scalars: ClassVar[tuple[str, ...]] = ("step",)
-    """Numbers kept per parameter beside its arrays: the step count, and what the kernel carries along."""
+    """Numbers kept per parameter beside its arrays, as in torch: the step count, and what the kernel carries along."""
+    clock: ClassVar[str | None] = "step"
+    """What the in-place function must be told of time: ``step`` counted from 1, ``first`` or not, or nothing."""
     constants: ClassVar[dict[str, float]] = {}
     """Hyperparameters of the kernel that are no options of this optimizer."""
     initial: ClassVar[dict[str, str | float]] = {}
@@ -198,6 +201,7 @@ class SGD(Rule):
     }
     variants: ClassVar = {(): "sgd", ("momentum",): "momentum"}
     scalars = ()
+    clock = "first"
 
     def check(self, options: Options) -> None:
         super().check(options)
@@ -289,6 +293,7 @@ class RMSprop(Rule):
         ("centered",): "rmsprop_centered",
         ("centered", "momentum"): "rmsprop_centered_momentum",
     }
+    clock = None
 
     def _reference(self, p: Array, g: Array, s: State, t: int, o: Options) -> None:
         a = o["alpha"]
@@ -526,6 +531,7 @@ class Adadelta(Rule):
     function = "adadelta_"
     defaults: ClassVar = {"lr": 1.0, "rho": 0.9, "eps": 1e-6, "weight_decay": 0.0, "maximize": False}
     variants: ClassVar = {(): "adadelta"}
+    clock = None
 
     def _reference(self, p: Array, g: Array, s: State, t: int, o: Options) -> None:
         rho, eps = o["rho"], o["eps"]
@@ -558,6 +564,7 @@ class Lion(Rule):
     defaults: ClassVar = {"lr": 1e-4, "betas": (0.9, 0.99), "weight_decay": 0.0, "maximize": False}
     variants: ClassVar = {(): "lion"}
     scalars = ()
+    clock = None
 
     def _reference(self, p: Array, g: Array, s: State, t: int, o: Options) -> None:
         (b1, b2), m = o["betas"], s["exp_avg"]
