@@ -182,8 +182,9 @@ class Batch {
     for (auto& [a, b] : pairs) {
       Place pa = place(a), pb = place(b);
       // Interleaved strided views may meet without sharing an element.
-      if (pairs.size() < kLimit &&
-          !py::module_::import("numpy").attr("shares_memory")(as_numpy(pa.object()), as_numpy(pb.object())).cast<bool>())
+      if (pairs.size() < kLimit && !py::module_::import("numpy")
+                                        .attr("shares_memory")(as_numpy(pa.object()), as_numpy(pb.object()))
+                                        .cast<bool>())
         continue;
       bool swap = b.row < a.row || (b.row == a.row && b.operand < a.operand);
       throw py::value_error((swap ? pa : pb).name() + ": shares memory with " + (swap ? pb : pa).name());

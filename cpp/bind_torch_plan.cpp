@@ -46,8 +46,8 @@ struct Scalar {
 enum Kind { kOurs, kIdle, kForeign };  // updated here; without a gradient so far; left to torch
 
 constexpr int kMaxValues = 8;  // entries of one parameter's state dict that can be watched
-// The state's tensors are watched by identity, and their memory is read anew where that costs little: at every step from
-// kAlwaysRead elements on, below in every kReadEvery-th (reaching a tensor costs more than updating 64 elements).
+// The state's tensors are watched by identity, and their memory is read anew where that costs little: at every step
+// from kAlwaysRead elements on, below in every kReadEvery-th (reaching a tensor costs more than updating 64 elements).
 constexpr int64_t kAlwaysRead = 1024;
 constexpr size_t kReadEvery = 16;
 
@@ -98,7 +98,8 @@ class TorchPlan {
       g.hyper.push_back({t[0].is_none() ? py::none() : interned(t[0]), t[1].cast<int>(), t[2].cast<double>()});
     }
     for (py::handle key : truths) g.truths.emplace_back(interned(key), truth(g.options, key));
-    for (py::handle key : same) g.same.emplace_back(interned(key), py::reinterpret_borrow<py::object>(get(g.options, key)));
+    for (py::handle key : same)
+      g.same.emplace_back(interned(key), py::reinterpret_borrow<py::object>(get(g.options, key)));
     groups_.push_back(std::move(g));
   }
 
@@ -272,8 +273,7 @@ class TorchPlan {
 
   void add_extents(const Param& p, int row, std::vector<Extent>& extents) const {
     extents.push_back(extent_of(view(p.tensor.ptr()), true, row, 0));
-    for (int k = 0; k < p.n_operands; ++k)
-      extents.push_back(extent_of(view(p.operands[k].ptr()), true, row, 2 + k));
+    for (int k = 0; k < p.n_operands; ++k) extents.push_back(extent_of(view(p.operands[k].ptr()), true, row, 2 + k));
   }
 
   // Everything a step needs to know, read and compared before the first write.
@@ -329,8 +329,8 @@ class TorchPlan {
     return number(item.ptr());
   }
 
-  // Tensors are small objects scattered over memory, and a step over a thousand of them waits for little else: ask early
-  // for the lines that the last step found. Hints, harmless where they are wrong.
+  // Tensors are small objects scattered over memory, and a step over a thousand of them waits for little else: ask
+  // early for the lines that the last step found. Hints, harmless where they are wrong.
 #if defined(__GNUC__) || defined(__clang__)
   static void hint(const void* at) { __builtin_prefetch(at); }
 #else
@@ -468,8 +468,8 @@ class TorchPlan {
 
 void bind_torch_plan(py::module_& m) {
   py::class_<TorchPlan>(m, "TorchPlan", "The parameters of a torch optimizer, remembered between steps.")
-      .def(py::init<py::dict, py::tuple, py::tuple, py::object, py::object, bool>(), py::arg("state"),
-           py::arg("types"), py::arg("dtypes"), py::arg("is_neg"), py::arg("bump"), py::arg("exchange"))
+      .def(py::init<py::dict, py::tuple, py::tuple, py::object, py::object, bool>(), py::arg("state"), py::arg("types"),
+           py::arg("dtypes"), py::arg("is_neg"), py::arg("bump"), py::arg("exchange"))
       .def("add_group", &TorchPlan::add_group, py::arg("options"), py::arg("kernel"), py::arg("hyper"),
            py::arg("truths"), py::arg("same"))
       .def("add_param", &TorchPlan::add_param, py::arg("tensor"), py::arg("kind"), py::arg("state"),
@@ -477,8 +477,8 @@ void bind_torch_plan(py::module_& m) {
       .def("finish", &TorchPlan::finish)
       .def("plain", &TorchPlan::plain, py::arg("tensor"))
       .def("conflicts", &TorchPlan::conflicts)
-      .def("step", &TorchPlan::step, py::arg("state"), py::arg("param_groups"), py::arg("unscale"),
-           py::arg("max_norm"), py::arg("threads"))
+      .def("step", &TorchPlan::step, py::arg("state"), py::arg("param_groups"), py::arg("unscale"), py::arg("max_norm"),
+           py::arg("threads"))
       .def_property_readonly("norm", &TorchPlan::norm);
 }
 

@@ -15,12 +15,8 @@ namespace {
 
 template <template <class> class Rule>
 struct Loops {
-#define LOOP(P, G, S)                             \
-  {Sweep<Rule<P::Number>, P, G, S>::prepare,      \
-   Sweep<Rule<P::Number>, P, G, S>::sweep,        \
-   P::format,                                     \
-   G::format,                                     \
-   S::format},
+#define LOOP(P, G, S) \
+  {Sweep<Rule<P::Number>, P, G, S>::prepare, Sweep<Rule<P::Number>, P, G, S>::sweep, P::format, G::format, S::format},
   static constexpr Loop all[] = {FUSEDOPT_FORMATS(LOOP)};
 #undef LOOP
 };

@@ -6,6 +6,11 @@
 
 #if defined(__CUDACC__)
 #define FUSEDOPT_HD __host__ __device__ inline
+#elif defined(__GNUC__)
+// Always: left to itself, GCC stops inlining once enough rules are registered, and such a loop is not vectorised.
+#define FUSEDOPT_HD inline __attribute__((always_inline))
+#elif defined(_MSC_VER)
+#define FUSEDOPT_HD __forceinline
 #else
 #define FUSEDOPT_HD inline
 #endif

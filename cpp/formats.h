@@ -43,7 +43,7 @@ struct BF16 {
   static FUSEDOPT_HD uint16_t store(float x) {
     uint32_t b = bits<uint32_t>(x);
     uint32_t rounded = (b + 0x7fffu + ((b >> 16) & 1u)) >> 16;
-    return uint16_t((b & 0x7fffffffu) > 0x7f800000u ? (b >> 16) | 0x40u : rounded);
+    return uint16_t(x != x ? (b >> 16) | 0x40u : rounded);
   }
 };
 
@@ -66,8 +66,8 @@ struct F16 {
     // Too small for a normal f16: adding 1/2 lets the adder round at f16's last denormal digit, 2^-24.
     uint32_t denormal = bits<uint32_t>(bits<float>(rest) + 0.5f) - 0x3f000000u;
     uint32_t r = rest < (113u << 23) ? denormal : normal;
-    r = rest >= (143u << 23) ? 0x7c00u : r;                                  // 65536 and above
-    r = rest > 0x7f800000u ? 0x7e00u | ((rest >> 13) & 0x3ffu) : r;          // NaN
+    r = rest >= (143u << 23) ? 0x7c00u : r;                          // 65536 and above
+    r = rest > 0x7f800000u ? 0x7e00u | ((rest >> 13) & 0x3ffu) : r;  // NaN
     return uint16_t(sign | r);
   }
 };

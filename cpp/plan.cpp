@@ -16,10 +16,11 @@
 namespace fusedopt {
 namespace {
 
-constexpr int64_t kTile = 512;         // elements of a strided walk that are gathered at a time
-constexpr int64_t kRowCost = 32;       // what starting a row costs, in elements
-constexpr int64_t kStepGrain = 49152;  // elements worth another thread: to update, to sum up
-constexpr int64_t kNormGrain = 65536;
+constexpr int64_t kTile = 512;          // elements of a strided walk that are gathered at a time
+constexpr int64_t kRowCost = 32;        // what starting a row costs, in elements
+constexpr int64_t kStepGrain = 49152;   // elements worth another thread: to update,
+constexpr int64_t kNormGrain = 65536;   // to sum up
+constexpr int64_t kLargePart = 262144;  // elements of a part when there are more parts than threads
 constexpr int64_t kSplitAlign = 64;
 
 // The arithmetic of a step is IEEE's default, whatever the caller's mode (flush to zero, rounding), which comes back.
@@ -221,7 +222,9 @@ int64_t Plan::split(int64_t grain, int threads, int* parts) {
   }
   begin_[rows.size()] = total;
   const int64_t elements = total - kRowCost * int64_t(rows.size());
+  // As many parts as threads; of a large plan more, for the threads that another process does not hold up.
   *parts = int(std::max<int64_t>(1, std::min<int64_t>({elements / grain, threads, kMaxParts})));
+  if (elements / *parts > kLargePart) *parts = int(std::min<int64_t>({*parts * 16, elements / kLargePart, kMaxParts}));
   return total;
 }
 
@@ -231,7 +234,7 @@ double Plan::norm(const Table& t, Team team, int threads) {
   partial_.assign(size_t(total / kNormBlock) + rows.size() + 1, 0.0);
   Work work{*this, t, total, parts, partial_.data()};
   parallel(
-      team, parts,
+      team, threads, parts,
       [](void* w, int part) {
         FloatMode mode;
         static_cast<Work*>(w)->norm(part);
@@ -258,7 +261,7 @@ double Plan::run(const Scaling& scaling, Team team, int threads) {
   int64_t total = split(kStepGrain, threads, &parts);
   Work work{*this, t, total, parts, nullptr};
   parallel(
-      team, parts,
+      team, threads, parts,
       [](void* w, int part) {
         FloatMode inner;
         static_cast<Work*>(w)->sweep(part);

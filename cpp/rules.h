@@ -51,19 +51,18 @@ struct Momentum : NoCarry {
   struct Hyper {
     double lr, momentum, dampening, weight_decay, nesterov;
   };
-  T lr, momentum, rest, decay;
-  bool nesterov, first;
+  T lr, momentum, rest, decay, nesterov, first;  // of T, not bool: 16-bit loops would not be vectorised
   FUSEDOPT_HD Momentum(const Hyper& h, const Clock& c)
       : lr(T(h.lr)),
         momentum(T(h.momentum)),
         rest(T(1 - h.dampening)),
         decay(T(h.weight_decay)),
-        nesterov(h.nesterov != 0),
-        first(c.t == 1) {}
+        nesterov(T(h.nesterov != 0)),
+        first(T(c.t == 1)) {}
   FUSEDOPT_HD void operator()(T& p, T g, T& b) const {
     g = decayed(g, p, decay);
-    b = first ? g : fma1(rest, g, momentum * b);
-    p = fma1(-lr, nesterov ? fma1(momentum, b, g) : b, p);
+    b = first != T(0) ? g : fma1(rest, g, momentum * b);
+    p = fma1(-lr, nesterov != T(0) ? fma1(momentum, b, g) : b, p);
   }
 };
 
@@ -185,7 +184,7 @@ struct Adam : Moments<T> {
   T lr, unbias;
   FUSEDOPT_HD Adam(const Hyper& h, const Clock& c)
       : Moments<T>(h), lr(T(h.lr / (1 - power(h.beta1, c.t)))), unbias(T(1 / sqrt(1 - power(h.beta2, c.t)))) {}
-  FUSEDOPT_HD void move(T& p, T m, T v) const { p = p - (lr * m) / (root(v) * unbias + this->eps); }
+  FUSEDOPT_HD void move(T& p, T m, T v) const { p = p - (lr * m) / (fma1(root(v), unbias, this->eps)); }
   FUSEDOPT_HD void operator()(T& p, T g, T& m, T& v) const {
     this->average(p, g, m, v);
     move(p, m, v);
@@ -225,7 +224,7 @@ struct NAdam : Moments<T> {
         unbias(T(1 / sqrt(1 - power(h.beta2, c.t)))) {}
   FUSEDOPT_HD void operator()(T& p, T g, T& m, T& v) const {
     this->average(p, g, m, v);
-    p = p - (lr_g * g + lr_m * m) / (root(v) * unbias + this->eps);
+    p = p - (lr_g * g + lr_m * m) / (fma1(root(v), unbias, this->eps));
   }
 };
 
@@ -237,18 +236,17 @@ struct RAdam : Moments<T> {
   struct Hyper {
     double lr, beta1, beta2, eps, weight_decay, decoupled;
   };
-  T lr;
-  bool rectified;
+  T lr, rectified;
   FUSEDOPT_HD RAdam(const Hyper& h, const Clock& c) : Moments<T>(h) {
     const double b2 = power(h.beta2, c.t), longest = 2 / (1 - h.beta2) - 1;
     const double length = longest - 2 * double(c.t) * b2 / (1 - b2);  // of the moving average, in steps
-    rectified = length > 5;
+    rectified = T(length > 5);
     const double r = (length - 4) * (length - 2) * longest / ((longest - 4) * (longest - 2) * length);
-    lr = T(h.lr / (1 - power(h.beta1, c.t)) * (rectified ? sqrt(r * (1 - b2)) : 1));
+    lr = T(h.lr / (1 - power(h.beta1, c.t)) * (rectified != T(0) ? sqrt(r * (1 - b2)) : 1));
   }
   FUSEDOPT_HD void operator()(T& p, T g, T& m, T& v) const {
     this->average(p, g, m, v);
-    p = p - (rectified ? (lr * m) / (root(v) + this->eps) : lr * m);
+    p = p - (rectified != T(0) ? (lr * m) / (root(v) + this->eps) : lr * m);
   }
 };
 
@@ -315,20 +313,20 @@ struct Lion : NoCarry {
 }  // namespace
 
 // The registry: kernel name, struct. Everything else (bindings, dispatch, front ends, tests) reads it from here.
-#define FUSEDOPT_RULES(X)              \
-  X(sgd, Sgd)                          \
-  X(momentum, Momentum)                \
-  X(adagrad, Adagrad)                  \
-  X(rmsprop, RMSprop)                  \
-  X(rmsprop_momentum, RMSpropMomentum) \
-  X(rmsprop_centered, RMSpropCentered) \
+#define FUSEDOPT_RULES(X)                               \
+  X(sgd, Sgd)                                           \
+  X(momentum, Momentum)                                 \
+  X(adagrad, Adagrad)                                   \
+  X(rmsprop, RMSprop)                                   \
+  X(rmsprop_momentum, RMSpropMomentum)                  \
+  X(rmsprop_centered, RMSpropCentered)                  \
   X(rmsprop_centered_momentum, RMSpropCenteredMomentum) \
-  X(adam, Adam)                        \
-  X(amsgrad, AMSGrad) \
-  X(nadam, NAdam) \
-  X(radam, RAdam) \
-  X(adamax, Adamax) \
-  X(adadelta, Adadelta) \
+  X(adam, Adam)                                         \
+  X(amsgrad, AMSGrad)                                   \
+  X(nadam, NAdam)                                       \
+  X(radam, RAdam)                                       \
+  X(adamax, Adamax)                                     \
+  X(adadelta, Adadelta)                                 \
   X(lion, Lion)
 
 }  // namespace fusedopt

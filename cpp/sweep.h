@@ -1,5 +1,6 @@
 // THE loop: load, rule, store, over a span. Options that belong to every rule live here (so far: the gradient's
-// multiplier, which unscales, clips and signs in a register). The compiler vectorises it; `make vectorized` shows where.
+// multiplier, which unscales, clips and signs in a register). The compiler vectorises it; `make vectorized` shows
+// where.
 #pragma once
 #include "table.h"
 
@@ -37,22 +38,30 @@ struct Apply;
 template <>
 struct Apply<0> {
   template <class R, class T>
-  static FUSEDOPT_HD void to(const R& r, T& p, T g, T*) { r(p, g); }
+  static FUSEDOPT_HD void to(const R& r, T& p, T g, T*) {
+    r(p, g);
+  }
 };
 template <>
 struct Apply<1> {
   template <class R, class T>
-  static FUSEDOPT_HD void to(const R& r, T& p, T g, T* s) { r(p, g, s[0]); }
+  static FUSEDOPT_HD void to(const R& r, T& p, T g, T* s) {
+    r(p, g, s[0]);
+  }
 };
 template <>
 struct Apply<2> {
   template <class R, class T>
-  static FUSEDOPT_HD void to(const R& r, T& p, T g, T* s) { r(p, g, s[0], s[1]); }
+  static FUSEDOPT_HD void to(const R& r, T& p, T g, T* s) {
+    r(p, g, s[0], s[1]);
+  }
 };
 template <>
 struct Apply<3> {
   template <class R, class T>
-  static FUSEDOPT_HD void to(const R& r, T& p, T g, T* s) { r(p, g, s[0], s[1], s[2]); }
+  static FUSEDOPT_HD void to(const R& r, T& p, T g, T* s) {
+    r(p, g, s[0], s[1], s[2]);
+  }
 };
 
 template <class Rule, class P, class G, class S>

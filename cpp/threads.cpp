@@ -49,25 +49,26 @@ void relax() {
 #endif
 }
 
-// Each thread takes the part of its own number first, so that a part meets the cache that held it in the last step,
-// and then whatever nobody has taken yet.
+// Each thread takes the parts of its own share first, so that a part meets the cache that held it in the last step, and
+// then whatever nobody has taken yet.
 struct Job {
   void (*fn)(void*, int);
   void* arg;
-  int parts;
+  int parts, threads;
   std::atomic<bool> taken[kMaxParts] = {};
 
   void work(int self) {
+    const int first = parts / threads * self;
     for (int k = 0; k < parts; ++k) {
-      int part = (self + k) % parts;
+      int part = (first + k) % parts;
       if (!taken[part].load(std::memory_order_relaxed) && !taken[part].exchange(true, std::memory_order_relaxed))
         fn(arg, part);
     }
   }
 };
 
-// Workers that sleep between jobs, one job at a time: who finds the pool busy works alone, and nobody waits for a worker
-// that has not begun (its core may be taken by another library's threads).
+// Workers that sleep between jobs, one job at a time: who finds the pool busy works alone, and nobody waits for a
+// worker that has not begun (its core may be taken by another library's threads).
 class Pool {
  public:
   void run(Job& job) {
@@ -76,7 +77,7 @@ class Pool {
     {
       std::lock_guard<std::mutex> lock(mutex_);
       try {
-        for (; workers_ < job.parts - 1; ++workers_) std::thread([this, id = workers_ + 1] { serve(id); }).detach();
+        for (; workers_ < job.threads - 1; ++workers_) std::thread([this, id = workers_ + 1] { serve(id); }).detach();
       } catch (const std::system_error&) {  // no more threads to be had: go on with those there are
       }
       job_ = &job;
@@ -101,7 +102,7 @@ class Pool {
         std::unique_lock<std::mutex> lock(mutex_);
         wake_.wait(lock, [&] { return generation_.load(std::memory_order_relaxed) != seen; });
         seen = generation_.load(std::memory_order_relaxed);
-        if (!job_ || id >= job_->parts) continue;
+        if (!job_ || id >= job_->threads) continue;
         job = job_;
         running_.fetch_add(1, std::memory_order_relaxed);
       }
@@ -177,16 +178,17 @@ int default_threads() {
   return usable_processors();
 }
 
-void parallel(Team team, int parts, void (*fn)(void*, int), void* arg) {
+void parallel(Team team, int threads, int parts, void (*fn)(void*, int), void* arg) {
   if (parts > kMaxParts) abort();
   Job job;
   job.fn = fn;
   job.arg = arg;
   job.parts = parts;
-  if (parts <= 1) return job.work(0);
+  job.threads = threads < parts ? threads : parts;
+  if (job.threads <= 1) return job.work(0);
   if (team == Team::kOurs || !openmp()) return the_pool().run(job);
-  gomp_parallel.load()([](void* j) { static_cast<Job*>(j)->work(omp_thread_number.load()()); }, &job, unsigned(parts),
-                       0);
+  gomp_parallel.load()([](void* j) { static_cast<Job*>(j)->work(omp_thread_number.load()()); }, &job,
+                       unsigned(job.threads), 0);
   job.work(0);  // a nested region may have had fewer threads than asked for
 }
 

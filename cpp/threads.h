@@ -14,10 +14,10 @@ constexpr int kMaxParts = 256;
 
 enum class Team { kOurs, kTorch };
 
-// Calls fn(arg, part) for every part in [0, parts), parts <= kMaxParts, on up to `parts` threads; returns when all are
-// done. Results must not depend on which thread runs which part. Callable from several threads at once, and in a forked
-// child.
-void parallel(Team team, int parts, void (*fn)(void* arg, int part), void* arg);
+// Calls fn(arg, part) for every part in [0, parts), parts <= kMaxParts, on up to `threads` threads; returns when all
+// are done. Results must not depend on which thread runs which part. Callable from several threads at once, and in a
+// forked child.
+void parallel(Team team, int threads, int parts, void (*fn)(void* arg, int part), void* arg);
 
 // "openmp" or "pool": what Team::kTorch stands for now.
 const char* torch_team();

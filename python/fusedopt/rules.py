@@ -80,7 +80,8 @@ class Rule:
     """First values of states that do not start at 0: a number, or the name of an option."""
 
     def __init_subclass__(cls) -> None:
-        RULES[cls.__name__] = cls()
+        if "function" in cls.__dict__:
+            RULES[cls.__name__] = cls()
 
     @property
     def name(self) -> str:

@@ -8,6 +8,10 @@ Beyond torch, every class takes, keyword-only:
     max_grad_norm: clips the gradients of all groups together to this global norm inside the step, as
         ``torch.nn.utils.clip_grad_norm_`` would; gradients are not written. The norm is ``opt.last_grad_norm``.
 
+State tensors may be replaced, loaded or written to between steps. One that is set to other memory in place
+(``state.data = ...``, ``share_memory_()``) is noticed at the next step if it has 1,024 elements or more, else
+within 16.
+
 What the kernels do not do (sparse, complex, differentiable, capturable, subclasses of Tensor, overlapping memory, other
 devices than the CPU) goes through torch's own step for the tensors concerned, with one ``FallbackWarning`` that says
 why; together with an option of ours, or with gradients still scaled, it raises RuntimeError instead.
@@ -16,6 +20,7 @@ why; together with an option of ours, or with gradients still scaled, it raises 
 from __future__ import annotations
 
 import inspect
+import sys
 import warnings
 from collections.abc import Callable, Iterable
 from typing import Any, ClassVar
@@ -75,6 +80,14 @@ def _bump(tensors: list[torch.Tensor]) -> None:
         for tensor in tensors:
             if not tensor.is_inference():
                 torch.autograd.graph.increment_version(tensor)
+
+
+def _outside() -> int:
+    """The stack level of the nearest caller that is neither torch nor ours, for a warning."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] in ("fusedopt", "torch"):
+        level, frame = level + 1, frame.f_back
+    return level
 
 
 class _Fused(Optimizer):
@@ -169,6 +182,8 @@ class _Fused(Optimizer):
         groups = self.param_groups
         max_norm = groups[0]["max_grad_norm"] or 0.0 if groups else 0.0
         plan = self._plan
+        if self._foreign:
+            self._refuse_foreign(unscale, max_norm)
         if plan is None or not plan.step(self.state, groups, unscale, max_norm, get_num_threads()):
             plan = self._replan(unscale, max_norm)
         if max_norm:
@@ -327,7 +342,7 @@ class _Fused(Optimizer):
                 )
             if in_use and reason not in self._said and not reason.startswith("fused=False"):
                 self._said.add(reason)
-                warnings.warn(f"{reason}: torch's own step updates it", FallbackWarning, stacklevel=6)
+                warnings.warn(f"{reason}: torch's own step updates it", FallbackWarning, stacklevel=_outside())
 
     def _step_foreign(self) -> None:
         """torch's own step over the parameters left to it."""
@@ -338,12 +353,13 @@ class _Fused(Optimizer):
                     left[g].append(p)
         if not any(left.values()):
             return
-        assert self._plain_step is not None
+        plain = type(self)._plain_step
+        assert plain is not None
         groups = self.param_groups
-        scaled = {k: self.__dict__.pop(k) for k in ("grad_scale", "found_inf") if k in self.__dict__}
+        scaled: dict[str, Any] = {k: self.__dict__.pop(k) for k in ("grad_scale", "found_inf") if k in self.__dict__}
         try:
             self.param_groups = [{**group, "params": left[g]} for g, group in enumerate(groups) if left[g]]
-            type(self)._plain_step(self)
+            plain(self)
         finally:
             self.param_groups = groups
             self.__dict__.update(scaled)
@@ -431,7 +447,8 @@ def _make_class(rule: Rule) -> type[Optimizer]:
     )
     plain = None
     if theirs is not None:  # as it is below torch's hooks, which our own step runs
-        plain = theirs.step.__wrapped__ if getattr(theirs.step, "hooked", False) else theirs.step
+        step: Any = theirs.step
+        plain = step.__wrapped__ if getattr(step, "hooked", False) else step
     return type(
         rule.name,
         (_Fused, base),
