@@ -1,0 +1,96 @@
+"""The compiled core, as cpp/bind*.cpp export it. Written by hand."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+__version__: str
+
+def kernels() -> dict[str, tuple[int, tuple[str, ...], tuple[str, ...], bool]]:
+    """name -> (index, hyperparameter names, state names, carries a scalar)"""
+
+def formats() -> list[tuple[str, str, str]]:
+    """The (param, grad, state) dtype combinations that exist."""
+
+def isas() -> tuple[str, ...]:
+    """Instruction sets this processor can run, best last."""
+
+def isa() -> str:
+    """The instruction set in use."""
+
+def use_isa(name: str | None) -> bool:
+    """Forces an instruction set; None takes the best. False if it is not usable here."""
+
+def default_threads() -> int:
+    """Threads of a step when nothing is set."""
+
+def torch_team() -> str:
+    """What runs the steps beside torch: 'openmp', its own runtime, or 'pool', ours."""
+
+def update(
+    kernel: int,
+    hyper: Sequence[float],
+    maximize: bool,
+    names: tuple[str, ...],
+    labels: Any,
+    operands: list[Any],
+    steps: list[int],
+    threads: int,
+) -> None:
+    """Adds one group to a batch and runs it."""
+
+class Batch:
+    """Tensors to be updated together, given as arrays."""
+
+    def __init__(self) -> None: ...
+    def clear(self) -> None: ...
+    def add(
+        self,
+        kernel: int,
+        hyper: Sequence[float],
+        maximize: bool,
+        names: tuple[str, ...],
+        labels: Any,
+        operands: list[Any],
+        steps: list[int],
+    ) -> None: ...
+    def check(self, grads: bool) -> None: ...
+    def run(self, max_norm: float, threads: int) -> float | None: ...
+
+class TorchPlan:
+    """The parameters of a torch optimizer, remembered between steps."""
+
+    def __init__(
+        self,
+        state: dict[Any, Any],
+        types: tuple[type, ...],
+        dtypes: tuple[Any, ...],
+        is_neg: Callable[[Any], bool],
+        bump: Callable[[list[Any]], None],
+        exchange: bool,
+    ) -> None: ...
+    def add_group(
+        self,
+        options: dict[str, Any],
+        kernel: int,
+        hyper: list[tuple[str | None, int, float]],
+        truths: list[Any],
+        same: list[Any],
+    ) -> None: ...
+    def add_param(
+        self,
+        tensor: Any,
+        kind: int,
+        state: dict[str, Any] | None,
+        operands: list[Any],
+        step: Any,
+        carry: Any,
+        done: int,
+    ) -> None: ...
+    def finish(self) -> None: ...
+    def plain(self, tensor: Any) -> bool: ...
+    def conflicts(self) -> list[tuple[int, int]]: ...
+    def step(
+        self, state: dict[Any, Any], param_groups: list[dict[str, Any]], unscale: float, max_norm: float, threads: int
+    ) -> bool: ...
+    @property
+    def norm(self) -> float: ...

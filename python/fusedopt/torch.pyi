@@ -1,0 +1,236 @@
+# Made by python/make_stubs.py from the rules: do not edit, run `make stubs`.
+
+from collections.abc import Callable
+from typing import Any, overload
+
+import torch
+from torch.optim.optimizer import Optimizer, ParamsT
+
+__all__ = [
+    "SGD",
+    "Adadelta",
+    "Adagrad",
+    "Adam",
+    "AdamW",
+    "Adamax",
+    "FallbackWarning",
+    "Lion",
+    "NAdam",
+    "RAdam",
+    "RMSprop",
+]
+
+class FallbackWarning(UserWarning):
+    """A tensor takes torch's own, slower path, for the reason given."""
+
+class _Fused(Optimizer):
+    last_grad_norm: torch.Tensor | None
+    last_step_skipped: bool
+    @property
+    def max_grad_norm(self) -> float | None: ...
+    @max_grad_norm.setter
+    def max_grad_norm(self, value: float | None) -> None: ...
+    @overload
+    def step(self, closure: None = None) -> None: ...
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
+class SGD(_Fused, torch.optim.SGD):
+    """Stochastic gradient descent, with momentum, dampening and Nesterov's look-ahead."""
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | torch.Tensor = 0.001,
+        momentum: float = 0,
+        dampening: float = 0,
+        weight_decay: float | torch.Tensor = 0,
+        nesterov: bool = False,
+        *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        state_dtype: torch.dtype | str | None = None,
+        max_grad_norm: float | None = None,
+    ) -> None: ...
+
+class Adagrad(_Fused, torch.optim.Adagrad):
+    """AdaGrad: every coordinate's rate falls with the sum of its squared gradients."""
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | torch.Tensor = 0.01,
+        lr_decay: float = 0,
+        weight_decay: float = 0,
+        initial_accumulator_value: float = 0,
+        eps: float = 1e-10,
+        foreach: bool | None = None,
+        *,
+        maximize: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        state_dtype: torch.dtype | str | None = None,
+        max_grad_norm: float | None = None,
+    ) -> None: ...
+
+class RMSprop(_Fused, torch.optim.RMSprop):
+    """RMSProp: divides by a running root mean square of the gradient; centered: by its standard deviation."""
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | torch.Tensor = 0.01,
+        alpha: float = 0.99,
+        eps: float = 1e-08,
+        weight_decay: float = 0,
+        momentum: float = 0,
+        centered: bool = False,
+        capturable: bool = False,
+        foreach: bool | None = None,
+        maximize: bool = False,
+        differentiable: bool = False,
+        *,
+        state_dtype: torch.dtype | str | None = None,
+        max_grad_norm: float | None = None,
+    ) -> None: ...
+
+class Adam(_Fused, torch.optim.Adam):
+    """Adam: steps of both moments of the gradient, corrected for their start at zero."""
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | torch.Tensor = 0.001,
+        betas: tuple[float | torch.Tensor, float | torch.Tensor] = (0.9, 0.999),
+        eps: float = 1e-08,
+        weight_decay: float = 0,
+        amsgrad: bool = False,
+        *,
+        foreach: bool | None = None,
+        maximize: bool = False,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        decoupled_weight_decay: bool = False,
+        state_dtype: torch.dtype | str | None = None,
+        max_grad_norm: float | None = None,
+    ) -> None: ...
+
+class AdamW(_Fused, torch.optim.AdamW):
+    """AdamW: Adam whose weight decay shrinks the weights directly, beside the gradient's step."""
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | torch.Tensor = 0.001,
+        betas: tuple[float | torch.Tensor, float | torch.Tensor] = (0.9, 0.999),
+        eps: float = 1e-08,
+        weight_decay: float = 0.01,
+        amsgrad: bool = False,
+        *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        state_dtype: torch.dtype | str | None = None,
+        max_grad_norm: float | None = None,
+    ) -> None: ...
+
+class NAdam(_Fused, torch.optim.NAdam):
+    """NAdam: Adam with Nesterov's look-ahead, along a momentum that warms up."""
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | torch.Tensor = 0.002,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-08,
+        weight_decay: float = 0,
+        momentum_decay: float = 0.004,
+        decoupled_weight_decay: bool = False,
+        *,
+        foreach: bool | None = None,
+        maximize: bool = False,
+        capturable: bool = False,
+        differentiable: bool = False,
+        state_dtype: torch.dtype | str | None = None,
+        max_grad_norm: float | None = None,
+    ) -> None: ...
+
+class RAdam(_Fused, torch.optim.RAdam):
+    """RAdam: Adam whose adaptive rate sets in once its variance is bounded, and is rectified from then on."""
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | torch.Tensor = 0.001,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-08,
+        weight_decay: float = 0,
+        decoupled_weight_decay: bool = False,
+        *,
+        foreach: bool | None = None,
+        maximize: bool = False,
+        capturable: bool = False,
+        differentiable: bool = False,
+        state_dtype: torch.dtype | str | None = None,
+        max_grad_norm: float | None = None,
+    ) -> None: ...
+
+class Adamax(_Fused, torch.optim.Adamax):
+    """Adamax: Adam by the infinity norm."""
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | torch.Tensor = 0.002,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-08,
+        weight_decay: float = 0,
+        foreach: bool | None = None,
+        *,
+        maximize: bool = False,
+        differentiable: bool = False,
+        capturable: bool = False,
+        state_dtype: torch.dtype | str | None = None,
+        max_grad_norm: float | None = None,
+    ) -> None: ...
+
+class Adadelta(_Fused, torch.optim.Adadelta):
+    """Adadelta: scales the gradient by the ratio of past updates to past gradients."""
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | torch.Tensor = 1.0,
+        rho: float = 0.9,
+        eps: float = 1e-06,
+        weight_decay: float = 0,
+        foreach: bool | None = None,
+        *,
+        capturable: bool = False,
+        maximize: bool = False,
+        differentiable: bool = False,
+        state_dtype: torch.dtype | str | None = None,
+        max_grad_norm: float | None = None,
+    ) -> None: ...
+
+class Lion(_Fused):
+    """Lion: steps by the sign of an interpolation between momentum and gradient; one state, decoupled decay."""
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | torch.Tensor = 0.0001,
+        betas: tuple[float, float] = (0.9, 0.99),
+        weight_decay: float = 0.0,
+        *,
+        maximize: bool = False,
+        state_dtype: torch.dtype | str | None = None,
+        max_grad_norm: float | None = None,
+    ) -> None: ...
+
+def __getattr__(name: str) -> Any: ...  # torch.optim's

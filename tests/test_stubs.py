@@ -1,0 +1,163 @@
+"""The committed type stubs say what the rules give, `_core.pyi` what the compiled core has, and no public name is
+without documentation. Whether the stubs suit a type checker is shown by `make lint`."""
+
+import ast
+import importlib
+import importlib.metadata
+import inspect
+import re
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+
+import fusedopt
+from fusedopt import _core
+from fusedopt.rules import RULES
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def make_stubs() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("make_stubs", ROOT / "python" / "make_stubs.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def pinned_torch() -> None:
+    """The torch classes are typed as those of the development version; others may differ."""
+    pytest.importorskip("torch")
+    pin = re.search(r"^torch==([\d.]+)", (ROOT / "constraints.txt").read_text(), re.M)
+    assert pin is not None
+    if importlib.metadata.version("torch").split("+")[0] != pin[1]:
+        pytest.skip(f"the stubs are made with torch {pin[1]}")
+
+
+@pytest.mark.parametrize("name", ["__init__.pyi", "numpy.pyi", "torch.pyi"])
+def test_the_committed_stubs_are_those_of_the_rules(make_stubs: ModuleType, name: str) -> None:
+    if name == "torch.pyi":
+        pinned_torch()
+    assert make_stubs.differences([name]) == []
+
+
+def test_an_old_or_missing_stub_is_found(
+    make_stubs: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(make_stubs, "PACKAGE", tmp_path)
+    monkeypatch.setattr(make_stubs, "STUBS", {k: v for k, v in make_stubs.STUBS.items() if k != "torch.pyi"})
+    monkeypatch.setattr(sys, "argv", ["make_stubs.py", "--check"])
+    assert make_stubs.main() == 1
+    monkeypatch.setattr(sys, "argv", ["make_stubs.py"])
+    assert make_stubs.main() == 0
+    monkeypatch.setattr(sys, "argv", ["make_stubs.py", "--check"])
+    assert make_stubs.main() == 0
+    stub = tmp_path / "numpy.pyi"
+    stub.write_text(stub.read_text().replace("eps: float = 1e-08", "eps: float = 1e-07", 1))
+    capsys.readouterr()
+    assert make_stubs.main() == 1
+    shown = capsys.readouterr().out
+    assert "-    eps: float = 1e-07," in shown
+    assert "+    eps: float = 1e-08," in shown
+
+
+# ---- what is typed by hand
+
+
+def classes(stub: str) -> dict[str, ast.ClassDef]:
+    tree = ast.parse((ROOT / "python" / "fusedopt" / stub).read_text())
+    return {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
+
+
+def functions(body: list[ast.stmt]) -> dict[str, list[str]]:
+    """name -> parameters, of the functions in a piece of a stub."""
+    return {
+        node.name: [a.arg for a in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)]
+        for node in body
+        if isinstance(node, ast.FunctionDef)
+    }
+
+
+def compiled(owner: Any) -> dict[str, list[str]]:
+    """The same of a pybind11 module or class, from the signatures in its documentation."""
+    found = {}
+    for name, value in vars(owner).items():
+        if isinstance(value, property):
+            found[name] = ["self"]
+        elif callable(value) and not isinstance(value, type) and (name == "__init__" or not name.startswith("_")):
+            signature = (value.__doc__ or "").splitlines()[0]
+            found[name] = re.findall(r"(\w+): (?!:)", signature[signature.index("(") :])
+    return found
+
+
+def test_the_compiled_core_has_what_its_stub_says() -> None:
+    tree = ast.parse((ROOT / "python" / "fusedopt" / "_core.pyi").read_text())
+    said = functions(tree.body)
+    assert said == compiled(_core)
+    stubbed = classes("_core.pyi")
+    assert set(stubbed) == {name for name, value in vars(_core).items() if isinstance(value, type)}
+    for name, node in stubbed.items():
+        assert functions(node.body) == compiled(getattr(_core, name)), name
+
+
+def test_the_optimizer_of_numpy_has_what_its_stub_says() -> None:
+    node = classes("numpy.pyi")["Optimizer"]
+    real = {
+        name: list(inspect.signature(value).parameters)
+        for name, value in vars(fusedopt.Optimizer).items()
+        if inspect.isfunction(value) and not name.startswith("_")
+    }
+    assert functions(node.body) == real
+    attributes = {n.target.id for n in node.body if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name)}
+    assert attributes == {name for name in vars(fusedopt.SGD(np.ones(3))) if not name.startswith("_")}
+
+
+def test_the_optimizers_of_torch_have_what_their_stub_says() -> None:
+    torch = pytest.importorskip("torch")
+    module = importlib.import_module("fusedopt.torch")
+    node = classes("torch.pyi")["_Fused"]
+    opt = module.SGD([torch.ones(3, requires_grad=True)], lr=0.1)
+    said = {n.target.id for n in node.body if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name)}
+    said |= set(functions(node.body))
+    assert {name for name in said if not hasattr(opt, name)} == set()
+    added = {name for name in dir(opt) if not name.startswith("_")} - set(dir(torch.optim.SGD([torch.ones(3)], lr=0.1)))
+    assert added <= said
+
+
+# ---- documentation
+
+
+def assert_documented(value: Any, name: str) -> None:
+    assert (inspect.getdoc(value) or "").strip(), f"{name} has no docstring"
+    if inspect.isclass(value) and value.__module__.startswith("fusedopt"):
+        for key, member in vars(value).items():
+            if not key.startswith("_") and (inspect.isfunction(member) or isinstance(member, property)):
+                assert_documented(getattr(value, key), f"{name}.{key}")
+
+
+def test_every_public_name_has_a_docstring() -> None:
+    for name in fusedopt.__all__:
+        if not isinstance(getattr(fusedopt, name), str):
+            assert_documented(getattr(fusedopt, name), name)
+    for rule in RULES.values():
+        assert_documented(type(rule), f"rules.{rule.name}")
+
+
+def test_every_public_name_of_the_torch_front_end_has_a_docstring() -> None:
+    pytest.importorskip("torch")
+    module = importlib.import_module("fusedopt.torch")
+    for name in module.__all__:
+        assert_documented(getattr(module, name), f"torch.{name}")
+
+
+@pytest.mark.parametrize("name", ["numpy", "torch", "config", "rules", "plots", "bench", "__main__"])
+def test_every_module_says_what_is_in_it(name: str) -> None:
+    if name in ("torch", "plots"):
+        pytest.importorskip({"plots": "matplotlib"}.get(name, name))
+    assert_documented(importlib.import_module(f"fusedopt.{name}"), name)
