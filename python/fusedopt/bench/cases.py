@@ -1,0 +1,183 @@
+"""The table of cases: what is timed, against whom, and which ratio the project promises. No timing and no torch here.
+
+A suite is a function of the size called "large" (32M elements unless told otherwise) that returns its cases.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from fusedopt.bench.shapes import BYTES, F32, FORMATS, MANY, Format, Shapes, count, gpt2, human, mlp, resnet50
+
+LARGE = 32 << 20
+CEILING = "ceiling"
+COMPILED = "compiled"
+BEST_NUMPY = "best NumPy"  # the faster of the two contenders below
+NUMPY = ("NumPy whole", "NumPy blocked")
+TORCH = ("default", "foreach", "fused", COMPILED)
+
+# Options that make another update of the same rule, with a row of its own in every table.
+VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
+    "SGD": {"SGD": {}, "Momentum": {"momentum": 0.9}},
+    "RMSprop": {"RMSprop": {}, "RMSprop centered + momentum": {"centered": True, "momentum": 0.9}},
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One line of a table: a workload, the contenders beside ours, and the bars it has to clear."""
+
+    label: str
+    against: tuple[str, ...]
+    rule: str = "Adam"
+    options: Mapping[str, Any] = field(default_factory=dict)
+    format: Format = F32
+    shapes: Shapes = ((LARGE,),)
+    kind: str = "torch"  # or numpy, training, denormals: who builds the contenders
+    model: str = ""  # of a training case
+    grouped: bool = False  # one parameter group per tensor
+    fresh: bool = False  # gradients replaced, untimed, before every step
+    max_grad_norm: float | None = None  # clip to this global norm; torch's side calls clip_grad_norm_
+    bars: Mapping[str, float] = field(default_factory=dict)  # contender (or ceiling) -> the least ratio (or share)
+
+    def __str__(self) -> str:
+        return self.label
+
+    @property
+    def elements(self) -> int:
+        return count(self.shapes)
+
+    @property
+    def bytes(self) -> int | None:
+        """The floor of memory traffic per step; None where a step is not all that is timed."""
+        if self.kind == "training":
+            return None
+        from fusedopt.rules import RULES
+
+        rule = RULES[self.rule]
+        states = len(rule.states({**rule.defaults, **self.options}))
+        norm = 0 if self.max_grad_norm is None else BYTES[self.format.grad]  # the gradients are read once more
+        return self.elements * (self.format.bytes(states) + norm)
+
+
+def rows() -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """Every row of a table of rules: label, rule, options. A new rule is in it as soon as it is registered."""
+    from fusedopt.rules import RULES
+
+    for rule in RULES:
+        for label, options in VARIANTS.get(rule, {rule: {}}).items():
+            yield label, rule, options
+
+
+def bars(large: int) -> list[Case]:
+    """The promises: each case with the least ratio it must reach."""
+    promised: dict[str, dict[str, float]] = {
+        "Momentum": {"default": 1.5, "fused": 0.97},
+        "Adagrad": {"default": 5, "fused": 0.97},
+        "RMSprop": {"default": 8},
+        "RMSprop centered + momentum": {"default": 6},
+        "Adam": {"default": 5, "fused": 0.97},
+        "AdamW": {"default": 5, "fused": 0.97},
+    }
+    size, alone = human(large), ((large,),)
+
+    def case(label: str, promise: dict[str, float], tensors: Shapes = (), **rest: Any) -> Case:
+        return Case(label, tuple(promise), shapes=tensors, bars=promise, **rest)
+
+    return [
+        *(
+            case(f"{label} f32, {size}", promised.get(label, {}) | {CEILING: 0.90}, alone, rule=rule, options=options)
+            for label, rule, options in rows()
+        ),
+        case("Adam, 1,000 of 64, gradients replaced", {"fused": 12, "default": 45}, MANY, fresh=True),
+        case("Adam, 1,000 of 64, a group per tensor", {"fused": 8}, MANY, grouped=True),
+        case("Adam, 4-tensor MLP 10-10-1", {"fused": 2.5}, mlp(10, 10, 1)),
+        case("Adam, ResNet-50", {"fused": 1.1}, resnet50()),
+        case("Adam, GPT-2 small", {"fused": 0.97}, gpt2()),
+        case("Adam + clipping, GPT-2 small, gradients replaced", {"fused": 1.2}, gpt2(), fresh=True, max_grad_norm=1.0),
+        case(f"Adam bf16, {size}", {"fused": 1.2}, alone, format=FORMATS[2]),
+        *(
+            case(f"training, {model}", promise, kind="training", model=model)
+            for model, promise in {
+                "MLP 784-128-10": {"default": 1.6, "fused": 1.15},
+                "MLP 784-2048-2048-2048-10": {"default": 1.8, "fused": 1.05},
+            }.items()
+        ),
+        *(
+            Case(label, NUMPY, shapes=tensors, kind="numpy", bars={BEST_NUMPY: promise})
+            for label, tensors, promise in (
+                (f"NumPy Adam f32, {size}", alone, 4.5),
+                ("NumPy adam_ on 4 arrays of 1,000", ((1000,),) * 4, 3.0),
+            )
+        ),
+    ]
+
+
+def rules(large: int) -> list[Case]:
+    """Every rule in f32, one large tensor."""
+    return [Case(label, (*TORCH, CEILING), rule, options, shapes=((large,),)) for label, rule, options in rows()]
+
+
+def short(large: int) -> list[Case]:
+    """Every rule, small enough for a demo: an eighth of the large size, torch's default and fused only."""
+    return [
+        Case(label, ("default", "fused", CEILING), rule, options, shapes=((large // 8,),))
+        for label, rule, options in rows()
+    ]
+
+
+def formats(large: int) -> list[Case]:
+    """Adam in every format, from the first cache to far beyond the last."""
+    sizes = [n for n in (1 << 10, 32 << 10, 512 << 10, 4 << 20) if n < large] + [large]
+    return [
+        Case(f"Adam {form}, {human(n)}", ("default", "fused", CEILING), format=form, shapes=((n,),))
+        for form in FORMATS
+        for n in sizes
+    ]
+
+
+def shapes(large: int) -> list[Case]:
+    """Adam on the shapes of real networks, and on those that cost the most per tensor."""
+    table: dict[str, tuple[Shapes, dict[str, Any]]] = {
+        f"one tensor of {human(large)}": (((large,),), {}),
+        "1,000 of 64": (MANY, {}),
+        "1,000 of 64, gradients replaced": (MANY, {"fresh": True}),
+        "1,000 of 64, a group per tensor": (MANY, {"grouped": True}),
+        "4-tensor MLP 10-10-1": (mlp(10, 10, 1), {}),
+        "ResNet-50": (resnet50(), {}),
+        "GPT-2 small": (gpt2(), {}),
+        "ResNet-50, clipping, gradients replaced": (resnet50(), {"fresh": True, "max_grad_norm": 1.0}),
+    }
+    return [Case(f"Adam, {name}", TORCH, shapes=s, **rest) for name, (s, rest) in table.items()]
+
+
+def numpy(large: int) -> list[Case]:
+    """The NumPy front end against the best in-place NumPy; the threaded one is shown, too."""
+    from fusedopt.bench.numpy_best import BODIES
+
+    return [
+        Case(f"NumPy {label}, {name}", (*NUMPY, "NumPy threads"), rule, options, shapes=s, kind="numpy")
+        for label, rule, options in rows()
+        if label in BODIES
+        for name, s in ((human(large), ((large,),)), ("4 of 1,000", ((1000,),) * 4))
+    ]
+
+
+def training(large: int) -> list[Case]:
+    """Whole iterations, forward + backward + step; the size of these does not follow ``large``."""
+    from fusedopt.bench.training import MODELS
+
+    return [Case(f"training, {name}", TORCH, kind="training", model=name, shapes=()) for name in MODELS]
+
+
+def denormals(large: int) -> list[Case]:
+    """What moments in the denormal range cost (they are kept, as torch keeps them)."""
+    return [Case("Adam", ("default", "fused"), shapes=((large // 8,),), kind="denormals")]
+
+
+SUITES: dict[str, Callable[[int], list[Case]]] = {
+    f.__name__: f for f in (bars, rules, formats, shapes, numpy, training, denormals, short)
+}
+SECONDS = {"bars": 8.0, "short": 1.5, "formats": 2.5}  # a case's share of time, where it is not 4

@@ -1,0 +1,245 @@
+"""Builds what a case times: ours, torch's paths, the memory ceiling, NumPy. Peers of other projects are in peers.py.
+
+Every contender gets copies of its own of the same parameters and gradients. A builder answers None where its side has
+no such path (torch has no fused RMSprop, and no Lion at all).
+"""
+
+from __future__ import annotations
+
+import inspect
+import time
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fusedopt.bench import numpy_best, peers
+from fusedopt.bench.cases import CEILING, COMPILED, LARGE, NUMPY, Case
+from fusedopt.bench.timing import Contender
+
+if TYPE_CHECKING:
+    import torch
+
+Builder = Callable[[str], "Contender | None"]
+
+OURS = "ours"
+CEILING_BYTES = 2 * 4 * LARGE
+DENORMAL = " denormal"  # ends the name of a contender that works on denormal moments
+COMPILING_CALLS = 3
+
+
+def builder(case: Case) -> Builder:
+    """What makes the contenders of a case, by name; the data they share is made here."""
+    return {"torch": _torch, "denormals": _torch, "training": _training, "numpy": _numpy}[case.kind](case)
+
+
+def contender_names(case: Case, *, compiled: bool = False, with_peers: bool = False) -> list[str]:
+    """Ours first; compilation takes minutes and peers may be missing, so both are asked for."""
+    names = [OURS, *(n for n in case.against if compiled or n != COMPILED)]
+    if with_peers and case.kind in peers.PEERS:
+        names += peers.PEERS[case.kind]
+    if case.kind == "denormals":
+        names += [n + DENORMAL for n in names]
+    return names
+
+
+def ceiling() -> Contender:
+    """Multiplies a large float32 tensor in place: the speed of memory as one read and one write see it."""
+    import torch
+
+    x = torch.ones(LARGE)
+    return Contender(lambda: x.mul_(1.0))
+
+
+def _dtype(word: str) -> torch.dtype:
+    import torch
+
+    return {"f64": torch.float64, "f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}[word]
+
+
+def _optimizer(name: str, case: Case, params: Any) -> torch.optim.Optimizer | None:
+    """Ours or torch's by the name of its path."""
+    import torch
+
+    form, options = case.format, dict(case.options)
+    if name == OURS:
+        import fusedopt.torch
+
+        if form.state != form.param:
+            options["state_dtype"] = _dtype(form.state)
+        if case.max_grad_norm is not None:
+            options["max_grad_norm"] = case.max_grad_norm
+        ours: torch.optim.Optimizer = getattr(fusedopt.torch, case.rule)(params, **options)
+        return ours
+    cls = getattr(torch.optim, case.rule, None)
+    if cls is None or form.state != form.param:
+        return None
+    if name == "fused":
+        # torch's fused SGD skips every full vector in 16 bits (<= 2.13): no baseline.
+        if "fused" not in inspect.signature(cls).parameters or (case.rule == "SGD" and form.param in ("bf16", "f16")):
+            return None
+        options["fused"] = True
+    else:
+        options["foreach"] = name != "default"
+    theirs: torch.optim.Optimizer = cls(params, **options)
+    return theirs
+
+
+def _compiled(step: Callable[[], object]) -> Contender:
+    """The first calls compile, from an empty cache, and are worth a column of their own."""
+    import torch
+    from torch._inductor import utils
+
+    empty_cache: Any = getattr(utils, "fresh_cache", None) or utils.fresh_inductor_cache  # before torch 2.8
+    torch._dynamo.reset()
+    compiled = torch.compile(step)
+    with empty_cache():
+        start = time.perf_counter()
+        for _ in range(COMPILING_CALLS):
+            compiled()
+        return Contender(compiled, first_seconds=time.perf_counter() - start)
+
+
+def _data(case: Case) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    import torch
+
+    make = torch.Generator().manual_seed(0)
+    params = [torch.randn(s, generator=make).to(_dtype(case.format.param)) for s in case.shapes]
+    grads = [torch.randn(s, generator=make).mul_(1e-2).to(_dtype(case.format.grad)) for s in case.shapes]
+    return params, grads
+
+
+def _torch(case: Case) -> Builder:
+    """Steps of torch optimizers on tensors whose gradients are given; moments of choice in a case of denormals."""
+    import torch
+
+    base_params, base_grads = _data(case)
+
+    def build(name: str) -> Contender | None:
+        if name == CEILING:
+            return ceiling()
+        name, denormal = name.removesuffix(DENORMAL), name.endswith(DENORMAL)
+        params = [p.clone().requires_grad_() for p in base_params]
+        grouped: Any = [{"params": [p]} for p in params] if case.grouped else params
+        if name in peers.PEERS["torch"]:
+            opt = peers.PEERS["torch"][name](case, grouped)
+        else:
+            opt = _optimizer(name, case, grouped)
+        if opt is None:
+            return None
+        step: Callable[[], object] = opt.step
+        mixed = case.format.grad != case.format.param
+        theirs = mixed and name != OURS  # torch wants the gradient in the parameter's type: the cast is its price
+        grads = [torch.zeros_like(g) if denormal else g.clone() for g in base_grads]  # zeros keep a moment denormal
+        for p, g in zip(params, grads, strict=True):
+            if mixed and not theirs:
+                p.grad_dtype = None  # torch >= 2.9: any type may be assigned
+            p.grad = torch.empty_like(p) if theirs else g
+        if name == COMPILED:
+            contender = _compiled(step)
+        elif theirs:
+            wide = [p.grad for p in params]
+
+            def cast_and_step() -> None:
+                torch._foreach_copy_(wide, grads)  # type: ignore[arg-type]
+                step()
+
+            contender = Contender(cast_and_step)
+        elif case.max_grad_norm is not None and name != OURS:
+            limit = case.max_grad_norm
+
+            def clip_and_step() -> None:
+                torch.nn.utils.clip_grad_norm_(params, limit)
+                step()
+
+            contender = Contender(clip_and_step)
+        else:
+            contender = Contender(step)
+
+        def replace() -> None:
+            for p, g in zip(params, base_grads, strict=True):
+                p.grad = g.clone()
+
+        def put_back() -> None:
+            for state in opt.state.values():
+                state["exp_avg"].fill_(1e-39 if denormal else 1e-4)
+                state["exp_avg_sq"].fill_(1e-39 if denormal else 1e-4)
+
+        if case.fresh:
+            contender.setup = replace
+        elif case.kind == "denormals":
+            contender.setup = put_back
+        return contender
+
+    return build
+
+
+def _training(case: Case) -> Builder:
+    """Whole iterations: zero_grad, forward, backward, step, over the same model and the same batches."""
+    from fusedopt.bench.training import iteration
+
+    def build(name: str) -> Contender | None:
+        def make(params: Any) -> torch.optim.Optimizer | None:
+            return _optimizer(name, case, params)
+
+        parts = iteration(case.model, make)
+        if parts is None:
+            return None
+        run, opt = parts
+        if name != COMPILED:
+            return Contender(run)
+        run()
+        compiled = _compiled(opt.step)
+        vars(opt)["step"] = compiled.step
+        return Contender(run, first_seconds=compiled.first_seconds)
+
+    return build
+
+
+def _numpy(case: Case) -> Builder:
+    """One call of our in-place function on arrays against NumPy's best; the constants are the rule's defaults."""
+    row = "Momentum" if case.options.get("momentum") else case.rule
+    make = np.random.default_rng(0)
+    dtype: Any = {"f64": np.float64, "f32": np.float32}[case.format.param]
+    base_params = [make.standard_normal(s, dtype) for s in case.shapes]
+    base_grads = [make.standard_normal(s, dtype) * dtype(1e-2) for s in case.shapes]
+
+    def build(name: str) -> Contender | None:
+        params, grads = ([a.copy() for a in arrays] for arrays in (base_params, base_grads))
+        if name == OURS:
+            return Contender(_our_function(case, params, grads))
+        if name in NUMPY:
+            block = None if name == NUMPY[0] else 0
+            if block == 0 and max(p.size for p in params) <= min(numpy_best.BLOCKS):
+                return None  # nothing to cut
+            return Contender(numpy_best.Best(row, params, grads, block).step)
+        if name == "NumPy threads":
+            import torch
+
+            if max(p.size for p in params) <= min(numpy_best.BLOCKS):
+                return None
+            return Contender(numpy_best.Best(row, params, grads, 0, torch.get_num_threads()).step)
+        step = peers.PEERS["numpy"][name](row, params, grads)
+        return None if step is None else Contender(step)
+
+    return build
+
+
+def _our_function(case: Case, params: Sequence[Any], grads: Sequence[Any]) -> Callable[[], None]:
+    import fusedopt
+    from fusedopt.rules import RULES
+
+    rule = RULES[case.rule]
+    function = getattr(fusedopt, rule.function)
+    states = [[np.zeros_like(p) for p in params] for _ in rule.states({**rule.defaults, **case.options})]
+    options, counted, step = dict(case.options), "step" in rule.scalars, 0
+
+    def run() -> None:
+        nonlocal step
+        step += 1
+        if counted:
+            function(params, grads, *states, step=step, **options)
+        else:
+            function(params, grads, *states, **options)
+
+    return run

@@ -1,0 +1,107 @@
+"""Optimizers of other projects, timed when they are installed; none is a dependency. Imported inside the factories.
+
+A factory raises ImportError where its project is missing and answers None where it has no such rule. The imports go
+by name, because these projects are untyped or absent where this file is checked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from typing import Any
+
+import numpy as np
+
+from fusedopt.bench.cases import Case
+
+Step = Callable[[], object]
+Arrays = Sequence[np.ndarray[Any, Any]]
+
+
+def deepspeed(case: Case, params: Any) -> Any:
+    """DeepSpeed's host optimizers; they are compiled at first use."""
+    ops = import_module("deepspeed.ops")
+    if case.rule in ("Adam", "AdamW"):
+        return ops.adam.DeepSpeedCPUAdam(params, adamw_mode=case.rule == "AdamW", **case.options)
+    if case.rule == "Adagrad":
+        return ops.adagrad.DeepSpeedCPUAdagrad(params, **case.options)
+    return ops.lion.DeepSpeedCPULion(params, **case.options) if case.rule == "Lion" else None
+
+
+def bitsandbytes(case: Case, params: Any) -> Any:
+    """bitsandbytes with 32-bit states; it ignores RMSprop's momentum, so that row is not its own."""
+    optim = import_module("bitsandbytes.optim")
+    names = ("Adam", "AdamW", "Adagrad", "RMSprop", "Lion") + (("SGD",) if case.options.get("momentum") else ())
+    if case.rule not in names or case.options.get("centered"):
+        return None
+    options = {"lr": 1e-3, **case.options} if case.rule == "SGD" else dict(case.options)
+    return getattr(optim, case.rule)(params, optim_bits=32, **options)
+
+
+def torchao(case: Case, params: Any) -> Any:
+    """torchao's AdamW in full precision; compiled at first use, and again for every new shape."""
+    if case.rule not in ("Adam", "AdamW"):
+        return None
+    decay = {"weight_decay": 0.0} if case.rule == "Adam" else {}  # without decay the two are one
+    return import_module("torchao.optim.adam")._AdamW(params, **decay, **case.options)
+
+
+def numba(row: str, params: Arrays, grads: Arrays) -> Step | None:
+    """The loop one would write with numba: Adam, exact arithmetic, parallel when large."""
+    nb = import_module("numba")
+    if row != "Adam":
+        return None
+
+    def kernel(
+        p: Any, g: Any, m: Any, v: Any, beta1: Any, beta2: Any, rest1: Any, rest2: Any, lr: Any, eps: Any
+    ) -> None:
+        for i in nb.prange(p.size):
+            m[i] = beta1 * m[i] + rest1 * g[i]
+            v[i] = beta2 * v[i] + rest2 * g[i] * g[i]
+            p[i] -= lr * m[i] / (np.sqrt(v[i]) + eps)
+
+    large = max(p.size for p in params) > 1 << 16  # threads cost more than a short array
+    compiled = nb.njit(parallel=large, error_model="numpy")(kernel)
+    flat = [(p.ravel(), g.ravel()) for p, g in zip(params, grads, strict=True)]
+    tensors = [(p, g, np.zeros_like(p), np.zeros_like(p)) for p, g in flat]
+    count = 0
+
+    def step() -> None:
+        nonlocal count
+        count += 1
+        root = (1 - 0.999**count) ** 0.5
+        constants = (0.9, 0.999, 0.1, 0.001, 1e-3 * root / (1 - 0.9**count), 1e-8 * root)
+        c = [np.float32(x) for x in constants]
+        for arrays in tensors:
+            compiled(*arrays, *c)
+
+    return step
+
+
+def optax(row: str, params: Arrays, grads: Arrays) -> Step | None:
+    """optax under jit, its arguments donated; JAX arrays of its own, waited for."""
+    jax, ox = import_module("jax"), import_module("optax")
+    rules = {"Adam": ox.adam, "AdamW": ox.adamw, "Adagrad": ox.adagrad, "RMSprop": ox.rmsprop}
+    if row not in rules:
+        return None
+    rule = rules[row](1e-3)
+    p, g = [jax.numpy.array(a) for a in params], [jax.numpy.array(a) for a in grads]
+    state = rule.init(p)
+
+    def update(p: Any, state: Any, g: Any) -> Any:
+        change, state = rule.update(g, state, p)
+        return ox.apply_updates(p, change), state
+
+    jitted = jax.jit(update, donate_argnums=(0, 1))
+
+    def step() -> None:
+        nonlocal p, state
+        p, state = jax.block_until_ready(jitted(p, state, g))
+
+    return step
+
+
+PEERS: dict[str, dict[str, Callable[..., Any]]] = {
+    "torch": {"DeepSpeed": deepspeed, "bitsandbytes": bitsandbytes, "torchao": torchao},
+    "numpy": {"numba": numba, "optax": optax},
+}

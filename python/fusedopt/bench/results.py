@@ -1,0 +1,189 @@
+"""Runs cases and keeps what came out: times, ratios, GB/s, the share of the ceiling, and whether a bar was cleared."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import importlib
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from fusedopt.bench.cases import BEST_NUMPY, CEILING, NUMPY, SECONDS, SUITES, Case
+from fusedopt.bench.contenders import CEILING_BYTES, DENORMAL, OURS, builder, contender_names
+from fusedopt.bench.timing import Times, race
+
+
+@dataclass(frozen=True)
+class Bar:
+    """A promise and what was measured; None where the other side could not be run, which clears no bar."""
+
+    against: str
+    least: float
+    measured: float | None
+
+    @property
+    def ok(self) -> bool:
+        return self.measured is not None and self.measured >= self.least
+
+    def __str__(self) -> str:
+        return "not measured" if self.measured is None else f"{self.measured:.2f}"
+
+
+@dataclass
+class Result:
+    """The times of one case; ratios are of medians, another contender's over ours."""
+
+    suite: str
+    case: Case
+    times: dict[str, Times]
+    first_seconds: dict[str, float] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def seconds(self, name: str = OURS) -> float | None:
+        if name == BEST_NUMPY:
+            return min((self.times[n].median for n in NUMPY if n in self.times), default=None)
+        return self.times[name].median if name in self.times else None
+
+    def ratio(self, name: str) -> float | None:
+        theirs, ours = self.seconds(name), self.seconds()
+        return None if theirs is None or ours is None else theirs / ours
+
+    def bandwidth(self, name: str = OURS) -> float | None:
+        """GB/s by the floor of memory traffic: what a step needs to move, whatever this contender moves."""
+        seconds = self.seconds(name)
+        size = CEILING_BYTES if name == CEILING else self.case.bytes
+        return None if seconds is None or size is None else size / seconds * 1e-9
+
+    @property
+    def share(self) -> float | None:
+        ours, top = self.bandwidth(), self.bandwidth(CEILING)
+        return None if ours is None or top is None else ours / top
+
+    @property
+    def bars(self) -> list[Bar]:
+        bars = self.case.bars.items()
+        return [Bar(n, least, self.share if n == CEILING else self.ratio(n)) for n, least in bars]
+
+    def as_dict(self) -> dict[str, Any]:
+        case = self.case
+        contenders = {}
+        for name, times in self.times.items():
+            low, high = times.quartiles
+            contenders[name] = {
+                "median_seconds": times.median,
+                "quartiles_seconds": [low, high],
+                "samples": len(times.samples),
+                "calls_per_sample": times.calls,
+                "ratio_to_ours": self.ratio(name),
+                "first_calls_seconds": self.first_seconds.get(name),
+            }
+        return {
+            "suite": self.suite,
+            "case": case.label,
+            "rule": case.rule,
+            "options": dict(case.options),
+            "format": str(case.format),
+            "elements": case.elements,
+            "tensors": len(case.shapes),
+            "floor_bytes": case.bytes,
+            "gb_per_s": self.bandwidth(),
+            "ceiling_gb_per_s": self.bandwidth(CEILING),
+            "share_of_ceiling": self.share,
+            "contenders": contenders,
+            "bars": [{**dataclasses.asdict(bar), "ok": bar.ok} for bar in self.bars],
+            "notes": self.notes,
+        }
+
+
+def run_case(
+    case: Case,
+    suite: str = "",
+    *,
+    seconds: float = 4.0,
+    rounds: int | None = None,
+    compiled: bool = False,
+    with_peers: bool = False,
+    tick: Callable[[str], object] = lambda what: None,
+) -> Result:
+    """Builds the contenders of a case, races them, and lets go of their memory."""
+    build, contenders, notes = builder(case), {}, []
+    for name in contender_names(case, compiled=compiled, with_peers=with_peers):
+        tick(name)
+        try:
+            contender = build(name)
+        except ImportError as error:
+            if name in (OURS, *case.against):
+                raise
+            notes.append(f"{name}: not installed ({error})")
+        except Exception as error:  # a peer, or the compiler torch.compile wants, may fail in any way of its own
+            if name == OURS or name in ("default", "foreach", "fused"):
+                raise
+            notes.append(f"{name}: {type(error).__name__}: {error}".splitlines()[0])
+        else:
+            if contender is not None:
+                contenders[name] = contender
+    first = {name: c.first_seconds for name, c in contenders.items() if c.first_seconds is not None}
+    tick("timing")
+    sample_seconds = 5e-3 if case.kind == "training" else 2e-4
+    times = race(contenders, seconds=seconds, rounds=rounds, sample_seconds=sample_seconds)
+    contenders.clear()
+    del build
+    gc.collect()
+    return Result(suite, case, times, first, notes)
+
+
+def _split(result: Result) -> Iterator[Result]:
+    """The race on normal and denormal moments as two lines, and what the second cost beside the first."""
+    for name in [n for n in result.times if n + DENORMAL in result.times]:
+        normal, denormal = result.times[name].median, result.times[name + DENORMAL].median
+        result.notes.append(f"{name}: denormal moments take {denormal / normal:.2f} of the time of normal ones")
+    for suffix, words in (("", "normal"), (DENORMAL, "denormal")):
+        times = {n.removesuffix(suffix): t for n, t in result.times.items() if n.endswith(DENORMAL) == bool(suffix)}
+        case = dataclasses.replace(result.case, label=f"{result.case.label}, {words} moments")
+        yield Result(result.suite, case, times, notes=result.notes if suffix else [])
+
+
+def run_suites(
+    names: Iterable[str],
+    large: int,
+    *,
+    only: str = "",
+    seconds: float | None = None,
+    progress: bool = True,
+    **how: Any,
+) -> list[Result]:
+    """Runs suites, or ``only`` the cases with this text in their names; a progress bar where tqdm is installed."""
+    todo = [(name, case) for name in names for case in SUITES[name](large) if only.lower() in case.label.lower()]
+    results: list[Result] = []
+    with _bar(len(todo), progress and bool(todo)) as bar:
+        for suite, case in todo:
+            bar.set_description(case.label)
+            budget = SECONDS.get(suite, 4.0) if seconds is None else seconds
+            result = run_case(case, suite, seconds=budget, tick=bar.set_postfix_str, **how)
+            results += _split(result) if case.kind == "denormals" else [result]
+            bar.update()
+    return results
+
+
+class _NoBar:
+    """Stands in for tqdm."""
+
+    def __enter__(self) -> _NoBar:
+        return self
+
+    def __exit__(self, *error: object) -> None: ...
+    def set_description(self, text: str) -> None: ...
+    def set_postfix_str(self, text: str) -> None: ...
+    def update(self) -> None: ...
+
+
+def _bar(total: int, wanted: bool) -> Any:
+    if not wanted:
+        return _NoBar()
+    try:
+        tqdm = importlib.import_module("tqdm").tqdm  # untyped
+    except ImportError:
+        return _NoBar()
+    return tqdm(total=total, unit="case", file=sys.stderr, dynamic_ncols=True, leave=False)

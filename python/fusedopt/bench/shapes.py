@@ -1,0 +1,83 @@
+"""Shape lists of the benchmark, and the formats with their sizes; real networks' shapes are generated here."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+Shapes = tuple[tuple[int, ...], ...]
+
+BYTES = {"f64": 8, "f32": 4, "bf16": 2, "f16": 2}
+
+
+@dataclass(frozen=True)
+class Format:
+    """How a parameter, its gradient and its array states are stored."""
+
+    param: str
+    grad: str
+    state: str
+
+    def __str__(self) -> str:
+        grad = "" if self.grad == self.param else f" + {self.grad} grad"
+        return self.param + grad + ("" if self.state == self.param else f" + {self.state} state")
+
+    def bytes(self, states: int) -> int:
+        """Moved per parameter by one pass: the gradient is read, everything else read and written."""
+        return 2 * BYTES[self.param] + BYTES[self.grad] + 2 * states * BYTES[self.state]
+
+
+FORMATS = (
+    *(Format(word, word, word) for word in BYTES),
+    *(Format("f32", word, "f32") for word in ("bf16", "f16")),
+    *(Format(word, word, "f32") for word in ("bf16", "f16")),
+    *(Format("f32", "f32", word) for word in ("bf16", "f16")),
+)
+F32 = FORMATS[1]
+
+
+def count(shapes: Iterable[tuple[int, ...]]) -> int:
+    """Elements in all tensors."""
+    return sum(math.prod(shape) for shape in shapes)
+
+
+def human(n: int) -> str:
+    """33554432 -> 32M, 1000 -> 1000."""
+    for unit, power in (("M", 20), ("K", 10)):
+        if n >= 1 << power and n % (1 << power) == 0:
+            return f"{n >> power}{unit}"
+    return str(n) if n < 10_000 else f"{n / 1e6:.1f}M" if n >= 1_000_000 else f"{n / 1e3:.0f}K"
+
+
+def mlp(*widths: int) -> Shapes:
+    """Weights and biases of a chain of linear layers."""
+    return tuple(s for i, o in itertools.pairwise(widths) for s in ((o, i), (o,)))
+
+
+def resnet50() -> Shapes:
+    """ResNet-50 for 1,000 classes: 161 tensors, 25,557,032 parameters."""
+
+    def conv(out: int, into: int, k: int) -> Shapes:
+        return ((out, into, k, k), (out,), (out,))  # the batch norm's weight and bias follow
+
+    shapes, width = list(conv(64, 3, 7)), 64
+    for planes, blocks in ((64, 3), (128, 4), (256, 6), (512, 3)):
+        for block in range(blocks):
+            shapes += conv(planes, width, 1) + conv(planes, planes, 3) + conv(4 * planes, planes, 1)
+            if block == 0:
+                shapes += conv(4 * planes, width, 1)
+            width = 4 * planes
+    return (*shapes, (1000, 2048), (1000,))
+
+
+def gpt2(width: int = 768, layers: int = 12) -> Shapes:
+    """GPT-2 small, head tied to the embedding: 148 tensors, 124,439,808 parameters."""
+    norm: Shapes = ((width,), (width,))
+    attention: Shapes = ((width, 3 * width), (3 * width,), (width, width), (width,))
+    feed_forward: Shapes = ((width, 4 * width), (4 * width,), (4 * width, width), (width,))
+    return ((50257, width), (1024, width), *(norm + attention + norm + feed_forward) * layers, *norm)
+
+
+MANY: Shapes = ((64,),) * 1000

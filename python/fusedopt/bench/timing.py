@@ -1,0 +1,102 @@
+"""Turn-by-turn timing: every contender is set up once, then all run in rotating order, round after round.
+
+Noise of the machine hits all contenders alike, so the ratio of their medians is what is worth quoting. Nothing here
+knows what it times, and nothing here touches the number of threads.
+"""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+WARMUP = 6  # untimed calls; RAdam changes branch after its fifth step
+FEWEST = 5  # rounds, whatever the time budget says
+
+
+@dataclass
+class Contender:
+    """Something that can run again and again; ``setup`` runs untimed before every call of ``step``."""
+
+    step: Callable[[], object]
+    setup: Callable[[], object] | None = None
+    first_seconds: float | None = None  # what the first calls cost, where that is worth a column (compilation)
+
+
+@dataclass
+class Times:
+    """Seconds per call: one sample is the mean of ``calls`` calls in a row."""
+
+    calls: int
+    samples: list[float] = field(default_factory=list)
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.samples)
+
+    @property
+    def quartiles(self) -> tuple[float, float]:
+        low, _, high = statistics.quantiles(self.samples, n=4) if len(self.samples) > 1 else self.samples * 3
+        return low, high
+
+
+def _sample(contender: Contender, calls: int) -> float:
+    """Mean seconds of so many calls in a row; what ``setup`` takes is not counted."""
+    step, setup, clock = contender.step, contender.setup, time.perf_counter_ns
+    spent = 0
+    if setup is None:
+        start = clock()
+        for _ in range(calls):
+            step()
+        spent = clock() - start
+    else:
+        for _ in range(calls):
+            setup()
+            start = clock()
+            step()
+            spent += clock() - start
+    return spent * 1e-9 / calls
+
+
+def _calls(contenders: Sequence[Contender], sample_seconds: float) -> int:
+    """So many calls that the fastest contender's turn is long against the clock and what the turns before it left in
+    the caches; the same number for all."""
+    fastest = min(min(_sample(c, 1) for _ in range(3)) for c in contenders)
+    return max(1, min(1000, round(sample_seconds / max(fastest, 1e-9))))
+
+
+def race(
+    contenders: Mapping[str, Contender],
+    *,
+    seconds: float = 4.0,
+    rounds: int | None = None,
+    sample_seconds: float = 5e-3,
+) -> dict[str, Times]:
+    """Times the contenders for ``seconds`` in all, or for exactly ``rounds`` rounds."""
+    runners = list(contenders.values())
+    for contender in runners:
+        for _ in range(WARMUP):
+            _sample(contender, 1)
+    calls = _calls(runners, sample_seconds)
+    times = {name: Times(calls) for name in contenders}
+    names = list(contenders)
+    collecting = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        start, done = time.perf_counter(), 0
+        while done < (FEWEST if rounds is None else rounds) or (
+            rounds is None and time.perf_counter() - start < seconds
+        ):
+            turn = done % len(names)
+            order = names[turn:] + names[:turn]
+            # The other way round in every second cycle, so that nobody always follows the same neighbour.
+            for name in reversed(order) if done // len(names) % 2 else order:
+                times[name].samples.append(_sample(contenders[name], calls))
+            done += 1
+    finally:
+        if collecting:
+            gc.enable()
+    return times
