@@ -1,4 +1,4 @@
-"""A torch without DLPack's exchange API (before 2.10): tensors are read by their Python attributes, to the same bits."""
+"""A torch without DLPack's exchange API (before 2.10): tensors read by their attributes, to the same bits."""
 
 import pytest
 import torch

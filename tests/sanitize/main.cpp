@@ -1,0 +1,260 @@
+// The core under the sanitizers, without Python: every kernel and combination of formats on every instruction set, odd
+// lengths and offsets, many tensors, strided rows, the norm pass, and several threads stepping at once. Each operand
+// lies in a heap block of exactly its size, so that one element too many is seen. What is compared is only that all
+// ways of running give the same bytes; that these are right is shown by the Python tests. Built by run.sh.
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include <algorithm>
+#include <atomic>
+#include <memory>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "dispatch.h"
+#include "plan.h"
+#include "threads.h"
+
+using namespace fusedopt;
+
+namespace {
+
+std::atomic<int> failures{0};
+
+void expect(bool ok, const std::string& what) {
+  if (ok) return;
+  ++failures;
+  fprintf(stderr, "FAILED: %s\n", what.c_str());
+}
+
+struct Random {
+  uint64_t x;
+  uint32_t next() { return uint32_t((x = x * 6364136223846793005u + 1442695040888963407u) >> 33); }
+};
+
+// A number in [0.5, 1): finite in every format, and a possible value of any state.
+void put(char* at, Format f, Random& r) {
+  uint32_t digits = r.next();
+  if (f == kF64) {
+    double x = 0.5 + digits * 0x1p-33;
+    memcpy(at, &x, 8);
+  } else if (f == kF32) {
+    uint32_t x = 0x3f000000u | (digits & 0x7fffffu);
+    memcpy(at, &x, 4);
+  } else {
+    uint16_t x = f == kBF16 ? uint16_t(0x3f00u | (digits & 0x7fu)) : uint16_t(0x3800u | (digits & 0x3ffu));
+    memcpy(at, &x, 2);
+  }
+}
+
+// `count` elements after `offset` others, in a block that ends with the last.
+struct Block {
+  std::unique_ptr<char[]> memory;
+  size_t bytes, start;
+  Block(Format f, int64_t count, int64_t offset, Random& r)
+      : bytes(size_t(count + offset) * size_of(f)), start(size_t(offset) * size_of(f)) {
+    memory.reset(new char[bytes]);
+    for (size_t at = 0; at < bytes; at += size_of(f)) put(memory.get() + at, f, r);
+  }
+  char* data() { return memory.get() + start; }
+};
+
+Group group_of(const Kernel& kernel, bool maximize) {
+  Group g{{}, maximize};
+  std::string name;
+  for (const char* c = kernel.hyper;; ++c) {
+    if (*c && *c != ' ') {
+      name += *c;
+      continue;
+    }
+    if (!name.empty()) {
+      bool flag = name.find("nesterov") != std::string::npos || name.find("decoupled") != std::string::npos;
+      g.hyper.push_back(name == "lr" ? 0.25 : name == "eps" ? 1e-8 : flag ? 1 : name == "weight_decay" ? 0.1 : 0.9);
+    }
+    name.clear();
+    if (!*c) break;
+  }
+  return g;
+}
+
+// Rows of one kernel and one combination of formats: `lengths` dense ones, and some strided.
+struct Problem {
+  std::vector<Block> blocks;
+  std::vector<std::unique_ptr<Strided>> layouts;
+  Plan plan;
+  int operands;
+
+  Problem(int kernel, int loop, const std::vector<int64_t>& lengths, bool with_strided) {
+    const Kernel& k = usable_table(0)->kernels[kernel];
+    operands = 2 + k.n_states;
+    plan.groups = {group_of(k, false), group_of(k, true)};
+    Random r{uint64_t(kernel * 100 + loop)};
+    for (int64_t n : lengths) dense(k, kernel, loop, n, r);
+    if (with_strided) {
+      strided(k, kernel, loop, {5, 7, 3}, r);
+      strided(k, kernel, loop, {41, 37}, r);
+      strided(k, kernel, loop, {1301}, r);
+    }
+  }
+
+  Row& add(int kernel, int loop, int64_t n) {
+    Row row = {};
+    row.kernel = kernel, row.loop = loop, row.group = int(plan.rows.size() % 2), row.span.n = n;
+    row.clock.carry = 1;
+    const Kernel& k = usable_table(0)->kernels[kernel];
+    for (size_t t = 0; t <= plan.rows.size() % 3; ++t)
+      k.advance(plan.groups[size_t(row.group)].hyper.data(), row.clock);
+    plan.rows.push_back(row);
+    return plan.rows.back();
+  }
+
+  Format format(const Kernel& k, int loop, int operand) const {
+    const Loop& l = k.loops[loop];
+    return operand == 0 ? l.param : operand == 1 ? l.grad : l.state;
+  }
+
+  static void set(Row& row, int operand, char* data) {
+    if (operand == 0) row.span.param = data;
+    if (operand == 1) row.span.grad = data;
+    if (operand >= 2) row.span.state[operand - 2] = data;
+  }
+
+  void dense(const Kernel& k, int kernel, int loop, int64_t n, Random& r) {
+    Row& row = add(kernel, loop, n);
+    for (int o = 0; o < operands; ++o) {
+      blocks.emplace_back(format(k, loop, o), n, int64_t(r.next() % 19), r);
+      set(row, o, blocks.back().data());
+    }
+  }
+
+  // Every operand in a layout of its own: axes in another order, some reversed, with gaps.
+  void strided(const Kernel& k, int kernel, int loop, const std::vector<int64_t>& shape, Random& r) {
+    int64_t n = 1;
+    for (int64_t s : shape) n *= s;
+    Row& row = add(kernel, loop, n);
+    layouts.push_back(std::make_unique<Strided>());
+    Strided& s = *layouts.back();
+    row.strided = &s;
+    s.n = operands, s.ndim = int(shape.size());
+    for (int d = 0; d < s.ndim; ++d) s.shape[d] = shape[size_t(d)];
+    for (int o = 0; o < operands; ++o) {
+      int64_t step = 1 + o % 2, start = 0;
+      for (int i = 0; i < s.ndim; ++i) {
+        int d = (i + o) % s.ndim;
+        s.stride[o][d] = r.next() % 2 ? step : -step;
+        if (s.stride[o][d] < 0) start += step * (s.shape[d] - 1);
+        step *= s.shape[d] + (o == 0);
+      }
+      int64_t span = 1;
+      for (int d = 0; d < s.ndim; ++d) span += llabs(s.stride[o][d]) * (s.shape[d] - 1);
+      blocks.emplace_back(format(k, loop, o), span, 0, r);
+      set(row, o, blocks.back().data() + start * int64_t(size_of(format(k, loop, o))));
+    }
+  }
+
+  std::vector<std::string> bytes() const {
+    std::vector<std::string> out;
+    for (const Block& b : blocks) out.emplace_back(b.memory.get(), b.bytes);
+    return out;
+  }
+
+  // The bytes after two steps, or those before.
+  std::vector<std::string> run(double max_norm, int threads) {
+    for (int i = 0; i < 2; ++i) {
+      Scaling scaling;
+      scaling.max_norm = max_norm;
+      double norm = plan.run(scaling, Team::kOurs, threads);
+      expect(max_norm > 0 ? isfinite(norm) : norm == -1, "norm");
+    }
+    return bytes();
+  }
+};
+
+const std::vector<int64_t> kLengths = {0, 1, 2, 3, 5, 8, 13, 15, 16, 17, 31, 33, 64, 65, 127, 200, 4097, 0, 7};
+
+void same_bytes_every_way(int kernel, int loop) {
+  const std::string name = std::string(usable_table(0)->kernels[kernel].name) + " loop " + std::to_string(loop);
+  auto lengths = kLengths;
+  if (loop == 1) lengths.push_back(70001);  // enough work for several threads
+  for (double max_norm : {0.0, 0.5}) {
+    use_isa("baseline");
+    Problem first(kernel, loop, lengths, true);
+    const auto before = first.bytes(), want = first.run(max_norm, 1);
+    for (size_t b = 0; b < want.size(); ++b) {
+      const bool gradient = b % size_t(first.operands) == 1;
+      if (gradient) expect(want[b] == before[b], name + ": a gradient was written");
+      if (b % size_t(first.operands) == 0 && !want[b].empty() && first.plan.rows[b / size_t(first.operands)].span.n)
+        expect(want[b] != before[b], name + ": a parameter did not move");
+    }
+    for (int isa = 0; usable_table(isa); ++isa)
+      for (int threads : {1, 3, 8}) {
+        use_isa(usable_table(isa)->isa);
+        Problem again(kernel, loop, lengths, true);
+        expect(again.run(max_norm, threads) == want,
+               name + " on " + usable_table(isa)->isa + ", " + std::to_string(threads) + " threads");
+      }
+  }
+  use_isa(nullptr);
+}
+
+// Steps of several Python threads, as it were: plans of their own, one pool, the instruction set changing under them.
+void several_threads_at_once() {
+  const int kernels = usable_table(0)->n_kernels;
+  const std::vector<int64_t> lengths = {40001, 3, 0, 30011};
+  std::vector<std::vector<std::string>> want;
+  for (int k = 0; k < kernels; ++k) want.push_back(Problem(k, 1, lengths, true).run(0.5, 1));
+  std::atomic<bool> done{false};
+  std::thread chooser([&] {
+    for (int i = 0; !done; ++i) use_isa(usable_table(i) ? usable_table(i)->isa : (i = -1, nullptr));
+  });
+  std::vector<std::thread> steppers;
+  for (int t = 0; t < 4; ++t)
+    steppers.emplace_back([&, t] {
+      for (int i = 0; i < 3; ++i)
+        for (int k = 0; k < kernels; ++k) {
+          int which = (k + t * 3) % kernels;
+          expect(Problem(which, 1, lengths, true).run(0.5, 3) == want[size_t(which)], "several threads at once");
+        }
+    });
+  for (auto& s : steppers) s.join();
+  done = true;
+  chooser.join();
+  use_isa(nullptr);
+}
+
+void many_small_tensors() {
+  const std::vector<int64_t> lengths(1000, 64);
+  for (int kernel = 0; kernel < usable_table(0)->n_kernels; ++kernel) {
+    const auto want = Problem(kernel, 1, lengths, false).run(0, 1);
+    for (int threads : {2, 5}) expect(Problem(kernel, 1, lengths, false).run(0, threads) == want, "many small tensors");
+  }
+}
+
+void every_part_once() {
+  for (int parts : {1, 2, 7, kMaxParts}) {
+    std::vector<std::atomic<int>> seen(static_cast<size_t>(parts));
+    for (int round = 0; round < 20; ++round)
+      parallel(
+          Team::kOurs, std::min(parts, 4), parts,
+          [](void* s, int part) { ++(*static_cast<decltype(seen)*>(s))[size_t(part)]; }, &seen);
+    for (auto& s : seen) expect(s == 20, "every part runs once");
+  }
+}
+
+}  // namespace
+
+int main() {
+  Plan nothing;
+  expect(nothing.run(Scaling{}, Team::kOurs, 4) == -1, "an empty plan");
+  every_part_once();
+  const Table& t = *usable_table(0);
+  for (int kernel = 0; kernel < t.n_kernels; ++kernel)
+    for (int loop = 0; loop < t.kernels[kernel].n_loops; ++loop) same_bytes_every_way(kernel, loop);
+  many_small_tensors();
+  several_threads_at_once();
+  printf("%d kernels, %d failures\n", t.n_kernels, failures.load());
+  return failures ? 1 : 0;
+}

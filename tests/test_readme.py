@@ -1,0 +1,151 @@
+"""What the documents say is so: README's Python runs, its benchmark section is the committed results', CONTRIBUTING's
+map names the files that exist."""
+
+import contextlib
+import importlib.util
+import io
+import json
+import re
+import subprocess
+import warnings
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+
+
+def load(path: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=lambda block: block.split("\n\n")[0].splitlines()[-1][:40])
+def test_the_python_in_the_readme_runs(block: str) -> None:
+    if "torch" in block:
+        pytest.importorskip("torch")
+    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+        exec(compile(block, "README.md", "exec"), {"__name__": "readme"})
+
+
+def test_the_readme_shows_numpy_and_torch() -> None:
+    assert len(BLOCKS) >= 4
+    assert any("fusedopt.torch" in block for block in BLOCKS)
+    assert any("torch" not in block for block in BLOCKS)
+
+
+def test_every_local_link_leads_somewhere() -> None:
+    for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "bench/README.md"):
+        text = (ROOT / name).read_text()
+        for target in re.findall(r"\]\(([^)#]+)[^)]*\)", text):
+            if "://" not in target:
+                assert ((ROOT / name).parent / target).exists(), f"{name}: {target}"
+
+
+# ---- the benchmark section
+
+DATA = {
+    "machine": {
+        "processor": "a processor",
+        "cores": 2,
+        "torch_threads": 2,
+        "system": "Linux x86_64",
+        "python": "3.11.7",
+        "date": "2026-01-02T03:04:05+00:00",
+        "versions": {"fusedopt": "0.1.0", "numpy": "2.4.6", "torch": "2.13.0"},
+    },
+    "results": [
+        {
+            "suite": "rules",
+            "case": "Adam",
+            "contenders": {
+                "ours": {"ratio_to_ours": 1.0},
+                "fused": {"ratio_to_ours": 1.25},
+                "default": {"ratio_to_ours": 12.3},
+            },
+            "gb_per_s": 21.04,
+            "share_of_ceiling": 0.97,
+            "bars": [],
+        },
+        {
+            "suite": "bars",
+            "case": "Adam, tiny",
+            "contenders": {"ours": {"ratio_to_ours": 1.0}},
+            "gb_per_s": None,
+            "share_of_ceiling": None,
+            "bars": [
+                {"against": "fused", "least": 12, "measured": 13.5, "ok": True},
+                {"against": "ceiling", "least": 0.9, "measured": 0.85, "ok": False},
+            ],
+        },
+    ],
+}
+
+
+def test_the_benchmark_section_is_written_from_results(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    readme, results, script = tmp_path / "README.md", tmp_path / "bench.json", load("bench/readme.py")
+    readme.write_text("before\n<!-- bench:begin -->\nold\n<!-- bench:end -->\nafter\n")
+    results.write_text(json.dumps(DATA))
+    monkeypatch.setattr(script, "README", readme)
+
+    def run(*arguments: str) -> int:
+        monkeypatch.setattr("sys.argv", ["readme.py", str(results), *arguments])
+        code: int = script.main()
+        return code
+
+    assert run("--check") == 1
+    assert run() == 0
+    assert run("--check") == 0
+    text = readme.read_text()
+    assert text.startswith("before\n<!-- bench:begin -->\n\na processor, 2 cores")
+    assert text.endswith("\n<!-- bench:end -->\nafter\n")
+    assert "| Adam | 1.25 | 12.3 | 21.0 | 97% |" in text
+    assert "| Adam, tiny | torch fused | 12.0 | 13.5 |" in text
+    assert "| Adam, tiny | share of `mul_` | 0.90 | 0.85 (missed) |" in text
+    assert "old" not in text
+    readme.write_text("no marks")
+    assert run() == 2
+
+
+def test_the_committed_benchmark_section_is_that_of_the_committed_results() -> None:
+    script = load("bench/readme.py")
+    if not script.RESULTS.exists():
+        pytest.skip("no results are committed")
+    section = script.SECTION.search(README)
+    assert section is not None
+    assert section[0] == script.section(json.loads(script.RESULTS.read_text()))
+
+
+# ---- the map
+
+MAPPED = ("cpp", "python", "tests", "bench", "examples")
+
+
+def test_the_map_in_contributing_names_the_files_that_exist() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    map_ = re.search(r"^```text\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    assert map_ is not None
+    named, folders = set(), [""]
+    for line in map_[1].splitlines():
+        depth, name = (len(line) - len(line.lstrip())) // 2, line.split()[0]
+        folders[depth + 1 :] = [folders[depth] + name]
+        if not name.endswith("/"):
+            named.add(folders[depth] + name)
+    listed = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard", *MAPPED],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    if listed.returncode:
+        pytest.skip("not a git checkout")
+    there = {name for name in listed.stdout.split() if (ROOT / name).exists() and not name.startswith("bench/results/")}
+    assert there - named == set(), "not in the map"
+    assert {name for name in named if not (ROOT / name).exists()} == set(), "in the map, but not there"
