@@ -1,0 +1,69 @@
+# Everything a fresh clone needs: `make demo`, `make test`. The environment is .venv, with the versions of constraints.txt;
+# build tools come as wheels, so Python, pip and a C++ compiler are enough. ARGS is handed on: make test ARGS="-k adam".
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PY := $(BIN)/python
+BUILD_TOOLS := scikit-build-core pybind11 cmake ninja
+SOURCES := CMakeLists.txt pyproject.toml constraints.txt \
+  $(wildcard cpp/* python/fusedopt/*.py python/fusedopt/*/*.py)
+CHECKED := python tests bench examples
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.PHONY: help demo test bench lint format stubs sanitize vectorized clean distclean
+
+help: ## this list
+	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
+
+demo: $(VENV)/.demo ## train on real data with torch.optim, fusedopt and NumPy; table and pictures in demo-output
+	$(PY) examples/digits.py $(ARGS)
+
+test: $(VENV)/.test ## the tests
+	$(PY) -m pytest $(ARGS)
+
+bench: $(VENV)/.bench ## every rule against PyTorch; table, JSON and pictures in bench-output
+	$(PY) -m fusedopt bench --json bench-output/bench.json --plot bench-output $(ARGS)
+
+lint: $(VENV)/.dev ## ruff, mypy, clang-format, stubs
+	$(BIN)/ruff check $(CHECKED)
+	$(BIN)/ruff format --check $(CHECKED)
+	$(BIN)/mypy python/fusedopt python/make_stubs.py bench examples
+	$(BIN)/mypy python/fusedopt/__init__.py python/fusedopt/numpy.py python/fusedopt/torch.py # behind their stubs
+	$(BIN)/clang-format --dry-run -Werror cpp/*.h cpp/*.cpp tests/sanitize/*.cpp
+	$(PY) python/make_stubs.py --check
+
+format: $(VENV)/.dev ## what of lint can be put right by machine
+	$(BIN)/ruff check --fix $(CHECKED)
+	$(BIN)/ruff format $(CHECKED)
+	$(BIN)/clang-format -i cpp/*.h cpp/*.cpp tests/sanitize/*.cpp
+
+stubs: $(VENV)/.dev ## write the type stubs from the rules
+	$(PY) python/make_stubs.py
+
+sanitize: ## the core under the address, undefined-behaviour and thread sanitizers
+	sh tests/sanitize/run.sh
+
+vectorized: ## which loops the compiler vectorises (GCC)
+	$(PYTHON) bench/vectorized.py $(ARGS)
+
+clean: ## remove what was built and written, but not .venv
+	rm -rf build dist wheelhouse demo-output bench-output .benchmarks .hypothesis .*_cache $(addprefix $(VENV)/.,demo test bench dev)
+	find $(CHECKED) -name __pycache__ -type d -prune -exec rm -rf {} +
+
+distclean: clean ## remove .venv, too
+	rm -rf $(VENV)
+
+# One environment; the stamp's name is the extra that has been installed into it. Built without isolation, so that the
+# pinned build tools are used and only what changed is compiled again. A warning is an error, but not for somebody who
+# only wants to see the demo.
+$(VENV)/.%: $(SOURCES) | $(PY)
+	@echo "Installing fusedopt[$*] into $(VENV); the first time this takes minutes, most of them PyTorch's download"
+	@$(PY) -m pip install --quiet -c constraints.txt $(BUILD_TOOLS)
+	@$(PY) -m pip install --quiet -c constraints.txt --no-build-isolation --editable '.[$*]' -C build-dir=build/dev \
+	  -C cmake.define.FUSEDOPT_WERROR=$(if $(filter test dev,$*)$(wildcard $(VENV)/.test $(VENV)/.dev),ON,OFF)
+	@touch $@
+
+$(PY):
+	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
