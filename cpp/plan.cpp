@@ -22,6 +22,8 @@ constexpr int64_t kStepGrain = 49152;   // elements worth another thread: to upd
 constexpr int64_t kNormGrain = 65536;   // to sum up
 constexpr int64_t kLargePart = 262144;  // elements of a part when there are more parts than threads
 constexpr int64_t kSplitAlign = 64;
+constexpr size_t kLine = 64;  // bytes of a cache line
+constexpr int64_t kWorthAligning = 1024;
 
 // The arithmetic of a step is IEEE's default, whatever the caller's mode (flush to zero, rounding), which comes back.
 class FloatMode {
@@ -104,9 +106,19 @@ const char* moved(const void* p, int64_t elements, Format f) {
 }
 
 void sweep_dense(const Loop& loop, int n_states, const void* ready, const Row& row, int64_t begin, int64_t end) {
-  Span s = {moved(row.span.param, begin, loop.param), moved(row.span.grad, begin, loop.grad), {}, end - begin};
-  for (int k = 0; k < n_states; ++k) s.state[k] = moved(row.span.state[k], begin, loop.state);
-  loop.sweep(ready, s);
+  auto sweep = [&](int64_t from, int64_t to) {
+    Span s = {moved(row.span.param, from, loop.param), moved(row.span.grad, from, loop.grad), {}, to - from};
+    for (int k = 0; k < n_states; ++k) s.state[k] = moved(row.span.state[k], from, loop.state);
+    loop.sweep(ready, s);
+  };
+  // NumPy's large arrays all begin 16 bytes past a cache line: a short start of its own brings the rest onto lines.
+  const auto address = reinterpret_cast<uintptr_t>(moved(row.span.param, begin, loop.param));
+  const int64_t head = int64_t((kLine - address % kLine) % kLine / size_of(loop.param));
+  if (head > 0 && end - begin >= kWorthAligning) {
+    sweep(begin, begin + head);
+    begin += head;
+  }
+  sweep(begin, end);
 }
 
 void sweep_strided(const Loop& loop, int n_states, const void* ready, const Row& row, int64_t begin, int64_t end) {

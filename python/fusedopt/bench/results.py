@@ -186,4 +186,4 @@ def _bar(total: int, wanted: bool) -> Any:
         tqdm = importlib.import_module("tqdm").tqdm  # untyped
     except ImportError:
         return _NoBar()
-    return tqdm(total=total, unit="case", file=sys.stderr, dynamic_ncols=True, leave=False)
+    return tqdm(total=total, unit="case", disable=None, file=sys.stderr, dynamic_ncols=True, leave=False)

@@ -72,7 +72,7 @@ def race(
     *,
     seconds: float = 4.0,
     rounds: int | None = None,
-    sample_seconds: float = 5e-3,
+    sample_seconds: float = 2e-2,
 ) -> dict[str, Times]:
     """Times the contenders for ``seconds`` in all, or for exactly ``rounds`` rounds."""
     runners = list(contenders.values())
