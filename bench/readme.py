@@ -30,7 +30,7 @@ TITLES = {
     "training": "Whole iterations: forward, backward, step",
     "denormals": "Denormal moments",
     "short": "Every rule, small",
-    "bars": "What the project promises",
+    "bars": "The bars the project sets itself",
 }
 NAMES = {
     "default": "torch",

@@ -442,3 +442,19 @@ def test_steps_under_no_grad_and_inference_mode(name: str) -> None:
         results.append(snapshot(opt))
     assert_same_bits(results[0], results[1])
     assert_same_bits(results[0], results[2])
+
+
+def test_a_first_step_beside_overlapping_parameters_still_begins_the_buffer() -> None:
+    results = []
+    for make in (ours, plain):
+        memory = torch.arange(6.0)
+        params = [torch.nn.Parameter(memory[:4]), torch.nn.Parameter(memory[2:]), torch.nn.Parameter(torch.ones(5))]
+        opt = make("SGD", params, lr=0.5, momentum=0.5, dampening=0.25)
+        for _ in range(2):
+            for p in params:
+                p.grad = torch.full_like(p, 2.0)
+            with falling_back_is_fine():
+                opt.step()
+        results.append([p.detach().clone() for p in params])
+    for got, want in zip(*results, strict=True):
+        assert torch.equal(got, want)

@@ -206,15 +206,21 @@ class _Fused(Optimizer):
                     return plan
                 for g, i in clash:
                     banned[self.param_groups[g]["params"][i]] = "its memory overlaps that of another parameter or state"
+                self._take_back(created)
             raise RuntimeError("the parameters or their state change while step() looks at them")
         except BaseException:
             self._plan = None
-            for p, names in created:  # leave no state that no step has filled
-                for name in names:
-                    self.state[p].pop(name, None)
-                if not self.state[p]:
-                    del self.state[p]
+            self._take_back(created)
             raise
+
+    def _take_back(self, created: list[tuple[torch.Tensor, list[str]]]) -> None:
+        """Removes state that no step has filled: an SGD buffer that exists counts as begun."""
+        for p, names in created:
+            for name in names:
+                self.state[p].pop(name, None)
+            if not self.state[p]:
+                del self.state[p]
+        created.clear()
 
     def _build(self, created: list[tuple[torch.Tensor, list[str]]], banned: dict[torch.Tensor, str]) -> Any:
         rule = self._rule
