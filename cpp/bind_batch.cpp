@@ -87,8 +87,10 @@ class Batch {
       layout_.push_back(reinterpret_cast<intptr_t>(e.high));
       layout_.push_back(e.written);
     }
-    for (const auto& s : layouts_)
+    for (const auto& s : layouts_) {
+      layout_.insert(layout_.end(), s->shape, s->shape + s->ndim);
       for (int k = 0; k < s->n; ++k) layout_.insert(layout_.end(), s->stride[k], s->stride[k] + s->ndim);
+    }
     if (layout_ == checked_) return;  // as in the last call
     checked_.clear();
     refuse_overlap();

@@ -51,6 +51,8 @@ constexpr int kMaxValues = 8;  // entries of one parameter's state dict that can
 constexpr int64_t kAlwaysRead = 1024;
 constexpr size_t kReadEvery = 16;
 
+constexpr int kShape = 5;  // dimensions of a parameter that are remembered
+
 struct Param {
   py::object tensor;
   py::object state;                   // the dict opt.state[p], or None
@@ -60,8 +62,8 @@ struct Param {
   py::object step, carry;             // 0-d tensors, or None
   View views[2 + kMaxStates] = {};    // param, grad, states: as of the last step
   const void* record = nullptr;       // lies within torch's record of the parameter
-  int64_t n = 0;                      // elements, when the state was last read
-  bool read = false;                  // the state has been
+  int64_t shape[kShape] = {};         // when the state was last read,
+  int ndim = -1;                      // which it has not been
   Scalar step_at, carry_at;
   int64_t done = 0;  // steps so far, where there is no step tensor
   Kind kind = kIdle;
@@ -238,12 +240,11 @@ class TorchPlan {
     layouts_read_.push_back(shape);
     layouts_read_.back().insert(layouts_read_.back().end(), stride.begin(), stride.end());
     int64_t* sizes = layouts_read_.back().data();
-    constexpr uint8_t kFloat = 2, kBfloat = 4;
     *t = {reinterpret_cast<void*>(o.attr("data_ptr")().cast<uintptr_t>()),
           kDLCpu,
           0,
           int32_t(shape.size()),
-          format == kBF16 ? kBfloat : kFloat,
+          format == kBF16 ? kDLBfloat : kDLFloat,
           uint8_t(8 * size_of(Format(format))),
           1,
           sizes,
@@ -364,15 +365,14 @@ class TorchPlan {
       View& v = p.views[2 + k];
       v = view(p.operands[k].ptr());
       if (!v.same_shape(p.views[0])) throw Stale();
-      v.shape = p.views[0].shape;
       if (v.contiguous()) v.stride = nullptr;
     }
     for (int k = 1; k < p.n_operands; ++k)
       if (p.views[2 + k].format != p.views[2].format) throw Stale();
     if (!p.step.is_none()) p.step_at = scalar(p.step);
     if (!p.carry.is_none()) p.carry_at = scalar(p.carry);
-    p.n = p.views[0].size();
-    p.read = true;
+    p.ndim = p.views[0].ndim;
+    if (p.ndim <= kShape) std::copy(p.views[0].shape, p.views[0].shape + p.ndim, p.shape);
   }
 
   // True if the parameter is not where it was.
@@ -391,13 +391,14 @@ class TorchPlan {
     const int n = 2 + p.n_operands;
     const char* last = p.views[0].data;
     View* v = p.views;
-    const View before = v[0];
     v[0] = view(p.tensor.ptr());
     v[1] = view(grad.ptr());
-    p.record = api_ && v[0].ndim > 0 && v[0].ndim <= 5 ? v[0].shape : nullptr;
+    p.record = api_ && v[0].ndim > 0 && v[0].ndim <= kShape ? v[0].shape : nullptr;
     if (!v[1].same_shape(v[0])) throw Stale();
-    const bool same_record = p.read && v[0].shape == before.shape && v[0].ndim == before.ndim && v[0].size() == p.n;
-    if (!same_record || p.n >= kAlwaysRead || plan_.rows.size() % kReadEvery == turn_) read_state(p);
+    const bool same_shape =
+        v[0].ndim == p.ndim && p.ndim <= kShape && std::equal(p.shape, p.shape + p.ndim, v[0].shape);
+    if (!same_shape || v[0].size() >= kAlwaysRead || plan_.rows.size() % kReadEvery == turn_) read_state(p);
+    for (int k = 2; k < n; ++k) v[k].shape = v[0].shape;  // equal, and the parameter's is at hand
     const bool moved = v[0].data != last;
     if (moved && (negative(p.tensor.ptr()) || overlaps_itself(v[0]))) throw Stale();
     Row row{};

@@ -168,14 +168,13 @@ const DLPackExchangeAPI* exchange_api(py::handle type) {
 }
 
 bool format_of(const DLTensor& t, Format* format) {
-  constexpr uint8_t kFloat = 2, kBfloat = 4;
   if (t.lanes != 1) return false;
-  if (t.code == kFloat && (t.bits == 64 || t.bits == 32 || t.bits == 16)) {
+  if (t.code == kDLFloat && (t.bits == 64 || t.bits == 32 || t.bits == 16)) {
     *format = t.bits == 64 ? kF64 : t.bits == 32 ? kF32 : kF16;
     return true;
   }
   *format = kBF16;
-  return t.code == kBfloat && t.bits == 16;
+  return t.code == kDLBfloat && t.bits == 16;
 }
 
 bool try_view(py::handle object, std::vector<py::object>& keep, View* v, std::string* why, bool* type_error) {

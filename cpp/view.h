@@ -96,6 +96,7 @@ struct DLPackExchangeAPI {
 };
 
 constexpr int32_t kDLCpu = 1;
+constexpr uint8_t kDLFloat = 2, kDLBfloat = 4;
 
 // The exchange API of a type, or nullptr.
 const DLPackExchangeAPI* exchange_api(py::handle type);

@@ -263,3 +263,15 @@ def test_many_optimizers_come_and_go_without_mixing_up_memory(name: str, options
             for key in opt.state[p]:
                 opt.state[p][key] = opt.state[p][key].clone()
         del params, opt, p
+
+
+def test_a_reshaped_parameter_is_not_stepped_with_state_of_the_old_shape() -> None:
+    p = torch.nn.Parameter(torch.ones(2, 3))
+    p.grad = torch.ones(2, 3)
+    opt = ours("Adam", [p])
+    opt.step()
+    p.data = torch.ones(3, 2)
+    p.grad = torch.ones(3, 2)
+    with pytest.raises(ValueError, match="exp_avg"):
+        opt.step()
+    assert torch.equal(p.detach(), torch.ones(3, 2))
