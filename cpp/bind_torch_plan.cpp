@@ -359,20 +359,26 @@ class TorchPlan {
     if (i + 4 < params.size()) hint_linked(params[i + 4]);
   }
 
-  // Reads where the state lies. What later steps look at is kept in `p`, not in the tensors.
+  // Reads where the state lies. What later steps look at is kept in `p`, not in the tensors; strides are not, and where
+  // they matter the state is read at every step.
   void read_state(Param& p) const {
+    bool remember = p.views[0].ndim <= kShape;
     for (int k = 0; k < p.n_operands; ++k) {
       View& v = p.views[2 + k];
       v = view(p.operands[k].ptr());
       if (!v.same_shape(p.views[0])) throw Stale();
-      if (v.contiguous()) v.stride = nullptr;
+      if (v.contiguous()) {
+        v.stride = nullptr;
+      } else {
+        remember = false;
+      }
     }
     for (int k = 1; k < p.n_operands; ++k)
       if (p.views[2 + k].format != p.views[2].format) throw Stale();
     if (!p.step.is_none()) p.step_at = scalar(p.step);
     if (!p.carry.is_none()) p.carry_at = scalar(p.carry);
-    p.ndim = p.views[0].ndim;
-    if (p.ndim <= kShape) std::copy(p.views[0].shape, p.views[0].shape + p.ndim, p.shape);
+    p.ndim = remember ? p.views[0].ndim : -1;
+    if (remember) std::copy(p.views[0].shape, p.views[0].shape + p.ndim, p.shape);
   }
 
   // True if the parameter is not where it was.
@@ -395,8 +401,7 @@ class TorchPlan {
     v[1] = view(grad.ptr());
     p.record = api_ && v[0].ndim > 0 && v[0].ndim <= kShape ? v[0].shape : nullptr;
     if (!v[1].same_shape(v[0])) throw Stale();
-    const bool same_shape =
-        v[0].ndim == p.ndim && p.ndim <= kShape && std::equal(p.shape, p.shape + p.ndim, v[0].shape);
+    const bool same_shape = v[0].ndim == p.ndim && std::equal(p.shape, p.shape + p.ndim, v[0].shape);
     if (!same_shape || v[0].size() >= kAlwaysRead || plan_.rows.size() % kReadEvery == turn_) read_state(p);
     for (int k = 2; k < n; ++k) v[k].shape = v[0].shape;  // equal, and the parameter's is at hand
     const bool moved = v[0].data != last;
