@@ -1,4 +1,4 @@
-"""What the documents say is so: README's Python runs, its benchmark section is the committed results', CONTRIBUTING's
+"""What the documents say is so: their Python runs, its benchmark section is the committed results', CONTRIBUTING's
 map names the files that exist."""
 
 import contextlib
@@ -15,7 +15,14 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+PAGES = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").glob("*.md"))
+
+
+def blocks(name: str) -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```", (ROOT / name).read_text(), re.MULTILINE | re.DOTALL)
+
+
+BLOCKS = blocks("README.md")
 
 
 def load(path: str) -> ModuleType:
@@ -35,6 +42,19 @@ def test_the_python_in_the_readme_runs(block: str) -> None:
         exec(compile(block, "README.md", "exec"), {"__name__": "readme"})
 
 
+@pytest.mark.parametrize("page", PAGES)
+def test_the_python_of_a_page_runs_from_top_to_bottom(
+    page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if any("torch" in block for block in blocks(page)):
+        pytest.importorskip("torch")
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {"__name__": "page"}
+    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+        for block in blocks(page):
+            exec(compile(block, page, "exec"), names)
+
+
 def test_the_readme_shows_numpy_and_torch() -> None:
     assert len(BLOCKS) >= 4
     assert any("fusedopt.torch" in block for block in BLOCKS)
@@ -42,7 +62,7 @@ def test_the_readme_shows_numpy_and_torch() -> None:
 
 
 def test_every_local_link_leads_somewhere() -> None:
-    for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "bench/README.md"):
+    for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "bench/README.md", *PAGES):
         text = (ROOT / name).read_text()
         for target in re.findall(r"\]\(([^)#]+)[^)]*\)", text):
             if "://" not in target:
@@ -127,7 +147,7 @@ def test_the_committed_benchmark_section_is_that_of_the_committed_results() -> N
 
 # ---- the map
 
-MAPPED = ("cpp", "python", "tests", "bench", "examples")
+MAPPED = ("cpp", "python", "tests", "bench", "examples", "docs")
 
 
 def test_the_map_in_contributing_names_the_files_that_exist() -> None:
