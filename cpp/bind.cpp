@@ -35,12 +35,20 @@ py::dict kernels() {
   return d;
 }
 
-// (param, grad, state) dtype names.
-py::list formats() {
-  py::list out;
-  const Kernel& k = table().kernels[0];
-  for (int i = 0; i < k.n_loops; ++i)
-    out.append(py::make_tuple(name_of(k.loops[i].param), name_of(k.loops[i].grad), name_of(k.loops[i].state)));
+// kernel -> list of (param, grad, state, master, noisy, noisy_state): dtype names, "int8" for quantised states.
+py::dict formats() {
+  py::dict out;
+  const Table& t = table();
+  for (int i = 0; i < t.n_kernels; ++i) {
+    py::list forms;
+    for (int l = 0; l < t.kernels[i].n_loops; ++l) {
+      const Form& f = t.kernels[i].loops[l].form;
+      if (t.kernels[i].loops[l].prepare)
+        forms.append(py::make_tuple(name_of(f.param), name_of(f.grad), name_of(f.state), name_of(f.master), f.noisy,
+                                    f.noisy_state));
+    }
+    out[t.kernels[i].name] = forms;
+  }
   return out;
 }
 
@@ -64,7 +72,15 @@ PYBIND11_MODULE(_core, m) {
   m.doc() = "The compiled core of fusedopt: fused update kernels over NumPy arrays and torch tensors.";
   m.attr("__version__") = FUSEDOPT_VERSION;
   m.def("kernels", &kernels, "name -> (index, hyperparameter names, state names, carries a scalar)");
-  m.def("formats", &formats, "The (param, grad, state) dtype combinations that exist.");
+  m.def("formats", &formats, "kernel -> the combinations that exist: (param, grad, state, master, noisy, noisy_state).");
+  m.attr("BLOCK") = kBlock;
+  m.def(
+      "code_of",
+      [](const std::string& state) {
+        const Format f = code_of(state.c_str());
+        return f == kFormats ? "" : name_of(f);
+      },
+      py::arg("state"), "The dtype of the codes of a state of this name; empty where it is not quantised.");
   m.def("isas", &isas, "Instruction sets this processor can run, best last.");
   m.def("isa", [] { return table().isa; }, "The instruction set in use.");
   m.def(

@@ -12,6 +12,17 @@
 namespace fusedopt {
 namespace {
 
+// What a group has beyond its rule's own arrays, and how it rounds.
+struct Extras {
+  Master master = kNoMaster;
+  bool noisy = false, noisy_state = false, quantised = false, ema = false;
+  double l1 = 0, ema_weight = 0;
+  uint64_t seed = 0;
+  std::vector<int64_t> streams;
+
+  bool special() const { return quantised || master != kNoMaster; }
+};
+
 class Batch {
  public:
   void clear() {
@@ -25,14 +36,17 @@ class Batch {
     foreign_.clear();
   }
 
-  // Checks and adds one group of tensors. names: param, grad, the kernel's states, then the carried scalar if any;
-  // an error speaks of names[k], followed by [labels[i]] where labels are given.
+  // Checks and adds one group of tensors. names: param, grad, the kernel's states, then what is kept beside the weight and
+  // its average if `extras` says so, the scale of each state if these are quantised, the carried scalar if any; an error
+  // speaks of names[k], followed by [labels[i]] where labels are given.
   void add(int kernel, std::vector<double> hyper, bool maximize, py::tuple names, py::object labels, py::list operands,
-           py::list steps) {
+           py::list steps, const Extras& extras) {
     const Kernel& k = table().kernels[kernel];
     const int group = int(plan_.groups.size());
-    plan_.groups.push_back({std::move(hyper), maximize});
-    const int n_operands = 2 + k.n_states + (k.carries ? 1 : 0);
+    plan_.groups.push_back({std::move(hyper), maximize, extras.l1, extras.ema_weight, extras.seed});
+    const Parts parts{k.n_states, extras.master != kNoMaster, extras.ema};
+    const int alike = parts.count(), scales = alike;
+    const int n_operands = alike + (extras.quantised ? k.n_states : 0) + (k.carries ? 1 : 0);
     const size_t n = py::len(operands[0]);
     const int first = int(plan_.rows.size());
     sources_.push_back({std::move(names), std::move(labels), std::move(operands)});
@@ -43,14 +57,14 @@ class Batch {
         throw py::value_error(source.name(o) + ": expected " + std::to_string(n) + " arrays, one for each of " +
                               source.name(0) + ", got " + std::to_string(source.count(o)));
     for (size_t i = 0; i < n; ++i) {
-      View v[kOperands + 1];
+      View v[kOperands + kMaxStates + 1];
       for (int o = 0; o < n_operands; ++o) {
         py::handle object = source.array(o, i);
         size_t kept = keep_.size();
-        v[o] = view_of(object, keep_, [&] { return where(o, i); });
+        v[o] = view_of(object, keep_, [&] { return where(o, i); }, extras.special() && o >= 2 && o < alike);
         if (o != 1 && v[o].read_only) throw py::value_error(where(o, i) + ": the array is read-only");
         if (o != 1 && keep_.size() > kept) foreign_.push_back(py::reinterpret_borrow<py::object>(object));
-        if (o < 2 + k.n_states && !v[o].same_shape(v[0]))
+        if (o < alike && !v[o].same_shape(v[0]))
           throw py::value_error(where(o, i) + ": expected shape " + shape_text(v[0]) + " like " + where(0, i) +
                                 ", got " + shape_text(v[o]));
         if (o != 1 && overlaps_itself(v[o]))
@@ -59,8 +73,19 @@ class Batch {
       Row row{};
       row.kernel = kernel;
       row.group = group;
-      row.loop = loop_of(k, v, [&](int o) { return where(o, i); });
+      row.loop = loop_of(k, v, extras, [&](int o) { return where(o, i); });
       row.clock.t = steps[i].cast<int64_t>() - 1;
+      if (i < extras.streams.size()) row.stream = extras.streams[i];
+      if (parts.rest) expect(v[2 + k.n_states], rest_format(extras.master), [&] { return where(2 + k.n_states, i); });
+      if (parts.ema) expect(v[alike - 1], ema_format(v[0].format), [&] { return where(alike - 1, i); });
+      for (int s = 0; extras.quantised && s < k.n_states; ++s) {
+        const View& scale = v[scales + s];
+        expect(scale, kF32, [&] { return where(scales + s, i); });
+        if (!scale.contiguous() || scale.size() != (v[0].size() + kBlock - 1) / kBlock)
+          throw py::value_error(where(scales + s, i) + ": expected one element for each block of " +
+                                std::to_string(kBlock));
+        row.span.scale[s] = reinterpret_cast<float*>(scale.data);
+      }
       double* carry = nullptr;
       if (k.carries) {
         const View& c = v[n_operands - 1];
@@ -68,7 +93,7 @@ class Batch {
           throw py::type_error(where(n_operands - 1, i) + ": expected one float64 element");
         carry = reinterpret_cast<double*>(c.data);
       }
-      lay_out(v, 2 + k.n_states, row, layouts_);
+      lay_out(v, parts, row, layouts_);
       for (int o = 0; o < n_operands; ++o) extents_.push_back(extent_of(v[o], o != 1, first + int(i), o));
       plan_.rows.push_back(row);
       carries_.push_back(carry);
@@ -144,25 +169,35 @@ class Batch {
     return {sources_[size_t(plan_.rows[size_t(e.row)].group)], e.operand, size_t(e.row - first)};
   }
 
+  template <class Name>
+  static void expect(const View& v, Format format, const Name& name) {
+    if (v.format != format)
+      throw py::type_error(name() + ": expected dtype " + name_of(format) + ", got " + name_of(v.format));
+  }
+
   template <class Where>
-  static int loop_of(const Kernel& k, const View* v, const Where& where) {
+  static int loop_of(const Kernel& k, const View* v, const Extras& extras, const Where& where) {
     const Format state = k.n_states ? v[2].format : v[0].format;
-    for (int o = 3; o < 2 + k.n_states; ++o)
-      if (v[o].format != state)
-        throw py::type_error(where(o) + ": expected dtype " + name_of(state) + " like " + where(2) + ", got " +
-                             name_of(v[o].format));
-    int loop = find_loop(k, v[0].format, v[1].format, state);
+    for (int o = 2; o < 2 + k.n_states; ++o) {
+      const Format expected = !extras.quantised ? state : code_of(word(k.states, o - 2));
+      if (v[o].format != expected)
+        throw py::type_error(where(o) + ": expected dtype " + name_of(expected) +
+                             (extras.quantised ? "" : " like " + where(2)) + ", got " + name_of(v[o].format));
+    }
+    const Form form{v[0].format, v[1].format,          extras.quantised ? kI8 : state, extras.master, extras.noisy,
+                    extras.quantised || extras.noisy_state};
+    int loop = find_loop(k, form);
     if (loop >= 0) return loop;
     // Name the operand that departs from what the others allow.
     std::string grads, states;
     for (int l = 0; l < k.n_loops; ++l) {
-      const Loop& f = k.loops[l];
-      if (f.param != v[0].format) continue;
+      const Form& f = k.loops[l].form;
+      if (!k.loops[l].prepare || f.param != v[0].format || f.master != form.master || f.noisy != form.noisy) continue;
       auto note = [](std::string& list, const char* s) {
         if (list.find(s) == std::string::npos) list += (list.empty() ? "" : " or ") + std::string(s);
       };
       note(grads, name_of(f.grad));
-      if (f.grad == v[1].format) note(states, name_of(f.state));
+      if (f.grad == v[1].format && f.noisy_state == form.noisy_state) note(states, name_of(f.state));
     }
     bool bad_grad = states.empty();
     throw py::type_error(where(bad_grad ? 1 : 2) + ": expected dtype " + (bad_grad ? grads : states) + " with " +
@@ -230,18 +265,25 @@ void update(int kernel, std::vector<double> hyper, bool maximize, py::tuple name
   } turn;
   Batch& batch = turn.outer ? kept : other;
   batch.add(kernel, std::move(hyper), maximize, std::move(names), std::move(labels), std::move(operands),
-            std::move(steps));
+            std::move(steps), {});
   batch.run(0, threads);
 }
 
 }  // namespace
 
 void bind_batch(py::module_& m) {
+  py::class_<Extras>(m, "Extras", "What a group has beyond its rule's own arrays, and how it rounds.")
+      .def(py::init([](int master, bool noisy, bool noisy_state, bool quantised, bool ema, double l1, double ema_weight,
+                       uint64_t seed, std::vector<int64_t> streams) {
+             return Extras{Master(master), noisy, noisy_state, quantised, ema, l1, ema_weight, seed, std::move(streams)};
+           }),
+           py::kw_only(), py::arg("master"), py::arg("noisy"), py::arg("noisy_state"), py::arg("quantised"),
+           py::arg("ema"), py::arg("l1"), py::arg("ema_weight"), py::arg("seed"), py::arg("streams"));
   py::class_<Batch>(m, "Batch", "Tensors to be updated together, given as arrays.")
       .def(py::init<>())
       .def("clear", &Batch::clear)
       .def("add", &Batch::add, py::arg("kernel"), py::arg("hyper"), py::arg("maximize"), py::arg("names"),
-           py::arg("labels"), py::arg("operands"), py::arg("steps"))
+           py::arg("labels"), py::arg("operands"), py::arg("steps"), py::arg("extras") = Extras{})
       .def("check", &Batch::check, py::arg("grads"))
       .def("run", &Batch::run, py::arg("max_norm"), py::arg("threads"));
   m.def("update", &update, py::arg("kernel"), py::arg("hyper"), py::arg("maximize"), py::arg("names"),

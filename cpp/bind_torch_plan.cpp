@@ -45,7 +45,7 @@ struct Scalar {
 
 enum Kind { kOurs, kIdle, kForeign };  // updated here; without a gradient so far; left to torch
 
-constexpr int kMaxValues = 8;  // entries of one parameter's state dict that can be watched
+constexpr int kMaxValues = 12;  // entries of one parameter's state dict that can be watched
 // The state's tensors are watched by identity, and their memory is read anew where that costs little: at every step
 // from kAlwaysRead elements on, below in every kReadEvery-th (reaching a tensor costs more than updating 64 elements).
 constexpr int64_t kAlwaysRead = 1024;
@@ -58,22 +58,29 @@ struct Param {
   py::object state;                   // the dict opt.state[p], or None
   PyObject* values[kMaxValues] = {};  // what that dict holds, in its order
   std::vector<py::object> keep;       // keeps them and their memory alive
-  py::object operands[kMaxStates];    // those that the kernel updates, in its order
+  py::object operands[kOperands - 2];  // those that the kernel updates, in its order; what is beside the weight; its average
+  py::object scales[kMaxStates];       // of quantised states
   py::object step, carry;             // 0-d tensors, or None
-  View views[2 + kMaxStates] = {};    // param, grad, states: as of the last step
+  View views[kOperands] = {};         // param, grad, operands: as of the last step
+  float* scale_at[kMaxStates] = {};
   const void* record = nullptr;       // lies within torch's record of the parameter
   int64_t shape[kShape] = {};         // when the state was last read,
   int ndim = -1;                      // which it has not been
   Scalar step_at, carry_at;
   int64_t done = 0;  // steps so far, where there is no step tensor
   Kind kind = kIdle;
-  int n_values = 0, n_operands = 0;
+  int n_values = 0, n_operands = 0, n_scales = 0;
+  Parts parts = {};
+  int64_t stream = 0;
 };
 
 struct TorchGroup {
   py::dict options;
   int kernel;
   std::vector<Source> hyper;
+  Source l1, ema_decay, seed;
+  Master master;
+  bool noisy, noisy_state;
   std::vector<std::pair<py::object, bool>> truths;      // options whose truth chose the kernel
   std::vector<std::pair<py::object, py::object>> same;  // options that must be the very same object
   std::vector<Param> params;
@@ -93,11 +100,17 @@ class TorchPlan {
     if (grad && Py_TYPE(grad) == &PyGetSetDescr_Type) getter_ = reinterpret_cast<PyGetSetDescrObject*>(grad)->d_getset;
   }
 
-  void add_group(py::dict options, int kernel, py::list hyper, py::list truths, py::list same) {
-    TorchGroup g{std::move(options), kernel, {}, {}, {}, {}};
+  // hyper: a source for each of the kernel's; then for l1, ema_decay, seed. master, noisy, noisy_state: see Form.
+  void add_group(py::dict options, int kernel, py::list hyper, py::list truths, py::list same, int master, bool noisy,
+                 bool noisy_state) {
+    TorchGroup g{std::move(options), kernel, {}, {}, {}, {}, Master(master), noisy, noisy_state, {}, {}, {}};
     for (py::handle h : hyper) {
       auto t = py::reinterpret_borrow<py::tuple>(h);
       g.hyper.push_back({t[0].is_none() ? py::none() : interned(t[0]), t[1].cast<int>(), t[2].cast<double>()});
+    }
+    for (Source* last : {&g.seed, &g.ema_decay, &g.l1}) {
+      *last = std::move(g.hyper.back());
+      g.hyper.pop_back();
     }
     for (py::handle key : truths) g.truths.emplace_back(interned(key), truth(g.options, key));
     for (py::handle key : same)
@@ -105,9 +118,9 @@ class TorchPlan {
     groups_.push_back(std::move(g));
   }
 
-  // Adds the next parameter of the last group.
+  // Adds the next parameter of the last group. operands: the kernel's states, then rest and ema where they are not None.
   void add_param(py::object tensor, int kind, py::object state, py::list operands, py::object step, py::object carry,
-                 int64_t done) {
+                 int64_t done, py::object rest, py::object ema, py::list scales, int64_t stream) {
     Param p;
     p.kind = Kind(kind);
     p.tensor = std::move(tensor);
@@ -121,6 +134,11 @@ class TorchPlan {
       }
     }
     for (py::handle o : operands) p.operands[p.n_operands++] = py::reinterpret_borrow<py::object>(o);
+    p.parts = {p.n_operands, !rest.is_none(), !ema.is_none()};
+    if (p.parts.rest) p.operands[p.n_operands++] = std::move(rest);
+    if (p.parts.ema) p.operands[p.n_operands++] = std::move(ema);
+    for (py::handle s : scales) p.scales[p.n_scales++] = py::reinterpret_borrow<py::object>(s);
+    p.stream = stream;
     p.step = std::move(step);
     p.carry = std::move(carry);
     p.done = done;
@@ -140,7 +158,7 @@ class TorchPlan {
     DLTensor t;
     Format f;
     return exact(tensor.ptr()) && !negative(tensor.ptr()) && read(tensor.ptr(), &t) && format_of(t, &f) &&
-           !overlaps_itself(view_of(t, f));
+           f < kFloats && !overlaps_itself(view_of(t, f));
   }
 
   // One step. False: stale, nothing was touched.
@@ -299,13 +317,16 @@ class TorchPlan {
       to.hyper.resize(group.hyper.size());
       for (size_t h = 0; h < group.hyper.size(); ++h) to.hyper[h] = value(group.options, group.hyper[h]);
       to.maximize = truth(group.options, maximize_);
+      to.l1 = value(group.options, group.l1);
+      to.ema_weight = 1 - value(group.options, group.ema_decay);
+      to.seed = uint64_t(int64_t(value(group.options, group.seed)));
       PyObject* params = get(group.options, params_);
       if (!PyList_CheckExact(params) || size_t(PyList_GET_SIZE(params)) != group.params.size()) throw Stale();
       for (size_t i = 0; i < group.params.size(); ++i) {
         Param& p = group.params[i];
         hint_ahead(group.params, i);
         if (PyList_GET_ITEM(params, py::ssize_t(i)) != p.tensor.ptr()) throw Stale();
-        if (p.kind != kForeign) moved |= look(p, int(g), group.kernel);
+        if (p.kind != kForeign) moved |= look(p, int(g), group);
       }
     }
     if (moved && py::len(conflicts()) > 0) throw Stale();
@@ -364,17 +385,25 @@ class TorchPlan {
   void read_state(Param& p) const {
     bool remember = p.views[0].ndim <= kShape;
     for (int k = 0; k < p.n_operands; ++k) {
-      View& v = p.views[2 + k];
-      v = view(p.operands[k].ptr());
-      if (!v.same_shape(p.views[0])) throw Stale();
-      if (v.contiguous()) {
-        v.stride = nullptr;
+      View& o = p.views[2 + k];
+      o = view(p.operands[k].ptr());
+      if (!o.same_shape(p.views[0])) throw Stale();
+      if (o.contiguous()) {
+        o.stride = nullptr;
       } else {
         remember = false;
       }
     }
-    for (int k = 1; k < p.n_operands; ++k)
-      if (p.views[2 + k].format != p.views[2].format) throw Stale();
+    const View* v = p.views + 2;
+    for (int k = 0; k < p.parts.states; ++k)
+      if (p.n_scales ? size_of(v[k].format) != 1 : v[k].format != v[0].format) throw Stale();
+    if (p.parts.ema && v[p.n_operands - 1].format != ema_format(p.views[0].format)) throw Stale();
+    for (int k = 0; k < p.n_scales; ++k) {
+      View scale = view(p.scales[k].ptr());
+      if (scale.format != kF32 || !scale.contiguous() || scale.size() != (p.views[0].size() + kBlock - 1) / kBlock)
+        throw Stale();
+      p.scale_at[k] = reinterpret_cast<float*>(scale.data);
+    }
     if (!p.step.is_none()) p.step_at = scalar(p.step);
     if (!p.carry.is_none()) p.carry_at = scalar(p.carry);
     p.ndim = remember ? p.views[0].ndim : -1;
@@ -382,7 +411,7 @@ class TorchPlan {
   }
 
   // True if the parameter is not where it was.
-  bool look(Param& p, int group, int kernel) {
+  bool look(Param& p, int index, const TorchGroup& group) {
     if (!exact(p.tensor.ptr())) throw Stale();
     py::object grad = grad_of(p.tensor.ptr());
     if (grad.is_none()) return false;
@@ -407,17 +436,30 @@ class TorchPlan {
     const bool moved = v[0].data != last;
     if (moved && (negative(p.tensor.ptr()) || overlaps_itself(v[0]))) throw Stale();
     Row row{};
-    row.kernel = kernel;
-    row.group = group;
-    row.loop = find_loop(table().kernels[kernel], v[0].format, v[1].format, n > 2 ? v[2].format : v[0].format);
+    row.kernel = group.kernel;
+    row.group = index;
+    row.stream = p.stream;
+    if ((group.master != kNoMaster) != p.parts.rest ||
+        (p.parts.rest && v[2 + p.parts.states].format != rest_format(group.master)))
+      throw Stale();
+    const Format state = p.n_scales ? kI8 : p.parts.states ? v[2].format : v[0].format;
+    row.loop = find_loop(table().kernels[group.kernel],
+                         {v[0].format, v[1].format, state, group.master, group.noisy, rounds(group, state, v[0].format)});
     if (row.loop < 0) throw Stale();
-    lay_out(v, n, row, layouts_);
+    lay_out(v, p.parts, row, layouts_);
+    for (int k = 0; k < p.n_scales; ++k) row.span.scale[k] = p.scale_at[k];
     Extent own = extent_of(v[0], true, 0, 0), its = extent_of(v[1], false, 0, 1);
     if (own.low < its.high && its.low < own.high) throw Stale();
     plan_.rows.push_back(row);
     active_.push_back(&p);
     grads_.push_back(std::move(grad));
     return moved;
+  }
+
+  // Whether states of this format are rounded stochastically: where it is asked for, where they are codes, and where they
+  // are narrower than the parameter, whose type torch would give them.
+  static bool rounds(const TorchGroup& group, Format state, Format param) {
+    return state == kI8 || (size_of(state) == 2 && (group.noisy_state || size_of(param) > 2));
   }
 
   void advance() {
@@ -477,9 +519,10 @@ void bind_torch_plan(py::module_& m) {
       .def(py::init<py::dict, py::tuple, py::tuple, py::object, py::object, bool>(), py::arg("state"), py::arg("types"),
            py::arg("dtypes"), py::arg("is_neg"), py::arg("bump"), py::arg("exchange"))
       .def("add_group", &TorchPlan::add_group, py::arg("options"), py::arg("kernel"), py::arg("hyper"),
-           py::arg("truths"), py::arg("same"))
+           py::arg("truths"), py::arg("same"), py::arg("master"), py::arg("noisy"), py::arg("noisy_state"))
       .def("add_param", &TorchPlan::add_param, py::arg("tensor"), py::arg("kind"), py::arg("state"),
-           py::arg("operands"), py::arg("step"), py::arg("carry"), py::arg("done"))
+           py::arg("operands"), py::arg("step"), py::arg("carry"), py::arg("done"), py::arg("rest"), py::arg("ema"),
+           py::arg("scales"), py::arg("stream"))
       .def("finish", &TorchPlan::finish)
       .def("plain", &TorchPlan::plain, py::arg("tensor"))
       .def("conflicts", &TorchPlan::conflicts)

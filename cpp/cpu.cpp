@@ -13,10 +13,18 @@
 namespace fusedopt {
 namespace {
 
+template <class Sweep>
+constexpr Loop loop() {
+  if constexpr (Sweep::exists) {
+    return {Sweep::prepare, Sweep::sweep, Sweep::finish, Sweep::form, Sweep::counts};
+  } else {
+    return {nullptr, nullptr, nullptr, Sweep::form, false};
+  }
+}
+
 template <template <class> class Rule>
 struct Loops {
-#define LOOP(P, G, S) \
-  {Sweep<Rule<P::Number>, P, G, S>::prepare, Sweep<Rule<P::Number>, P, G, S>::sweep, P::format, G::format, S::format},
+#define LOOP(W, G, S) loop<Sweep<Rule<W::Weight::Number>, W, G, S>>(),
   static constexpr Loop all[] = {FUSEDOPT_FORMATS(LOOP)};
 #undef LOOP
 };
@@ -30,7 +38,7 @@ constexpr Kernel kernel(const char* name) {
           R::hyper,
           R::states,
           R::carries,
-          Sweep<R, F64, F64, F64>::advance,
+          Sweep<R, Plain<F64>, F64, F64>::advance,
           Loops<Rule>::all,
           int(sizeof(Loops<Rule>::all) / sizeof(Loop)),
           words(R::states)};

@@ -3,6 +3,7 @@
 #pragma once
 #include <math.h>
 #include <stdint.h>
+#include <string.h>
 
 #if defined(__CUDACC__)
 #define FUSEDOPT_HD __host__ __device__ inline
@@ -51,6 +52,23 @@ FUSEDOPT_HD T lerp(T a, T b, T w) {
 template <class T>
 FUSEDOPT_HD T decayed(T g, T p, T decay) {
   return decay != T(0) ? fma1(decay, p, g) : g;
+}
+
+// The bits of a number.
+template <class To, class From>
+FUSEDOPT_HD To bits(From x) {
+  To y;
+  memcpy(&y, &x, sizeof y);
+  return y;
+}
+
+// 32 random bits for place i of the sequence `key`: a counter and a hash (two rounds of multiply and xor-shift, the
+// constants are C. Wellons's lowbias32), so they depend on nothing that was drawn before.
+FUSEDOPT_HD uint32_t noise(uint32_t key, uint32_t i) {
+  uint32_t x = i * 0x9e3779b9u + key;
+  x = (x ^ (x >> 16)) * 0x7feb352du;
+  x = (x ^ (x >> 15)) * 0x846ca68bu;
+  return x ^ (x >> 16);
 }
 
 // b^n by repeated squaring (`pow` of two C libraries differs in its last bit), carrying what each product rounds off:

@@ -1,58 +1,77 @@
-// How one element is stored, and how it becomes a number to compute with. Integer arithmetic only where the hardware
-// of some instruction set has no conversion, so that all of them round alike (to nearest, ties to even).
+// How an element is stored, and how it becomes a number to compute with. Integer arithmetic only where the hardware of
+// some instruction set has no conversion, so that all of them round alike.
+//
+// A format has
+//   Stored     what lies in memory; Word: the same in a register (16 bits lie in the low half of 32, so that a loop over
+//              them keeps one vector width); Number: what rules compute with
+//   load       Word -> Number, exact
+//   store      Number -> Word; a format that is `noisy` rounds by the 16 random bits it is given, the others to nearest
+// Below the formats stand those of a weight (`Plain`, and the ones that keep what rounding takes away) and the
+// block-quantised state (`Int8`); at the end the combinations that exist.
 #pragma once
-#include <stdint.h>
-#include <string.h>
-
 #include "element.h"
 
 namespace fusedopt {
 
-enum Format : int { kF64, kF32, kBF16, kF16, kFormats };
+enum Format : int { kF64, kF32, kBF16, kF16, kFloats, kI16 = kFloats, kI8, kU8, kFormats };
+// What is kept of a weight beside the array that the caller sees.
+enum Master : int { kNoMaster, kSplit16, kSplit8, kFloat32, kMasters };
+
+#if defined(__BYTE_ORDER__) && __BYTE_ORDER__ == __ORDER_BIG_ENDIAN__
+constexpr bool kLittleEndian = false;
+#else
+constexpr bool kLittleEndian = true;
+#endif
+constexpr int kBlock = 64;  // elements of a quantised state under one scale
 
 namespace {
 
-template <class To, class From>
-FUSEDOPT_HD To bits(From x) {
-  To y;
-  memcpy(&y, &x, sizeof y);
-  return y;
-}
-
 struct F64 {
   using Stored = double;
+  using Word = double;
   using Number = double;
   static constexpr Format format = kF64;
+  static constexpr bool noisy = false;
   static FUSEDOPT_HD double load(double x) { return x; }
-  static FUSEDOPT_HD double store(double x) { return x; }
+  static FUSEDOPT_HD double store(double x, uint32_t = 0) { return x; }
 };
 
 struct F32 {
   using Stored = float;
+  using Word = float;
   using Number = float;
   static constexpr Format format = kF32;
+  static constexpr bool noisy = false;
   static FUSEDOPT_HD float load(float x) { return x; }
-  static FUSEDOPT_HD float store(float x) { return x; }
+  static FUSEDOPT_HD float store(float x, uint32_t = 0) { return x; }
 };
+
+// The bits of x, with one NaN for all: what is added below to round could carry another's payload into the sign.
+FUSEDOPT_HD uint32_t bits_one_nan(float x) { return bits<uint32_t>(x == x ? x : bits<float>(0x7fc00000u)); }
 
 struct BF16 {
   using Stored = uint16_t;
+  using Word = uint32_t;
   using Number = float;
   static constexpr Format format = kBF16;
-  static FUSEDOPT_HD float load(uint16_t x) { return bits<float>(uint32_t(x) << 16); }
-  static FUSEDOPT_HD uint16_t store(float x) {
-    uint32_t b = bits<uint32_t>(x);
-    uint32_t rounded = (b + 0x7fffu + ((b >> 16) & 1u)) >> 16;
-    return uint16_t(x != x ? (b >> 16) | 0x40u : rounded);
+  static constexpr bool noisy = false;
+  static FUSEDOPT_HD float load(uint32_t x) { return bits<float>(x << 16); }
+  static FUSEDOPT_HD uint32_t store(float x, uint32_t = 0) {
+    const uint32_t b = bits_one_nan(x);
+    return (b + 0x7fffu + ((b >> 16) & 1u)) >> 16;
   }
+  // Up with the probability of what is cut off. Infinity stays: its digits are 0.
+  static FUSEDOPT_HD uint32_t store_noisy(float x, uint32_t random) { return (bits_one_nan(x) + random) >> 16; }
 };
 
 struct F16 {
   using Stored = uint16_t;
+  using Word = uint32_t;
   using Number = float;
   static constexpr Format format = kF16;
-  static FUSEDOPT_HD float load(uint16_t x) {
-    uint32_t sign = uint32_t(x & 0x8000u) << 16, rest = uint32_t(x & 0x7fffu) << 13;
+  static constexpr bool noisy = false;
+  static FUSEDOPT_HD float load(uint32_t x) {
+    uint32_t sign = (x & 0x8000u) << 16, rest = (x & 0x7fffu) << 13;
     uint32_t normal = rest + (112u << 23);  // exponent bias 15 -> 127
     uint32_t infinite = rest + (224u << 23);
     // A denormal: put the digits under the exponent of 2^-14 and take that 2^-14 off again.
@@ -60,31 +79,215 @@ struct F16 {
     uint32_t b = rest >= (31u << 23) ? infinite : rest < (1u << 23) ? denormal : normal;
     return bits<float>(sign | b);
   }
-  static FUSEDOPT_HD uint16_t store(float x) {
-    uint32_t b = bits<uint32_t>(x), sign = (b >> 16) & 0x8000u, rest = b & 0x7fffffffu;
+  static FUSEDOPT_HD uint32_t store(float x, uint32_t = 0) {
+    uint32_t rest = bits<uint32_t>(x) & 0x7fffffffu;
     uint32_t normal = (rest - (112u << 23) + 0xfffu + ((rest >> 13) & 1u)) >> 13;
     // Too small for a normal f16: adding 1/2 lets the adder round at f16's last denormal digit, 2^-24.
     uint32_t denormal = bits<uint32_t>(bits<float>(rest) + 0.5f) - 0x3f000000u;
+    return finish(x, rest, normal, denormal);
+  }
+  static FUSEDOPT_HD uint32_t store_noisy(float x, uint32_t random) {
+    uint32_t rest = bits<uint32_t>(x) & 0x7fffffffu;
+    uint32_t normal = (rest - (112u << 23) + (random >> 3)) >> 13;
+    // 2^-24 becomes 1, what lies below it is cut off after a random part of it has been added.
+    float units = bits<float>(rest < (113u << 23) ? rest : 0u) * 16777216.0f;
+    uint32_t denormal = uint32_t(int32_t(units + float(int32_t(random)) * 0x1p-16f));
+    return finish(x, rest, normal, denormal);
+  }
+
+ private:
+  static FUSEDOPT_HD uint32_t finish(float x, uint32_t rest, uint32_t normal, uint32_t denormal) {
     uint32_t r = rest < (113u << 23) ? denormal : normal;
     r = rest >= (143u << 23) ? 0x7c00u : r;                          // 65536 and above
     r = rest > 0x7f800000u ? 0x7e00u | ((rest >> 13) & 0x3ffu) : r;  // NaN
-    return uint16_t(sign | r);
+    return ((bits<uint32_t>(x) >> 16) & 0x8000u) | r;
   }
 };
 
+// Stochastic rounding: the result is one of the two neighbours, and right on average.
+template <class F>
+struct Noisy : F {
+  static constexpr bool noisy = true;
+  static FUSEDOPT_HD uint32_t store(float x, uint32_t random) { return F::store_noisy(x, random); }
+};
+
+// --- weights: Rest is what is kept beside the weight; load and store see both ---
+
+struct Nothing {};
+
+template <class F>
+struct Plain {
+  using Weight = F;
+  using Rest = Nothing;
+  using RestWord = Nothing;
+  static constexpr Master master = kNoMaster;
+  static FUSEDOPT_HD typename F::Number load(typename F::Word w, Nothing) { return F::load(w); }
+  static FUSEDOPT_HD void store(typename F::Number x, typename F::Word& w, Nothing&, uint32_t random) {
+    w = F::store(x, random);
+  }
+};
+
+// A bf16 weight and the 16 bits that follow it, as a signed number: together exactly a float32. The weight is the
+// float32 rounded half away from zero (to even would leave 65,537 float32 to one weight).
+struct Split16 {
+  using Weight = BF16;
+  using Rest = int16_t;
+  using RestWord = uint32_t;
+  static constexpr Master master = kSplit16;
+  // A weight that somebody has set to 0 or infinity may have got a rest that leads out of the numbers: it has none then.
+  static FUSEDOPT_HD float join(uint32_t w, uint32_t rest) {
+    const float x = bits<float>((w << 16) + rest);
+    return x == x ? x : bits<float>(w << 16);
+  }
+  static FUSEDOPT_HD float load(uint32_t w, uint32_t rest) { return join(w, uint32_t(int32_t(rest << 16) >> 16)); }
+  static FUSEDOPT_HD void store(float x, uint32_t& w, uint32_t& rest, uint32_t) {
+    const uint32_t b = bits_one_nan(x);
+    w = (b + 0x8000u) >> 16;
+    rest = b & 0xffffu;
+  }
+};
+
+// The same with 8 bits: a float32 whose last 8 digits are rounded off, half away from zero.
+struct Split8 {
+  using Weight = BF16;
+  using Rest = int8_t;
+  using RestWord = int32_t;
+  static constexpr Master master = kSplit8;
+  static FUSEDOPT_HD float load(uint32_t w, int32_t rest) { return Split16::join(w, uint32_t(rest) << 8); }
+  static FUSEDOPT_HD void store(float x, uint32_t& w, int32_t& rest, uint32_t) {
+    const uint32_t b = bits_one_nan(x) + 0x80u;
+    w = (b + 0x8000u) >> 16;
+    rest = int32_t(b >> 8);  // its low 8 bits
+  }
+};
+
+// A float32 copy, rounded to the weight. It yields to a weight that is no longer its own rounded value.
+template <class F>
+struct Copied {
+  using Weight = F;
+  using Rest = float;
+  using RestWord = float;
+  static constexpr Master master = kFloat32;
+  static FUSEDOPT_HD float load(uint32_t w, float rest) { return F::store(rest) == w ? rest : F::load(w); }
+  static FUSEDOPT_HD void store(float x, uint32_t& w, float& rest, uint32_t) {
+    w = F::store(x);
+    rest = x;
+  }
+};
+
+// --- block-quantised states: 8 bits an element and one float32 scale a block, the block's largest magnitude s. A code is
+// the square root of an element's share of s, rounded stochastically: fine where most elements lie, near zero. ---
+
+// x = s c |c| / 127^2 for a moment with a sign, c in [-127, 127].
+struct SignedRoot {
+  static constexpr Format format = kI8;
+  static constexpr float top = 127.0f;
+  static FUSEDOPT_HD float decode(uint8_t code) {
+    const float c = float(int8_t(code));
+    return c * magnitude(c);
+  }
+  // square: top^2 |x| / s; random: in [0, 255/256], so that no code goes beyond top.
+  static FUSEDOPT_HD int32_t encode(float square, float x, float random, float) {
+    const float c = root(square) + random;
+    return int32_t(bits<float>(bits<uint32_t>(c) | (bits<uint32_t>(x) & 0x80000000u)));
+  }
+};
+
+// x = s c^2 / 255^2 for a second moment, c in [1, 255], or 0 in a block of zeros: what is divided by must not vanish.
+struct Root {
+  static constexpr Format format = kU8;
+  static constexpr float top = 255.0f;
+  static FUSEDOPT_HD float decode(uint8_t code) {
+    const float c = float(int32_t(code));
+    return c * c;
+  }
+  static FUSEDOPT_HD int32_t encode(float square, float, float random, float least) {
+    const float c = root(square) + random;
+    return int32_t(c > least ? c : least);
+  }
+};
+
+struct Int8 {
+  using Stored = uint8_t;
+  using Word = uint32_t;
+  static constexpr Format format = kI8;
+  static constexpr bool noisy = true;
+};
+
+template <Format>
+struct Code;
+template <>
+struct Code<kI8> {
+  using type = SignedRoot;
+};
+template <>
+struct Code<kU8> {
+  using type = Root;
+};
+
+// The k-th of words separated by blanks, and what follows it.
+constexpr const char* word(const char* s, int k) {
+  for (; k > 0 && *s; ++s)
+    if (*s == ' ') --k;
+  return s;
+}
+
+// How a state of this name is quantised: kI8 with a sign, kU8 a second moment, kFormats not at all.
+constexpr bool same_word(const char* a, const char* b) {
+  for (; *b; ++a, ++b)
+    if (*a != *b) return false;
+  return *a == ' ' || *a == 0;
+}
+constexpr Format code_of(const char* state) {
+  if (same_word(state, "momentum_buffer") || same_word(state, "exp_avg")) return kI8;
+  if (same_word(state, "square_avg") || same_word(state, "sum") || same_word(state, "exp_avg_sq")) return kU8;
+  return kFormats;
+}
+
+constexpr bool quantisable(const char* states) {  // all of them, and there is one
+  if (!*states) return false;
+  for (const char* s = states;; ++s) {
+    if (s == states || s[-1] == ' ')
+      if (code_of(s) == kFormats) return false;
+    if (!*s) return true;
+  }
+}
+
 }  // namespace
 
-// The combinations that exist: parameter, gradient, state. The rest is refused by name.
-#define FUSEDOPT_FORMATS(X) \
-  X(F64, F64, F64)          \
-  X(F32, F32, F32)          \
-  X(BF16, BF16, BF16)       \
-  X(F16, F16, F16)          \
-  X(F32, BF16, F32)         \
-  X(F32, F16, F32)          \
-  X(BF16, BF16, F32)        \
-  X(F16, F16, F32)          \
-  X(F32, F32, BF16)         \
-  X(F32, F32, F16)
+// The combinations that exist: weight, gradient, state. The rest is refused by name.
+#define FUSEDOPT_FORMATS(X)               \
+  X(Plain<F64>, F64, F64)                 \
+  X(Plain<F32>, F32, F32)                 \
+  X(Plain<BF16>, BF16, BF16)              \
+  X(Plain<F16>, F16, F16)                 \
+  X(Plain<F32>, BF16, F32)                \
+  X(Plain<F32>, F16, F32)                 \
+  X(Plain<BF16>, BF16, F32)               \
+  X(Plain<F16>, F16, F32)                 \
+  X(Plain<F32>, F32, BF16)                \
+  X(Plain<F32>, F32, F16)                 \
+  X(Plain<F32>, F32, Noisy<BF16>)         \
+  X(Plain<F32>, F32, Noisy<F16>)          \
+  X(Plain<BF16>, BF16, Noisy<BF16>)       \
+  X(Plain<F16>, F16, Noisy<F16>)          \
+  X(Plain<F32>, F32, Int8)                \
+  X(Plain<F32>, BF16, Int8)               \
+  X(Plain<Noisy<BF16>>, BF16, F32)        \
+  X(Plain<Noisy<BF16>>, BF16, Noisy<BF16>) \
+  X(Plain<Noisy<BF16>>, BF16, Int8)       \
+  X(Plain<Noisy<F16>>, F16, F32)          \
+  X(Plain<Noisy<F16>>, F16, Noisy<F16>)   \
+  X(Split16, BF16, F32)                   \
+  X(Split16, BF16, Noisy<BF16>)           \
+  X(Split16, BF16, Int8)                  \
+  X(Split8, BF16, F32)                    \
+  X(Split8, BF16, Noisy<BF16>)            \
+  X(Split8, BF16, Int8)                   \
+  X(Copied<BF16>, BF16, F32)              \
+  X(Copied<BF16>, BF16, Noisy<BF16>)      \
+  X(Copied<BF16>, BF16, Int8)             \
+  X(Copied<F16>, F16, F32)                \
+  X(Copied<F16>, F16, Int8)
 
 }  // namespace fusedopt

@@ -24,6 +24,7 @@ constexpr int64_t kLargePart = 262144;  // elements of a part when there are mor
 constexpr int64_t kSplitAlign = 64;
 constexpr size_t kLine = 64;  // bytes of a cache line
 constexpr int64_t kWorthAligning = 1024;
+constexpr int64_t kPiece = 1024;  // elements after which what follows the update is done
 
 // The arithmetic of a step is IEEE's default, whatever the caller's mode (flush to zero, rounding), which comes back.
 class FloatMode {
@@ -93,11 +94,15 @@ void scatter(const Strided& s, int operand, const void* from, int64_t begin, int
 }
 
 using Mover = void (*)(const Strided&, int, const void*, int64_t, int64_t, void*);
+template <class F8, class F4, class F2, class F1>
+Mover by_size(size_t size, F8 f8, F4 f4, F2 f2, F1 f1) {
+  return size == 8 ? Mover(f8) : size == 4 ? Mover(f4) : size == 2 ? Mover(f2) : Mover(f1);
+}
 Mover gather_of(Format f) {
-  return size_of(f) == 8 ? gather<uint64_t> : size_of(f) == 4 ? gather<uint32_t> : gather<uint16_t>;
+  return by_size(size_of(f), gather<uint64_t>, gather<uint32_t>, gather<uint16_t>, gather<uint8_t>);
 }
 Mover scatter_of(Format f) {
-  return size_of(f) == 8 ? scatter<uint64_t> : size_of(f) == 4 ? scatter<uint32_t> : scatter<uint16_t>;
+  return by_size(size_of(f), scatter<uint64_t>, scatter<uint32_t>, scatter<uint16_t>, scatter<uint8_t>);
 }
 
 char* moved(void* p, int64_t elements, Format f) { return static_cast<char*>(p) + elements * int64_t(size_of(f)); }
@@ -105,15 +110,47 @@ const char* moved(const void* p, int64_t elements, Format f) {
   return static_cast<const char*>(p) + elements * int64_t(size_of(f));
 }
 
-void sweep_dense(const Loop& loop, int n_states, const void* ready, const Row& row, int64_t begin, int64_t end) {
+// What the rows of a pass have in common.
+struct Ready {
+  const Loop& loop;
+  int n_states;
+  const void* prepared;
+  Finish finish;
+
+  // A span of a row's operands, or of a tile, without its pointers.
+  Span span(const Row& row, uint32_t key, int64_t first, int64_t n) const {
+    Span s{};
+    s.n = n;
+    s.first = first;
+    s.key = key;
+    for (int k = 0; k < n_states; ++k)
+      if (row.span.scale[k]) s.scale[k] = row.span.scale[k] + first / kBlock;
+    return s;
+  }
+  void run(const Span& s) const {
+    loop.sweep(prepared, s);
+    if (finish.shrink != 0 || s.ema) loop.finish(finish, s);
+  }
+};
+
+void sweep_dense(const Ready& ready, const Row& row, uint32_t key, int64_t begin, int64_t end) {
+  const Form& f = ready.loop.form;
   auto sweep = [&](int64_t from, int64_t to) {
-    Span s = {moved(row.span.param, from, loop.param), moved(row.span.grad, from, loop.grad), {}, to - from};
-    for (int k = 0; k < n_states; ++k) s.state[k] = moved(row.span.state[k], from, loop.state);
-    loop.sweep(ready, s);
+    Span s = ready.span(row, key, from, to - from);
+    s.param = moved(row.span.param, from, f.param);
+    s.grad = moved(row.span.grad, from, f.grad);
+    for (int k = 0; k < ready.n_states; ++k) s.state[k] = moved(row.span.state[k], from, f.state);
+    if (row.span.rest) s.rest = moved(row.span.rest, from, rest_format(f.master));
+    if (row.span.ema) s.ema = moved(row.span.ema, from, ema_format(f.param));
+    ready.run(s);
   };
+  if (ready.finish.shrink != 0 || row.span.ema) {  // a piece that stays in the cache between the two loops
+    for (; begin < end; begin += kPiece) sweep(begin, std::min(begin + kPiece, end));
+    return;
+  }
   // NumPy's large arrays all begin 16 bytes past a cache line: a short start of its own brings the rest onto lines.
-  const auto address = reinterpret_cast<uintptr_t>(moved(row.span.param, begin, loop.param));
-  const int64_t head = int64_t((kLine - address % kLine) % kLine / size_of(loop.param));
+  const auto address = reinterpret_cast<uintptr_t>(moved(row.span.param, begin, f.param));
+  const int64_t head = ready.loop.counts ? 0 : int64_t((kLine - address % kLine) % kLine / size_of(f.param));
   if (head > 0 && end - begin >= kWorthAligning) {
     sweep(begin, begin + head);
     begin += head;
@@ -121,25 +158,42 @@ void sweep_dense(const Loop& loop, int n_states, const void* ready, const Row& r
   sweep(begin, end);
 }
 
-void sweep_strided(const Loop& loop, int n_states, const void* ready, const Row& row, int64_t begin, int64_t end) {
+void sweep_strided(const Ready& ready, const Row& row, uint32_t key, int64_t begin, int64_t end) {
   alignas(64) char tile[kOperands][kTile * sizeof(double)];
-  Span s = {tile[0], tile[1], {}, 0};
-  for (int k = 0; k < n_states; ++k) s.state[k] = tile[2 + k];
-  for (; begin < end; begin += s.n) {
-    s.n = std::min(kTile, end - begin);
-    gather_of(loop.param)(*row.strided, 0, row.span.param, begin, s.n, tile[0]);
-    gather_of(loop.grad)(*row.strided, 1, row.span.grad, begin, s.n, tile[1]);
-    for (int k = 0; k < n_states; ++k)
-      gather_of(loop.state)(*row.strided, 2 + k, row.span.state[k], begin, s.n, tile[2 + k]);
-    loop.sweep(ready, s);
-    scatter_of(loop.param)(*row.strided, 0, tile[0], begin, s.n, row.span.param);
-    for (int k = 0; k < n_states; ++k)
-      scatter_of(loop.state)(*row.strided, 2 + k, tile[2 + k], begin, s.n, row.span.state[k]);
+  const Form& f = ready.loop.form;
+  struct Operand {
+    void* data;
+    Format format;
+  } operands[kOperands] = {{row.span.param, f.param}, {const_cast<void*>(row.span.grad), f.grad}};
+  int n = 2;
+  for (int k = 0; k < ready.n_states; ++k) operands[n++] = {row.span.state[k], f.state};
+  if (row.span.rest) operands[n++] = {row.span.rest, rest_format(f.master)};
+  if (row.span.ema) operands[n++] = {row.span.ema, ema_format(f.param)};
+  for (; begin < end; begin += kTile) {
+    Span s = ready.span(row, key, begin, std::min(kTile, end - begin));
+    s.param = tile[0];
+    s.grad = tile[1];
+    for (int k = 0; k < ready.n_states; ++k) s.state[k] = tile[2 + k];
+    if (row.span.rest) s.rest = tile[2 + ready.n_states];
+    if (row.span.ema) s.ema = tile[n - 1];
+    for (int o = 0; o < n; ++o)
+      gather_of(operands[o].format)(*row.strided, o, operands[o].data, begin, s.n, tile[o]);
+    ready.run(s);
+    for (int o = 0; o < n; ++o)
+      if (o != 1) scatter_of(operands[o].format)(*row.strided, o, tile[o], begin, s.n, operands[o].data);
   }
 }
 
+// Mixes two numbers into one (splitmix64's finaliser).
+uint64_t mixed(uint64_t a, uint64_t b) {
+  uint64_t x = a + (b + 1) * 0x9e3779b97f4a7c15u;
+  x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9u;
+  x = (x ^ (x >> 27)) * 0x94d049bb133111ebu;
+  return x ^ (x >> 31);
+}
+
 double block_sum(const Table& t, const Row& row, int64_t begin, int64_t n) {
-  Format f = t.kernels[row.kernel].loops[row.loop].grad;
+  Format f = t.kernels[row.kernel].loops[row.loop].form.grad;
   if (!row.strided) return t.square_sum[f](moved(row.span.grad, begin, f), n);
   alignas(64) char tile[kNormBlock * sizeof(double)];
   gather_of(f)(*row.strided, 1, row.span.grad, begin, n, tile);
@@ -183,19 +237,23 @@ struct Plan::Work {
   }
 
   void sweep(int part) const {
-    alignas(16) char ready[kPreparedBytes];
+    alignas(16) char constants[kPreparedBytes];
     const Row* prepared = nullptr;
     each(part, kSplitAlign, [&](size_t r, int64_t begin, int64_t end) {
       const Row& row = plan.rows[r];
       if (r + 4 < plan.rows.size()) prefetch(plan.rows[r + 4]);
       const Kernel& kernel = table.kernels[row.kernel];
       const Loop& loop = kernel.loops[row.loop];
+      const Group& group = plan.groups[size_t(row.group)];
       if (!prepared || prepared->group != row.group || prepared->kernel != row.kernel || prepared->loop != row.loop ||
           prepared->clock.t != row.clock.t || prepared->clock.carry != row.clock.carry) {
-        loop.prepare(plan.groups[size_t(row.group)].hyper.data(), row.clock, plan.scale_[size_t(row.group)], ready);
+        loop.prepare(group.hyper.data(), row.clock, plan.scale_[size_t(row.group)], constants);
         prepared = &row;
       }
-      (row.strided ? sweep_strided : sweep_dense)(loop, kernel.n_states, ready, row, begin, end);
+      const Ready ready{loop, kernel.n_states, constants, {group.hyper[0] * group.l1, group.ema_weight}};
+      const uint32_t key =
+          loop.counts ? uint32_t(mixed(mixed(group.seed, uint64_t(row.clock.t)), uint64_t(row.stream))) : 0;
+      (row.strided ? sweep_strided : sweep_dense)(ready, row, key, begin, end);
     });
   }
 
@@ -282,19 +340,32 @@ double Plan::run(const Scaling& scaling, Team team, int threads) {
   return result;
 }
 
-int find_loop(const Kernel& kernel, Format param, Format grad, Format state) {
+int find_loop(const Kernel& kernel, const Form& form) {
   for (int i = 0; i < kernel.n_loops; ++i) {
     const Loop& l = kernel.loops[i];
-    if (l.param == param && l.grad == grad && (kernel.n_states == 0 || l.state == state)) return i;
+    Form f = form;
+    if (kernel.n_states == 0) {
+      f.state = l.form.state;
+      f.noisy_state = l.form.noisy_state;
+    }
+    if (l.prepare && l.form == f) return i;
   }
   return -1;
 }
 
-size_t size_of(Format f) { return f == kF64 ? 8 : f == kF32 ? 4 : 2; }
+size_t size_of(Format f) { return f == kF64 ? 8 : f == kF32 ? 4 : f == kI8 || f == kU8 ? 1 : 2; }
+
+Format rest_format(Master m) { return m == kSplit16 ? kI16 : m == kSplit8 ? kI8 : kF32; }
+Format ema_format(Format param) { return param == kF64 ? kF64 : kF32; }
 
 const char* name_of(Format f) {
-  static const char* const names[] = {"float64", "float32", "bfloat16", "float16"};
+  static const char* const names[] = {"float64", "float32", "bfloat16", "float16", "int16", "int8", "uint8"};
   return names[f];
+}
+
+const char* name_of(Master m) {
+  static const char* const names[] = {"", "split16", "split8", "float32"};
+  return names[m];
 }
 
 }  // namespace fusedopt

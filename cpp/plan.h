@@ -11,7 +11,7 @@
 namespace fusedopt {
 
 constexpr int kMaxDims = 64;
-constexpr int kOperands = 2 + kMaxStates;  // param, grad, states
+constexpr int kOperands = 4 + kMaxStates;  // param, grad, states, what is kept beside the weight, its average
 
 // Operands that do not share one dense layout: walked in logical order, a tile at a time.
 struct Strided {
@@ -20,18 +20,22 @@ struct Strided {
   int64_t stride[kOperands][kMaxDims];  // in elements
 };
 
-// One tensor with its gradient and states.
+// One tensor with its gradient and states. Operands are counted in this order: param, grad, the kernel's states, then
+// of rest and ema those that are there.
 struct Row {
-  Span span;
+  Span span;  // of the whole tensor
   const Strided* strided;  // nullptr: dense, all operands alike
   int kernel, loop, group;
   Clock clock;  // of the step to be done, so from 1
+  int64_t stream;  // of its random numbers
 };
 
 // Hyperparameters shared by rows.
 struct Group {
-  std::vector<double> hyper;
+  std::vector<double> hyper;  // the learning rate first
   bool maximize;
+  double l1 = 0, ema_weight = 0;  // a weight's share in its average
+  uint64_t seed = 0;
 };
 
 // The factors that a step puts on every gradient.
@@ -58,9 +62,13 @@ class Plan {
   std::vector<double> scale_;    // by group
 };
 
-// The combination of formats among a kernel's loops, or -1. Kernels without state ignore `state`.
-int find_loop(const Kernel& kernel, Format param, Format grad, Format state);
+// The combination of formats among a kernel's loops, or -1. Kernels without state ignore what a form says of it.
+int find_loop(const Kernel& kernel, const Form& form);
+// The format of what is kept beside a weight, and of the moving average.
+Format rest_format(Master master);
+Format ema_format(Format param);
 size_t size_of(Format format);
 const char* name_of(Format format);
+const char* name_of(Master master);  // "" for none
 
 }  // namespace fusedopt

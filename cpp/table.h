@@ -17,15 +17,39 @@ struct Span {
   void* param;
   const void* grad;
   void* state[kMaxStates];
-  int64_t n;
+  float* scale[kMaxStates];  // of quantised states: that of the block in which the span begins
+  void* rest;                // what is kept beside the weight
+  void* ema;                 // the weights' moving average, or nullptr
+  int64_t n, first;          // length; the place of its first element in the tensor
+  uint32_t key;              // of this tensor's random numbers in this step
+};
+
+// A combination of formats. state: kI8 for every block-quantised one.
+struct Form {
+  Format param, grad, state;
+  Master master;
+  bool noisy, noisy_state;  // rounds stochastically
+
+  bool operator==(const Form& o) const {
+    return param == o.param && grad == o.grad && state == o.state && master == o.master && noisy == o.noisy &&
+           noisy_state == o.noisy_state;
+  }
+};
+
+// What follows the update while the span is in the cache: soft-thresholding by `shrink`, then ema += weight (p - ema).
+struct Finish {
+  double shrink, ema_weight;
 };
 
 // One rule in one combination of formats.
 struct Loop {
   // Computes the constants of a step into `prepared` (kPreparedBytes, aligned to 16); g is multiplied by `scale`.
+  // nullptr: the rule has a state that this combination cannot hold.
   void (*prepare)(const double* hyper, const Clock& clock, double scale, void* prepared);
   void (*sweep)(const void* prepared, const Span& span);
-  Format param, grad, state;
+  void (*finish)(const Finish& finish, const Span& span);
+  Form form;
+  bool counts;  // elements: spans must begin at multiples of kBlock
 };
 
 struct Kernel {
@@ -44,7 +68,7 @@ struct Table {
   const Kernel* kernels;
   int n_kernels;
   // The sum of squares of up to kNormBlock elements, by format.
-  double (*square_sum[kFormats])(const void* x, int64_t n);
+  double (*square_sum[kFloats])(const void* x, int64_t n);
 };
 
 const Table* table_baseline();

@@ -19,7 +19,7 @@ bool is_bfloat16(const py::dtype& type) {
   return true;
 }
 
-bool numpy_view(const py::array& a, View* v, std::string* why, bool* type_error) {
+bool numpy_view(const py::array& a, bool integers, View* v, std::string* why, bool* type_error) {
   const py::dtype type = a.dtype();
   *type_error = true;
   if (Py_TYPE(a.ptr()) != Npy::get().PyArray_Type_) {
@@ -38,6 +38,12 @@ bool numpy_view(const py::array& a, View* v, std::string* why, bool* type_error)
     v->format = kF16;
   } else if (is_bfloat16(type)) {
     v->format = kBF16;
+  } else if (integers && number == Npy::NPY_BYTE_) {
+    v->format = kI8;
+  } else if (integers && number == Npy::NPY_UBYTE_) {
+    v->format = kU8;
+  } else if (integers && number == Npy::NPY_SHORT_) {
+    v->format = kI16;
   } else {
     *why = "expected float64, float32, float16 or bfloat16, got " + std::string(py::str(type));
     return false;
@@ -109,7 +115,7 @@ bool dlpack_view(py::handle object, std::vector<py::object>& keep, View* v, std:
     return false;
   }
   Format format;
-  if (!format_of(*t, &format)) {
+  if (!format_of(*t, &format) || format >= kFloats) {
     *why = "expected float64, float32, float16 or bfloat16 elements";
     return false;
   }
@@ -144,6 +150,18 @@ void simplify(Strided& s) {
   s.ndim = out;
 }
 
+// Puts the dimensions into the order of an operand's strides, the largest first.
+void order_by(Strided& s, int operand) {
+  int order[kMaxDims];
+  for (int d = 0; d < s.ndim; ++d) order[d] = d;
+  std::stable_sort(order, order + s.ndim, [&](int a, int b) { return s.stride[operand][a] > s.stride[operand][b]; });
+  const Strided was = s;
+  for (int d = 0; d < s.ndim; ++d) {
+    s.shape[d] = was.shape[order[d]];
+    for (int k = 0; k < s.n; ++k) s.stride[k][d] = was.stride[k][order[d]];
+  }
+}
+
 // Dimensions by growing stride: with no gap and no overlap, the product of the sizes below is each one's stride.
 bool dense(const Strided& s, int operand) {
   int order[kMaxDims];
@@ -173,14 +191,23 @@ bool format_of(const DLTensor& t, Format* format) {
     *format = t.bits == 64 ? kF64 : t.bits == 32 ? kF32 : kF16;
     return true;
   }
+  if (t.code == kDLInt && (t.bits == 16 || t.bits == 8)) {
+    *format = t.bits == 16 ? kI16 : kI8;
+    return true;
+  }
+  if (t.code == kDLUInt && t.bits == 8) {
+    *format = kU8;
+    return true;
+  }
   *format = kBF16;
   return t.code == kDLBfloat && t.bits == 16;
 }
 
-bool try_view(py::handle object, std::vector<py::object>& keep, View* v, std::string* why, bool* type_error) {
+bool try_view(py::handle object, bool integers, std::vector<py::object>& keep, View* v, std::string* why,
+              bool* type_error) {
   *type_error = true;
   if (py::isinstance<py::array>(object)) {
-    return numpy_view(py::reinterpret_borrow<py::array>(object), v, why, type_error);
+    return numpy_view(py::reinterpret_borrow<py::array>(object), integers, v, why, type_error);
   }
   if (py::hasattr(object, "__dlpack__") && py::hasattr(object, "__dlpack_device__")) {
     try {
@@ -195,10 +222,13 @@ bool try_view(py::handle object, std::vector<py::object>& keep, View* v, std::st
   return false;
 }
 
-void lay_out(const View* v, int n, Row& row, std::vector<std::unique_ptr<Strided>>& layouts) {
+void lay_out(const View* v, const Parts& parts, Row& row, std::vector<std::unique_ptr<Strided>>& layouts) {
+  const int n = parts.count();
   row.span.param = v[0].data;
   row.span.grad = v[1].data;
-  for (int k = 2; k < n; ++k) row.span.state[k - 2] = v[k].data;
+  for (int k = 0; k < parts.states; ++k) row.span.state[k] = v[2 + k].data;
+  row.span.rest = parts.rest ? v[2 + parts.states].data : nullptr;
+  row.span.ema = parts.ema ? v[n - 1].data : nullptr;
   row.span.n = v[0].size();
   row.strided = nullptr;
   bool flat = true;
@@ -215,6 +245,7 @@ void lay_out(const View* v, int n, Row& row, std::vector<std::unique_ptr<Strided
       expected *= s.shape[d];
     }
   }
+  if (parts.states && v[2].format >= kFloats) order_by(s, 2);  // blocks run along the memory of the codes
   simplify(s);
   bool alike = dense(s, 0);
   for (int k = 1; k < n && alike; ++k) alike = std::equal(s.stride[0], s.stride[0] + s.ndim, s.stride[k]);

@@ -48,10 +48,10 @@ struct View {
   }
 };
 
-// The view of any array-like; `keep` receives what must outlive it. Throws TypeError or ValueError whose message
-// begins with `name()`.
+// The view of any array-like of floats, or NumPy array of small integers too; `keep` receives what must outlive it.
+// Throws TypeError or ValueError whose message begins with `name()`.
 template <class Name>
-View view_of(py::handle object, std::vector<py::object>& keep, const Name& name);
+View view_of(py::handle object, std::vector<py::object>& keep, const Name& name, bool integers = false);
 
 // Where an operand lies in memory, and whether it is written.
 struct Extent {
@@ -60,9 +60,15 @@ struct Extent {
   int row, operand;
 };
 
-// Fills span, strided of `row` from its operands (param, grad, states...), all of one shape. `layouts` owns what a row
-// that is not dense needs.
-void lay_out(const View* operands, int n, Row& row, std::vector<std::unique_ptr<Strided>>& layouts);
+// Which operands a row has, beside param and grad; in this order.
+struct Parts {
+  int states;
+  bool rest, ema;
+  int count() const { return 2 + states + rest + ema; }
+};
+
+// Fills span, strided of `row` from its operands, all of one shape. `layouts` owns what a row that is not dense needs.
+void lay_out(const View* operands, const Parts& parts, Row& row, std::vector<std::unique_ptr<Strided>>& layouts);
 
 // Can two of its own elements share memory?
 bool overlaps_itself(const View& v);
@@ -96,7 +102,7 @@ struct DLPackExchangeAPI {
 };
 
 constexpr int32_t kDLCpu = 1;
-constexpr uint8_t kDLFloat = 2, kDLBfloat = 4;
+constexpr uint8_t kDLInt = 0, kDLUInt = 1, kDLFloat = 2, kDLBfloat = 4;
 
 // The exchange API of a type, or nullptr.
 const DLPackExchangeAPI* exchange_api(py::handle type);
@@ -108,14 +114,15 @@ inline View view_of(const DLTensor& t, Format format) {
 
 // The implementation behind view_of: `why` receives a message without the name; returns false on failure, with
 // `type_error` telling which exception fits.
-bool try_view(py::handle object, std::vector<py::object>& keep, View* view, std::string* why, bool* type_error);
+bool try_view(py::handle object, bool integers, std::vector<py::object>& keep, View* view, std::string* why,
+              bool* type_error);
 
 template <class Name>
-View view_of(py::handle object, std::vector<py::object>& keep, const Name& name) {
+View view_of(py::handle object, std::vector<py::object>& keep, const Name& name, bool integers) {
   View v{};
   std::string why;
   bool type_error = true;
-  if (try_view(object, keep, &v, &why, &type_error)) return v;
+  if (try_view(object, integers, keep, &v, &why, &type_error)) return v;
   std::string message = name() + ": " + why;
   if (type_error) throw py::type_error(message);
   throw py::value_error(message);

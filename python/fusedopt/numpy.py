@@ -8,17 +8,25 @@ from __future__ import annotations
 import operator
 import threading
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import cache
 from typing import Any, ClassVar
 
 import numpy as np
 
-from . import _core
+from . import _core, forms
 from ._make import array_names, carried, compile_function, option_dict, option_signature, rule_doc
 from .config import get_num_threads
 from .rules import RULES, Kernel, Rule
 
 __all__: list[str] = ["Optimizer"]
+
+
+_OWN = ("master", "ema", "stream")  # entries of a state that only forms of ours have
+
+
+def _plain_name(name: str) -> str:
+    return name.removesuffix("_codes").removesuffix("_scale")
 
 
 def _listed(value: Any, many: bool, name: str) -> list[Any]:
@@ -159,8 +167,8 @@ class Optimizer:
 
     _rule: ClassVar[Rule]
 
-    def _setup(self, params: Any, options: dict[str, Any], max_grad_norm: float | None) -> None:
-        self.defaults = options
+    def _setup(self, params: Any, options: dict[str, Any], max_grad_norm: float | None, kept: dict[str, Any]) -> None:
+        self.defaults = {**options, **kept}
         self.max_grad_norm = max_grad_norm
         self.param_groups: list[dict[str, Any]] = []
         self.state: list[dict[str, Any]] = []
@@ -197,7 +205,7 @@ class Optimizer:
         for i, p in enumerate(new["params"]):
             if not isinstance(p, np.ndarray):
                 raise TypeError(f"params[{self._label(len(self.state) + i)}]: expected a NumPy array, got {p!r:.80}")
-        states = [self._initial(p, new) for p in new["params"]]
+        states = [self._initial(p, len(self.state) + i, new) for i, p in enumerate(new["params"])]
         self.param_groups.append(new)
         self.state.extend(states)
         try:  # the checks of a step, over all groups, with the parameters in place of gradients
@@ -216,16 +224,41 @@ class Optimizer:
         if callable(options["lr"]):
             options["lr"] = options["lr"](step)
         self._rule.check(options)
+        forms.check(options)
         return options
 
-    def _initial(self, param: Any, options: dict[str, Any]) -> dict[str, Any]:
+    def _initial(self, param: Any, index: int, options: dict[str, Any]) -> dict[str, Any]:
+        """The state of a parameter that has none; ``index``: its place among all."""
+        rule, kernel = self._rule, self._rule.kernel(options)
         state: dict[str, Any] = {"step": 0}
-        for name in carried(self._rule):
-            state[name] = np.array(self._rule.first(name, options))
-        dtype = np.dtype(np.float32) if param.dtype.itemsize == 2 else param.dtype
-        for name in self._rule.states(options):
-            state[name] = np.full(param.shape, self._rule.first(name, options), dtype)
+        for name in carried(rule):
+            state[name] = np.array(rule.first(name, options))
+        form = self._form(param, options)
+        if param.dtype.name in forms.FLOATS:  # others are refused by the core, in its words
+            reason = forms.refusal(kernel, param.dtype.name, form)
+            if reason:
+                raise ValueError(reason)
+        for name in kernel.states:
+            first = rule.first(name, options)
+            if form.quantised:
+                codes = np.zeros(param.shape, forms.code(name))  # blocks run in C order
+                scale = np.full(-(-param.size // forms.BLOCK), first, np.float32)
+                codes.fill(np.iinfo(codes.dtype).max if first else 0)
+                state[f"{name}_codes"], state[f"{name}_scale"] = codes, scale
+            else:
+                state[name] = np.full(param.shape, first, forms.numpy_dtype(form.state))
+        if form.master:
+            dtype = forms.MASTERS[form.master][1]
+            state["master"] = param.astype(dtype) if dtype == "float32" else np.zeros(param.shape, dtype)
+        if options["ema_decay"] is not None:
+            state["ema"] = param.astype(np.float32 if param.dtype.itemsize < 8 else param.dtype)
+        if form.random:
+            state["stream"] = index
         return state
+
+    def _form(self, param: Any, options: dict[str, Any]) -> forms.Form:
+        name = param.dtype.name
+        return forms.form_of(name, options, "float32" if param.dtype.itemsize == 2 else name)
 
     def _label(self, index: int) -> Any:
         return index if self._keys is None or index >= len(self._keys) else repr(self._keys[index])
@@ -270,15 +303,48 @@ class Optimizer:
             start += n
 
     def _add(self, group: dict[str, Any], grads: list[Any], start: int, advanced: list[Any]) -> None:
-        rule = self._rule
         options = self._check(group, max((s["step"] for s in self.state), default=0))
-        kernel = rule.kernel(options)
-        names = kernel.states + carried(rule)
         chosen = [i for i, g in enumerate(grads) if g is not None]
+        kinds: dict[forms.Form, list[int]] = {}  # parameters of one group may be of several dtypes
+        for i in chosen:
+            kinds.setdefault(self._form(group["params"][i], options), []).append(i)
+        for form, those in (kinds or {None: []}).items():
+            self._add_alike(group["params"], grads, start, options, form, those, advanced)
+
+    def _add_alike(
+        self,
+        params: list[Any],
+        grads: list[Any],
+        start: int,
+        options: dict[str, Any],
+        form: forms.Form | None,
+        chosen: list[int],
+        advanced: list[Any],
+    ) -> None:
+        rule = self._rule
+        kernel = rule.kernel(options)
+        ema = options["ema_decay"] is not None
+        arrays = forms.array_names(kernel.states, form, ema) if form else kernel.states
+        names = arrays + carried(rule)
         states = [self.state[start + i] for i in chosen]
         for i, state in zip(chosen, states, strict=True):
-            if any(name not in state for name in names):
-                state.update({**self._initial(group["params"][i], options), **state})
+            if any(name not in state for name in names) or (form and form.random and "stream" not in state):
+                state.update({**self._initial(params[i], start + i, options), **state})
+        extras = (
+            _core.Extras(
+                master=form.master_number,
+                noisy=form.noisy,
+                noisy_state=form.noisy_state,
+                quantised=form.quantised and kernel.states != (),
+                ema=ema,
+                l1=options["l1"],
+                ema_weight=1 - (options["ema_decay"] or 0),
+                seed=options["seed"],
+                streams=[s.get("stream", 0) for s in states],
+            )
+            if form is not None
+            else _core.Extras()
+        )
         self._batch.add(
             kernel.index,
             kernel.values(options),
@@ -286,11 +352,12 @@ class Optimizer:
             ("params", "grads", *names),
             [self._label(start + i) for i in chosen],
             [
-                [group["params"][i] for i in chosen],
+                [params[i] for i in chosen],
                 [grads[i] for i in chosen],
                 *([s[n] for s in states] for n in names),
             ],
             [s["step"] + 1 for s in states],
+            extras,
         )
         advanced += states
 
@@ -319,6 +386,19 @@ class Optimizer:
             raise ValueError(f"grads: expected {expected}, one for each of params, got {len(flat)}")
         return flat
 
+    @contextmanager
+    def ema_parameters(self) -> Iterator[None]:
+        """Puts the moving averages of ``ema_decay`` into the parameters for the time of a ``with`` block."""
+        params = [p for group in self.param_groups for p in group["params"]]
+        pairs = [(p, p.copy(), state["ema"]) for p, state in zip(params, self.state, strict=True) if "ema" in state]
+        for p, _, ema in pairs:
+            p[...] = ema.astype(p.dtype)
+        try:
+            yield
+        finally:
+            for p, saved, _ in pairs:
+                p[...] = saved
+
     def _entries(self) -> Iterator[tuple[str, dict[str, Any], str]]:
         for i, state in enumerate(self.state):
             for name in state:
@@ -336,7 +416,7 @@ class Optimizer:
         return {
             key: holder[name].copy() if isinstance(holder[name], np.ndarray) else holder[name]
             for key, holder, name in self._entries()
-            if not callable(holder[name])
+            if not callable(holder[name]) and holder[name] is not None
         }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -355,7 +435,8 @@ class Optimizer:
         for i, (param, old) in enumerate(zip(params, self.state, strict=True)):
             prefix = f"state.{i}."
             names = [k[len(prefix) :] for k in state_dict if k.startswith(prefix)]
-            missing = [prefix + n for n in old if n not in names]
+            plain = {n.removesuffix("_codes") for n in names}
+            missing = [prefix + n for n in map(_plain_name, old) if n not in plain and n not in _OWN]
             if missing:
                 raise KeyError(f"state_dict: missing {', '.join(missing)}")
             state.append({n: self._loaded(state_dict[prefix + n], n, param, prefix + n) for n in names})
@@ -367,23 +448,59 @@ class Optimizer:
                 if key in state_dict:
                     value = np.asarray(state_dict[key]).tolist()
                     new[name] = tuple(value) if isinstance(default, tuple) else value
-                elif not callable(group[name]):
+                elif not callable(group[name]) and name not in forms.OPTIONS:
                     raise KeyError(f"state_dict: missing {key}")
+            for name in forms.OURS:  # how to keep things is ours to say, not the checkpoint's
+                new[name] = group[name]
             self._check(new, 0)
             options.append(new)
+        i = 0
+        for new in options:
+            for param in new["params"]:
+                state[i] = self._recoded(state[i], param, i, new)
+                i += 1
         self.state[:] = state
         for group, new in zip(self.param_groups, options, strict=True):
             group.update(new)
 
+    def _recoded(self, entry: dict[str, Any], param: Any, index: int, options: dict[str, Any]) -> dict[str, Any]:
+        """An entry of any form in the form that the options ask for."""
+        if callable(options["lr"]):
+            options = {**options, "lr": 0.0}
+        form, states = self._form(param, options), self._rule.states(options)
+        wanted = forms.array_names(states, form, options["ema_decay"] is not None)
+        fresh = self._initial(param, index, options)
+        if entry["step"] == 0 and any(name not in entry for name in wanted):
+            return fresh
+        numbers = forms.decoded({k: v.ravel() for k, v in entry.items() if isinstance(v, np.ndarray)}, states)
+        out = {k: v for k, v in entry.items() if _plain_name(k) not in (*states, *_OWN)}
+        for name, x in (forms.encoded(numbers) if form.quantised else numbers).items():
+            same = name in entry and entry[name].dtype == fresh[name].dtype
+            out[name] = entry[name] if same else x.astype(fresh[name].dtype).reshape(fresh[name].shape)
+        if form.quantised:  # bits as they are where the checkpoint has this very form
+            out.update({k: entry[k] for k in out if k in entry})
+        for name in ("master", "ema", "stream"):
+            if name in fresh:
+                kept = entry.get(name)
+                same = kept is not None and (name == "stream" or kept.dtype == fresh[name].dtype)
+                out[name] = kept if same else fresh[name]
+        if form.master and "master" in entry and entry["master"].dtype != fresh["master"].dtype:
+            x = forms.join(param.view(np.uint16).ravel(), entry["master"].ravel())
+            out["master"] = forms.split(x, form.master).reshape(param.shape)
+        return out
+
     def _loaded(self, value: Any, name: str, param: Any, key: str) -> Any:
         array = np.array(value)
-        if name == "step":
+        if name in ("step", "stream"):
             return int(array)
         if array.dtype.kind == "V" and array.dtype.itemsize == 2:  # np.savez stores bfloat16 as raw bytes
             import ml_dtypes
 
             array = array.view(ml_dtypes.bfloat16)
-        if name not in carried(self._rule) and array.shape != param.shape:
+        if name.endswith("_scale"):
+            if array.shape != (-(-param.size // forms.BLOCK),):
+                raise ValueError(f"state_dict: {key}: expected one element for each block of {forms.BLOCK}")
+        elif name not in carried(self._rule) and array.shape != param.shape:
             raise ValueError(f"state_dict: {key}: expected shape {param.shape}, got {array.shape}")
         return array
 
@@ -410,6 +527,12 @@ _CLASS_DOC = """
             options). They are updated in place; 16-bit parameters get float32 state.
         lr: a number, or a function of the step, counted from 0.
         max_grad_norm: clip the gradients of all groups together to this global norm, inside the step.
+        state_dtype: dtype of the states, by name: float64, float32, bfloat16, float16, or int8 (codes in blocks of 64).
+        master: for 16-bit parameters, what the step keeps of them beside: "split16", "split8" or "float32".
+        stochastic_rounding: round 16-bit parameters and their states up or down at random, right on average.
+        seed: of those random numbers.
+        ema_decay: keep a moving average of the parameters; see :meth:`ema_parameters`.
+        l1: soft-threshold parameters by lr * l1 after the update, to exact zeros.
 
     Call ``step(grads)`` with gradients in the same structure; see :class:`fusedopt.Optimizer` for the rest.
 
@@ -423,8 +546,12 @@ _CLASS_DOC = """
 
 def _make_class(rule: Rule) -> type[Optimizer]:
     options = option_signature(rule).split(", ", 1)
-    signature = f"self, params, {options[0]}, *, {options[1]}, max_grad_norm=None"
-    init = compile_function("__init__", signature, f"self._setup(params, {option_dict(rule)}, max_grad_norm)", {})
+    kept = ", ".join(f"{k}={v!r}" for k, v in forms.OPTIONS.items())
+    signature = f"self, params, {options[0]}, *, {options[1]}, max_grad_norm=None, {kept}"
+    given = "{" + ", ".join(f"{k!r}: {k}" for k in forms.OPTIONS) + "}"
+    init = compile_function(
+        "__init__", signature, f"self._setup(params, {option_dict(rule)}, max_grad_norm, {given})", {}
+    )
     doc = _fill(rule_doc(rule, _CLASS_DOC), {"{name}": rule.name})
     return type(rule.name, (Optimizer,), {"__init__": init, "__doc__": doc, "__module__": "fusedopt", "_rule": rule})
 
