@@ -277,8 +277,9 @@ void bind_batch(py::module_& m) {
                        uint64_t seed, std::vector<int64_t> streams) {
              return Extras{Master(master), noisy, noisy_state, quantised, ema, l1, ema_weight, seed, std::move(streams)};
            }),
-           py::kw_only(), py::arg("master"), py::arg("noisy"), py::arg("noisy_state"), py::arg("quantised"),
-           py::arg("ema"), py::arg("l1"), py::arg("ema_weight"), py::arg("seed"), py::arg("streams"));
+           py::kw_only(), py::arg("master") = 0, py::arg("noisy") = false, py::arg("noisy_state") = false,
+           py::arg("quantised") = false, py::arg("ema") = false, py::arg("l1") = 0.0, py::arg("ema_weight") = 0.0,
+           py::arg("seed") = 0, py::arg("streams") = std::vector<int64_t>());
   py::class_<Batch>(m, "Batch", "Tensors to be updated together, given as arrays.")
       .def(py::init<>())
       .def("clear", &Batch::clear)

@@ -439,12 +439,14 @@ class TorchPlan {
     row.kernel = group.kernel;
     row.group = index;
     row.stream = p.stream;
-    if ((group.master != kNoMaster) != p.parts.rest ||
+    const bool half = size_of(v[0].format) == 2;  // master and noisy are for these alone
+    if ((half && group.master != kNoMaster) != p.parts.rest ||
         (p.parts.rest && v[2 + p.parts.states].format != rest_format(group.master)))
       throw Stale();
     const Format state = p.n_scales ? kI8 : p.parts.states ? v[2].format : v[0].format;
     row.loop = find_loop(table().kernels[group.kernel],
-                         {v[0].format, v[1].format, state, group.master, group.noisy, rounds(group, state, v[0].format)});
+                         {v[0].format, v[1].format, state, half ? group.master : kNoMaster, half && group.noisy,
+                          state == kI8 || (size_of(state) == 2 && (group.noisy_state || !half))});
     if (row.loop < 0) throw Stale();
     lay_out(v, p.parts, row, layouts_);
     for (int k = 0; k < p.n_scales; ++k) row.span.scale[k] = p.scale_at[k];
@@ -454,12 +456,6 @@ class TorchPlan {
     active_.push_back(&p);
     grads_.push_back(std::move(grad));
     return moved;
-  }
-
-  // Whether states of this format are rounded stochastically: where it is asked for, where they are codes, and where they
-  // are narrower than the parameter, whose type torch would give them.
-  static bool rounds(const TorchGroup& group, Format state, Format param) {
-    return state == kI8 || (size_of(state) == 2 && (group.noisy_state || size_of(param) > 2));
   }
 
   void advance() {
@@ -520,9 +516,10 @@ void bind_torch_plan(py::module_& m) {
            py::arg("dtypes"), py::arg("is_neg"), py::arg("bump"), py::arg("exchange"))
       .def("add_group", &TorchPlan::add_group, py::arg("options"), py::arg("kernel"), py::arg("hyper"),
            py::arg("truths"), py::arg("same"), py::arg("master"), py::arg("noisy"), py::arg("noisy_state"))
-      .def("add_param", &TorchPlan::add_param, py::arg("tensor"), py::arg("kind"), py::arg("state"),
-           py::arg("operands"), py::arg("step"), py::arg("carry"), py::arg("done"), py::arg("rest"), py::arg("ema"),
-           py::arg("scales"), py::arg("stream"))
+      .def("add_param", &TorchPlan::add_param, py::arg("tensor"), py::arg("kind"), py::arg("state") = py::none(),
+           py::arg("operands") = py::list(), py::arg("step") = py::none(), py::arg("carry") = py::none(),
+           py::arg("done") = 0, py::arg("rest") = py::none(), py::arg("ema") = py::none(),
+           py::arg("scales") = py::list(), py::arg("stream") = 0)
       .def("finish", &TorchPlan::finish)
       .def("plain", &TorchPlan::plain, py::arg("tensor"))
       .def("conflicts", &TorchPlan::conflicts)

@@ -8,8 +8,13 @@ __version__: str
 def kernels() -> dict[str, tuple[int, tuple[str, ...], tuple[str, ...], bool]]:
     """name -> (index, hyperparameter names, state names, carries a scalar)"""
 
-def formats() -> list[tuple[str, str, str]]:
-    """The (param, grad, state) dtype combinations that exist."""
+BLOCK: int
+
+def formats() -> dict[str, list[tuple[str, str, str, str, bool, bool]]]:
+    """kernel -> the combinations that exist: (param, grad, state, master, noisy, noisy_state)."""
+
+def code_of(state: str) -> str:
+    """The dtype of the codes of a state of this name; empty where it is not quantised."""
 
 def isas() -> tuple[str, ...]:
     """Instruction sets this processor can run, best last."""
@@ -38,6 +43,23 @@ def update(
 ) -> None:
     """Adds one group to a batch and runs it."""
 
+class Extras:
+    """What a group has beyond its rule's own arrays, and how it rounds."""
+
+    def __init__(
+        self,
+        *,
+        master: int = 0,
+        noisy: bool = False,
+        noisy_state: bool = False,
+        quantised: bool = False,
+        ema: bool = False,
+        l1: float = 0.0,
+        ema_weight: float = 0.0,
+        seed: int = 0,
+        streams: list[int] = ...,
+    ) -> None: ...
+
 class Batch:
     """Tensors to be updated together, given as arrays."""
 
@@ -52,6 +74,7 @@ class Batch:
         labels: Any,
         operands: list[Any],
         steps: list[int],
+        extras: Extras = ...,
     ) -> None: ...
     def check(self, grads: bool) -> None: ...
     def run(self, max_norm: float, threads: int) -> float | None: ...
@@ -75,16 +98,23 @@ class TorchPlan:
         hyper: list[tuple[str | None, int, float]],
         truths: list[Any],
         same: list[Any],
+        master: int,
+        noisy: bool,
+        noisy_state: bool,
     ) -> None: ...
     def add_param(
         self,
         tensor: Any,
         kind: int,
-        state: dict[str, Any] | None,
-        operands: list[Any],
-        step: Any,
-        carry: Any,
-        done: int,
+        state: dict[str, Any] | None = None,
+        operands: list[Any] = ...,
+        step: Any = None,
+        carry: Any = None,
+        done: int = 0,
+        rest: Any = None,
+        ema: Any = None,
+        scales: list[Any] = ...,
+        stream: int = 0,
     ) -> None: ...
     def finish(self) -> None: ...
     def plain(self, tensor: Any) -> bool: ...

@@ -36,7 +36,7 @@ MASTERS: dict[str, tuple[int, str]] = {"split16": (1, "int16"), "split8": (2, "i
 
 FLOATS = ("float64", "float32", "bfloat16", "float16")
 _STATES = ("float64", "float32", "bfloat16", "float16", "int8")
-_HALVES = ("bfloat16", "float16")
+HALVES = ("bfloat16", "float16")
 
 
 @dataclass(frozen=True)
@@ -88,11 +88,17 @@ def check(options: Mapping[str, Any]) -> None:
 
 
 def form_of(param: str, options: Mapping[str, Any], default_state: str) -> Form:
-    """The form that these options ask for, for a parameter of this dtype. ``default_state``: without ``state_dtype``."""
-    noisy = bool(options["stochastic_rounding"]) and param in _HALVES
+    """The form that these options ask for, for a parameter of this dtype. ``default_state``: without ``state_dtype``.
+
+    A wider parameter loses nothing to rounding: ``master`` and ``stochastic_rounding`` leave it as it is.
+    """
+    half = param in HALVES
+    noisy = bool(options["stochastic_rounding"]) and half
     state = options["state_dtype"] or default_state
-    explicit = options["state_dtype"] is not None or noisy or param not in _HALVES
-    return Form(state, options["master"], noisy, state == "int8" or (state in _HALVES and explicit))
+    explicit = options["state_dtype"] is not None or noisy or not half
+    return Form(
+        state, options["master"] if half else None, noisy, state == "int8" or (state in HALVES and explicit)
+    )
 
 
 @cache
@@ -108,8 +114,6 @@ def refusal(kernel: Kernel, param: str, form: Form, option: bool = True) -> str 
     wanted = (form.state, form.master or "", form.noisy, form.noisy_state)
     if any(f[2:] == wanted for f in forms):
         return None
-    if form.master and param not in _HALVES:
-        return f"master={form.master!r} is for 16-bit parameters, and this one is {param}: use None"
     if form.master and form.noisy:
         return f"stochastic_rounding does nothing beside master={form.master!r}, which loses nothing: use one of them"
     if form.master and not any(f[3] == form.master for f in forms):
@@ -120,6 +124,15 @@ def refusal(kernel: Kernel, param: str, form: Form, option: bool = True) -> str 
     states = sorted({str(f[2]) for f in forms if f[3:5] == wanted[1:3]})
     beside = f" with master={form.master!r}" if form.master else " with stochastic_rounding" if form.noisy else ""
     return f"state_dtype={form.state!r} does not go with a {param} parameter{beside}: use {' or '.join(map(repr, states))}"
+
+
+def exists(kernel: Kernel, param: str, grad: str, form: Form) -> bool:
+    """Is there a kernel for this form and gradient?"""
+    wanted = (form.state, form.master or "", form.noisy, form.noisy_state)
+    return any(
+        f[:2] == (param, grad) and (f[2:] == wanted if kernel.states else f[3:5] == wanted[1:3])
+        for f in _existing(kernel.name)
+    )
 
 
 @cache

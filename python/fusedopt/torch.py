@@ -19,31 +19,36 @@ why; together with an option of ours, or with gradients still scaled, it raises 
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import sys
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch.optim import Optimizer
 from torch.optim import optimizer as _torch_optimizer
 
-from . import _core
+from . import _core, forms
 from ._make import compile_function, option_dict, option_signature, rule_doc
 from .config import get_num_threads
 from .rules import RULES, Rule
 
-__all__ = ["FallbackWarning"]
+__all__ = ["FallbackWarning", "memory_report"]
 
 _EXCHANGE = True  # read tensors by DLPack's exchange API where this torch has it (2.10 and later)
+_HALF = (torch.bfloat16, torch.float16)
 _OURS, _IDLE, _FOREIGN = range(3)  # updated here; without a gradient so far; left to torch
 _TYPES = (torch.Tensor, torch.nn.Parameter)
 _DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
-_FORMATS = {tuple(f) for f in _core.formats()}
+_GRADS = {(f[0], f[1]) for kernel in _core.formats().values() for f in kernel}
 _WIDE = (torch.float32, torch.float64)
-_NEW_OPTIONS = ("state_dtype", "max_grad_norm")
+_INTEGERS = {"int8": torch.int8, "uint8": torch.uint8, "int16": torch.int16, "float32": torch.float32}
+_NEW_OPTIONS: dict[str, Any] = {**forms.OPTIONS, "max_grad_norm": None}
 
 
 class FallbackWarning(UserWarning):
@@ -57,11 +62,14 @@ class _Keep:
         self.tensor = tensor
 
 
-def _dtype_name(value: Any) -> str | None:
-    name = _NAMES.get(value, value) if isinstance(value, torch.dtype) else value
-    if name is not None and name not in _DTYPES:
-        raise ValueError(f"state_dtype: expected one of {', '.join(_DTYPES)} or None, got {value!r}")
-    return name
+def _checked(key: str, value: Any) -> Any:
+    """The value of one of our options; dtypes as their names."""
+    if key == "max_grad_norm":
+        return _checked_norm(value)
+    if key == "state_dtype" and isinstance(value, torch.dtype):
+        value = str(value).removeprefix("torch.")
+    forms.check({**forms.OPTIONS, key: value})
+    return value
 
 
 def _checked_norm(value: Any) -> float | None:
@@ -90,6 +98,59 @@ def _outside() -> int:
     return level
 
 
+def _form(p: torch.Tensor, group: dict[str, Any]) -> forms.Form:
+    name = _NAMES.get(p.dtype, "")
+    return forms.form_of(name, group, name)
+
+
+def _like(p: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
+    return torch.empty_like(p, dtype=dtype, memory_format=torch.preserve_format, requires_grad=False)
+
+
+def _flat(t: torch.Tensor) -> Any:
+    """A dense tensor as a flat NumPy array, in the order of memory."""
+    return t.detach().as_strided((t.numel(),), (1,)).numpy()
+
+
+def _recode(p: torch.Tensor, state: dict[str, Any], names: tuple[str, ...], form: forms.Form) -> None:
+    """Turns states of whatever form into this one; those that have it stay as they are, to the bit."""
+    for name in names:
+        codes = state.pop(f"{name}_codes", None)
+        if codes is not None:
+            if form.quantised and codes.stride() == _like(p, codes.dtype).stride():
+                state[f"{name}_codes"] = codes
+                continue
+            numbers = torch.empty_like(codes, dtype=torch.float32)
+            _flat(numbers)[:] = forms.dequantise(_flat(codes), state.pop(f"{name}_scale").numpy())
+            state[name] = numbers.to(_DTYPES[form.state] if not form.quantised else torch.float32)
+        if form.quantised and state.get(name) is not None:
+            numbers = _like(p, torch.float32).copy_(state.pop(name))
+            kind = forms.code(name) or ""
+            made, scale = forms.quantise(_flat(numbers), kind)
+            state[f"{name}_codes"] = _like(p, _INTEGERS[kind])
+            _flat(state[f"{name}_codes"])[:] = made
+            state[f"{name}_scale"] = torch.from_numpy(scale)
+
+
+def _recode_master(p: torch.Tensor, state: dict[str, Any], form: forms.Form) -> None:
+    """The same for what is kept beside the weight, which must be loaded before."""
+    master = state.get("master")
+    if master is None or not form.master:
+        state.pop("master", None)
+        return
+    wanted = _INTEGERS[forms.MASTERS[form.master][1]]
+    if master.dtype == wanted:
+        return
+    numbers = _like(p, torch.float32)
+    if p.dtype == torch.bfloat16:
+        rest, weight = _like(p, master.dtype).copy_(master), _like(p, p.dtype).copy_(p.detach())
+        _flat(numbers)[:] = forms.join(_flat(weight.view(torch.int16)).view(np.uint16), _flat(rest))
+    else:
+        numbers.copy_(p.detach())
+    state["master"] = _like(p, wanted)
+    _flat(state["master"])[:] = forms.split(_flat(numbers), form.master)
+
+
 class _Fused(Optimizer):
     """The step that every class here shares; a mixin before the torch class it replaces."""
 
@@ -100,8 +161,8 @@ class _Fused(Optimizer):
     last_grad_norm: torch.Tensor | None
     last_step_skipped: bool
 
-    def _begin(self, state_dtype: Any, max_grad_norm: Any) -> None:
-        self._options = {"state_dtype": _dtype_name(state_dtype), "max_grad_norm": _checked_norm(max_grad_norm)}
+    def _begin(self, options: dict[str, Any]) -> None:
+        self._options = {key: _checked(key, options[key]) for key in _NEW_OPTIONS}
         self._reset()
 
     def _reset(self) -> None:
@@ -117,26 +178,26 @@ class _Fused(Optimizer):
                 entry.update({k: v.tensor for k, v in entry.items() if isinstance(v, _Keep)})
         super().__setstate__(state)
         for group in self.param_groups:
-            for key in _NEW_OPTIONS:
-                group.setdefault(key, self.defaults.get(key))
+            for key, default in _NEW_OPTIONS.items():
+                group.setdefault(key, self.defaults.get(key, default))
         self._reset()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         if "_options" in self.__dict__:  # torch's constructor is still running, or has just run
             self.defaults.update(self._options)
         if isinstance(param_group, dict):
-            for key, check in (("state_dtype", _dtype_name), ("max_grad_norm", _checked_norm)):
+            for key in _NEW_OPTIONS:
                 if key in param_group:
-                    param_group[key] = check(param_group[key])
+                    param_group[key] = _checked(key, param_group[key])
             if param_group.get("max_grad_norm", self.defaults["max_grad_norm"]) != self.defaults["max_grad_norm"]:
                 raise ValueError("max_grad_norm: one for the optimizer, over all groups; got another for a group")
         super().add_param_group(param_group)
         group = self.param_groups[-1]
-        for p in group["params"] if group["state_dtype"] else ():
-            name = _NAMES.get(p.dtype)
-            if (name, name, group["state_dtype"]) not in _FORMATS:
+        for p in group["params"]:
+            reason = p.dtype in _NAMES and forms.refusal(self._rule.kernel(group), _NAMES[p.dtype], _form(p, group))
+            if reason:
                 self.param_groups.pop()
-                raise ValueError(f"state_dtype: {group['state_dtype']} does not go with parameters of {p.dtype}")
+                raise ValueError(reason)
         self._plan = None
 
     @property
@@ -232,14 +293,23 @@ class _Fused(Optimizer):
                 (None, -1, float(rule.defaults[key])) if key is not None and key not in group else (key, index, value)
                 for key, index, value in kernel.sources
             ]
-            same = [k for k in ("fused", "state_dtype", "differentiable", "capturable") if k in group]
-            plan.add_group(group, kernel.index, hyper, [k for k in rule.chooses if k in group], same)
+            ema = group["ema_decay"] is not None
+            hyper += [("l1", -1, 0.0), ("ema_decay" if ema else None, -1, 0.0), ("seed", -1, 0.0)]
+            same = ["fused", "differentiable", "capturable", "state_dtype", "master", "stochastic_rounding"]
+            plan.add_group(
+                group, kernel.index, hyper,
+                [k for k in (*rule.chooses, "ema_decay") if k in group],
+                [k for k in same if k in group],
+                forms.MASTERS[group["master"]][0] if group["master"] else 0,
+                bool(group["stochastic_rounding"]),
+                bool(group["stochastic_rounding"] or group["state_dtype"]),
+            )  # fmt: skip
             general = self._group_reason(group)
             for p in group["params"]:
                 grad = p.grad
                 reason = general or banned.get(p)
                 if grad is None:
-                    plan.add_param(p, _IDLE if not reason else _FOREIGN, None, [], None, None, 0)
+                    plan.add_param(p, _IDLE if not reason else _FOREIGN)
                     if reason:
                         self._foreign.setdefault(reason, []).append((g, p))
                     continue
@@ -249,15 +319,21 @@ class _Fused(Optimizer):
                     if new:
                         created.append((p, new))
                     state = self.state.get(p)
-                    reason = self._state_reason(p, grad, state or {}, kernel.states)
+                    reason = self._state_reason(p, grad, state or {}, group)
                 if reason:
                     self._foreign.setdefault(reason, []).append((g, p))
-                    plan.add_param(p, _FOREIGN, None, [], None, None, 0)
+                    plan.add_param(p, _FOREIGN)
                     continue
-                arrays = [state[name] for name in kernel.states] if state else []
-                scalars = [state[name] if state else None for name in rule.scalars]
-                step, carry = (*scalars, None, None)[:2]
-                plan.add_param(p, _OURS, state, arrays, step, carry, done)
+                state = state or {}
+                quantised = kernel.states != () and f"{kernel.states[0]}_codes" in state
+                arrays = [state[f"{name}_codes" if quantised else name] for name in kernel.states]
+                scales = [state[f"{name}_scale"] for name in kernel.states] if quantised else []
+                step, carry = (*(state[name] for name in rule.scalars), None, None)[:2]
+                master = state["master"] if _form(p, group).master else None
+                plan.add_param(
+                    p, _OURS, state or None, arrays, step, carry, done,
+                    master, state["ema"] if ema else None, scales, state.get("stream", 0),
+                )  # fmt: skip
         plan.finish()
         return plan
 
@@ -289,46 +365,84 @@ class _Fused(Optimizer):
         return None
 
     def _state_reason(
-        self, p: torch.Tensor, grad: torch.Tensor, state: dict[str, Any], names: tuple[str, ...]
+        self, p: torch.Tensor, grad: torch.Tensor, state: dict[str, Any], group: dict[str, Any]
     ) -> str | None:
-        for name in names:
+        form, names = _form(p, group), self._rule.kernel(group).states
+        if form.quantised or (names and f"{names[0]}_codes" in state):
+            form = dataclasses.replace(form, state="int8", noisy_state=True)
+        arrays = forms.array_names(names, form, group["ema_decay"] is not None)
+        for name in arrays:
             s = state.get(name)
-            if isinstance(s, torch.Tensor) and s.shape != p.shape:
-                raise ValueError(f"state {name!r}: expected shape {tuple(p.shape)}, got {tuple(s.shape)}")
             if not isinstance(s, torch.Tensor) or s.device.type != "cpu" or type(s) not in _TYPES:
                 return f"state {name!r} is missing, or no plain tensor on the CPU"
+            shape = (-(-p.numel() // forms.BLOCK),) if name.endswith("_scale") else p.shape
+            if s.shape != shape:
+                raise ValueError(f"state {name!r}: expected shape {tuple(shape)}, got {tuple(s.shape)}")
+            dtype = self._dtype_of(name, p, form)
+            if dtype is not None and s.dtype != dtype:
+                raise ValueError(f"state {name!r}: expected {dtype}, got {s.dtype}")
         for name in self._rule.scalars:
             s = state.get(name)
             if not isinstance(s, torch.Tensor) or s.numel() != 1 or s.device.type != "cpu" or s.dtype not in _WIDE:
                 return f"state {name!r} is not a one-element tensor on the CPU"
-        dtypes = {state[name].dtype for name in names} or {p.dtype}
-        combination = (_NAMES[p.dtype], _NAMES[grad.dtype], _NAMES.get(next(iter(dtypes))))
-        if len(dtypes) > 1 or (
-            combination not in _FORMATS if names else not any(combination[:2] == f[:2] for f in _FORMATS)
-        ):
-            states = " and ".join(sorted(str(d) for d in dtypes))
-            return f"no kernel for a {p.dtype} parameter with a {grad.dtype} gradient and {states} state"
+        if not form.quantised and names:
+            dtypes = {state[name].dtype for name in names}
+            if len(dtypes) > 1 or next(iter(dtypes)) not in _NAMES:
+                form = dataclasses.replace(form, state=" and ".join(sorted(str(d) for d in dtypes)))
+            else:
+                form = dataclasses.replace(form, state=_NAMES[dtypes.pop()])
+                noisy = form.state in forms.HALVES and (form.noisy_state or p.dtype not in _HALF)
+                form = dataclasses.replace(form, noisy_state=noisy)
+        if not forms.exists(self._rule.kernel(group), _NAMES[p.dtype], _NAMES[grad.dtype], form):
+            kept = f" and master={form.master!r}" if form.master else ""
+            return f"no kernel for a {p.dtype} parameter with a {grad.dtype} gradient and {form.state} state{kept}"
         return None
 
+    @staticmethod
+    def _dtype_of(name: str, p: torch.Tensor, form: forms.Form) -> torch.dtype | None:
+        """What an array of our forms must be; None for the plain states, which may be of several types."""
+        if name == "master":
+            return _INTEGERS[forms.MASTERS[form.master or ""][1]]
+        if name == "ema":
+            return torch.float64 if p.dtype == torch.float64 else torch.float32
+        if name.endswith("_codes"):
+            return _INTEGERS[forms.code(name.removesuffix("_codes")) or ""]
+        return torch.float32 if name.endswith("_scale") else None
+
     def _fill_state(self, p: torch.Tensor, group: dict[str, Any]) -> tuple[int, list[str]]:
-        """Creates the state that torch would; (steps done where no tensor counts them, names created)."""
-        rule = self._rule
+        """Creates the state that torch would, and ours; (steps done where no tensor counts them, names created)."""
+        rule, form = self._rule, _form(p, group)
         names = rule.states(group)
-        state = self.state[p] if names or rule.scalars else {}
-        if rule.scalars:
-            missing = [*rule.scalars, *names] if not state else []
-        else:
-            missing = [name for name in names if state.get(name) is None]
-        dtype = _DTYPES[group["state_dtype"]] if group["state_dtype"] else p.dtype
+        kept = forms.array_names((), form, group["ema_decay"] is not None) + ("stream",) * form.random
+        state = self.state[p] if names or rule.scalars or kept else {}
+        begun = any(k in state for n in (*names, *rule.scalars) for k in (n, f"{n}_codes") if state.get(k) is not None)
+        if names and form.quantised and begun and f"{names[0]}_codes" not in state:
+            _recode(p, state, names, form)  # the option has been switched on in the middle of a run
+        missing = [] if begun else [*rule.scalars, *names]
+        new = [*rule.scalars, *forms.array_names(names, form, False)] if missing else []
         scalar = torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
         with torch.no_grad():
             for name in missing:
                 first = rule.first(name, self.defaults)
                 if name in rule.scalars:
                     state[name] = torch.full((), first, dtype=scalar)
+                elif form.quantised:
+                    kind = _INTEGERS[forms.code(name) or ""]
+                    state[f"{name}_codes"] = _like(p, kind).fill_(torch.iinfo(kind).max if first else 0)
+                    state[f"{name}_scale"] = torch.full((-(-p.numel() // forms.BLOCK),), first)
                 else:
-                    state[name] = torch.full_like(p, first, dtype=dtype, memory_format=torch.preserve_format)
-        return (0 if missing or not names else 1), missing
+                    state[name] = _like(p, _DTYPES[form.state]).fill_(first)
+            for name in kept:
+                if name in state:
+                    continue
+                if name == "stream":
+                    order = (q for g in self.param_groups for q in g["params"])
+                    state[name] = next(i for i, q in enumerate(order) if q is p)
+                else:
+                    dtype = self._dtype_of(name, p, form)
+                    state[name] = _like(p, dtype).copy_(p) if dtype in _WIDE else _like(p, dtype).zero_()
+                new.append(name)
+        return (0 if missing or not names else 1), new
 
     # --- what the kernels do not do ---
 
@@ -336,8 +450,9 @@ class _Fused(Optimizer):
         for reason, places in self._foreign.items():
             in_use = [(g, p) for g, p in places if p.grad is not None]
             options = [f"max_grad_norm={max_norm}"] if max_norm else []
-            if any(self.param_groups[g]["state_dtype"] for g, _ in in_use):
-                options.append("state_dtype")
+            for option, default in forms.OPTIONS.items():
+                if option != "seed" and any(self.param_groups[g][option] != default for g, _ in in_use):
+                    options.append(option)
             if unscale != 1.0:
                 options.append("GradScaler's fused protocol")
             if self._plain_step is None:
@@ -370,6 +485,23 @@ class _Fused(Optimizer):
             self.param_groups = groups
             self.__dict__.update(scaled)
 
+    @contextmanager
+    def ema_parameters(self) -> Iterator[None]:
+        """Puts the moving averages of ``ema_decay`` into the parameters for the time of a ``with`` block.
+
+        A parameter that has not been stepped yet has no average and keeps its value.
+        """
+        pairs = [(p, p.detach().clone(), s["ema"]) for p, s in self.state.items() if "ema" in s]
+        with torch.no_grad():
+            for p, _, ema in pairs:
+                p.copy_(ema)
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for p, saved, _ in pairs:
+                    p.copy_(saved)
+
     # --- checkpoints ---
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -386,30 +518,72 @@ class _Fused(Optimizer):
 
 
 def _before_load(self: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
-    """The last of the load hooks: keeps options of ours and the state's dtype."""
+    """The last of the load hooks: keeps options of ours, and turns the state into the form that they ask for."""
     groups = [dict(group) for group in state_dict["param_groups"]]
-    targets: dict[Any, tuple[torch.Tensor, str | None]] = {}
+    targets: dict[Any, tuple[torch.Tensor, dict[str, Any]]] = {}
     for new, group in zip(groups, self.param_groups, strict=False):
-        if group["state_dtype"] is not None or "state_dtype" not in new:
-            new["state_dtype"] = group["state_dtype"]
-        new.setdefault("max_grad_norm", group["max_grad_norm"])
+        for key in _NEW_OPTIONS:
+            if key in ("master", "stochastic_rounding") or group[key] is not None:
+                ours = key in forms.OURS
+            else:
+                ours = False
+            if ours or key not in new:
+                new[key] = group[key]
         if "fused" in group and new.get("fused") in (None, False):
             new["fused"] = group["fused"]  # how to compute is ours to say, not the checkpoint's
         for key, p in zip(new["params"], group["params"], strict=False):
-            targets[key] = (p, new["state_dtype"])
+            targets[key] = (p, {**group, **new})
 
-    def keep(name: str, value: Any, p: torch.Tensor, dtype: str | None) -> Any:
-        if name == "step" or not isinstance(value, torch.Tensor) or not value.is_floating_point():
-            return value
-        if name in self._rule.scalars:  # torch's cast would round it to 16 bits
-            return value if p.dtype in _WIDE else _Keep(value.clone())
-        return _Keep(value.to(device=p.device, dtype=_DTYPES[dtype] if dtype else None, copy=True))
+    def convert(entry: dict[str, Any], p: torch.Tensor, group: dict[str, Any]) -> dict[str, Any]:
+        explicit = group["state_dtype"]
+        stored = [v.dtype for k, v in entry.items() if k in self._rule.states(group) and isinstance(v, torch.Tensor)]
+        form = _form(p, group)
+        if not explicit:  # None keeps what the checkpoint has
+            coded = any(k.endswith("_codes") for k in entry)
+            state = "int8" if coded else _NAMES.get(stored[0], form.state) if stored else form.state
+            form = dataclasses.replace(form, state=state)
+        held = {
+            k: v.detach().to(device=p.device, copy=True) if isinstance(v, torch.Tensor) and k != "step" else v
+            for k, v in entry.items()
+        }
+        if p.device.type == "cpu" and p.dtype in _NAMES:
+            _recode(p, held, self._rule.states(group), form)
+            _recode_master(p, held, form)
+        for k, v in held.items():
+            if k == "step" or not isinstance(v, torch.Tensor):
+                continue
+            if k in self._rule.scalars:  # torch's cast would round it to 16 bits
+                held[k] = entry[k] if p.dtype in _WIDE else _Keep(v)
+            elif explicit and k in self._rule.states(group) and v.is_floating_point() and form.state in _DTYPES:
+                held[k] = _Keep(v.to(_DTYPES[form.state]))
+            else:
+                held[k] = _Keep(v)
+        return held
 
     state = {
-        key: {name: keep(name, value, *targets[key]) for name, value in entry.items()} if key in targets else entry
-        for key, entry in state_dict["state"].items()
+        key: convert(entry, *targets[key]) if key in targets else entry for key, entry in state_dict["state"].items()
     }
     return {**state_dict, "param_groups": groups, "state": state}
+
+
+def memory_report(optimizer: Optimizer) -> dict[str, float]:
+    """Bytes per parameter, by kind: weight, gradient, master, ema, each of the states (codes and scales together), other.
+
+    ``parameters`` is their number, ``total`` the sum of the rest. A gradient that is not there costs nothing.
+    """
+    bytes_: dict[str, float] = {"weight": 0, "gradient": 0}
+    n = 0
+    for p in (p for group in optimizer.param_groups for p in group["params"]):
+        n += p.numel()
+        bytes_["weight"] += p.numel() * p.element_size()
+        if p.grad is not None and p.grad.layout == torch.strided:
+            bytes_["gradient"] += p.grad.numel() * p.grad.element_size()
+        for name, value in optimizer.state.get(p, {}).items():
+            if isinstance(value, torch.Tensor):
+                kind = name.removesuffix("_codes").removesuffix("_scale") if value.ndim or p.ndim == 0 else "other"
+                bytes_[kind] = bytes_.get(kind, 0) + value.numel() * value.element_size()
+    report = {kind: size / max(n, 1) for kind, size in bytes_.items()}
+    return {"parameters": n, **report, "total": sum(report.values())}
 
 
 _hooked = Optimizer.profile_hook_step(_Fused._step)
@@ -436,18 +610,22 @@ def _make_class(rule: Rule) -> type[Optimizer]:
     else:
         base, init = theirs, theirs.__init__
 
-    def __init__(self: Any, *args: Any, state_dtype: Any = None, max_grad_norm: Any = None, **kwargs: Any) -> None:
-        self._begin(state_dtype, max_grad_norm)
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        self._begin({key: kwargs.pop(key, default) for key, default in _NEW_OPTIONS.items()})
         init(self, *args, **kwargs)
         del self._options
-        for group in self.param_groups if rule.initial and state_dtype else ():
+        for group in self.param_groups if rule.initial and self.defaults["state_dtype"] else ():
             for p in group["params"]:  # Adagrad's constructor makes its state
                 for name in rule.states(group):
-                    if name in self.state.get(p, {}):
+                    if name not in self.state.get(p, {}):
+                        continue
+                    if group["state_dtype"] == "int8":
+                        _recode(p, self.state[p], (name,), _form(p, group))
+                    else:
                         self.state[p][name] = self.state[p][name].to(_DTYPES[group["state_dtype"]])
 
     signature = inspect.signature(init)
-    added = [inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY, default=None) for n in _NEW_OPTIONS]
+    added = [inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY, default=d) for n, d in _NEW_OPTIONS.items()]
     __init__.__signature__ = signature.replace(  # type: ignore[attr-defined]
         parameters=[*signature.parameters.values(), *added]
     )
