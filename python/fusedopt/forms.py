@@ -96,9 +96,7 @@ def form_of(param: str, options: Mapping[str, Any], default_state: str) -> Form:
     noisy = bool(options["stochastic_rounding"]) and half
     state = options["state_dtype"] or default_state
     explicit = options["state_dtype"] is not None or noisy or not half
-    return Form(
-        state, options["master"] if half else None, noisy, state == "int8" or (state in HALVES and explicit)
-    )
+    return Form(state, options["master"] if half else None, noisy, state == "int8" or (state in HALVES and explicit))
 
 
 @cache
@@ -123,7 +121,9 @@ def refusal(kernel: Kernel, param: str, form: Form, option: bool = True) -> str 
         return f"state_dtype='int8' does not go with {bad}: use 'bfloat16' or 'float32'"
     states = sorted({str(f[2]) for f in forms if f[3:5] == wanted[1:3]})
     beside = f" with master={form.master!r}" if form.master else " with stochastic_rounding" if form.noisy else ""
-    return f"state_dtype={form.state!r} does not go with a {param} parameter{beside}: use {' or '.join(map(repr, states))}"
+    return (
+        f"state_dtype={form.state!r} does not go with a {param} parameter{beside}: use {' or '.join(map(repr, states))}"
+    )
 
 
 def exists(kernel: Kernel, param: str, grad: str, form: Form) -> bool:

@@ -36,8 +36,9 @@ from . import _core, forms
 from ._make import compile_function, option_dict, option_signature, rule_doc
 from .config import get_num_threads
 from .rules import RULES, Rule
+from .torch_backward import InBackward, step_in_backward
 
-__all__ = ["FallbackWarning", "memory_report"]
+__all__ = ["FallbackWarning", "InBackward", "memory_report", "step_in_backward"]
 
 _EXCHANGE = True  # read tensors by DLPack's exchange API where this torch has it (2.10 and later)
 _HALF = (torch.bfloat16, torch.float16)
@@ -543,7 +544,7 @@ def _before_load(self: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
             state = "int8" if coded else _NAMES.get(stored[0], form.state) if stored else form.state
             form = dataclasses.replace(form, state=state)
         held = {
-            k: v.detach().to(device=p.device, copy=True) if isinstance(v, torch.Tensor) and k != "step" else v
+            k: v.detach().to(device=None if k == "step" else p.device, copy=True) if isinstance(v, torch.Tensor) else v
             for k, v in entry.items()
         }
         if p.device.type == "cpu" and p.dtype in _NAMES:
@@ -553,7 +554,7 @@ def _before_load(self: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
             if k == "step" or not isinstance(v, torch.Tensor):
                 continue
             if k in self._rule.scalars:  # torch's cast would round it to 16 bits
-                held[k] = entry[k] if p.dtype in _WIDE else _Keep(v)
+                held[k] = v if p.dtype in _WIDE else _Keep(v)
             elif explicit and k in self._rule.states(group) and v.is_floating_point() and form.state in _DTYPES:
                 held[k] = _Keep(v.to(_DTYPES[form.state]))
             else:
