@@ -135,7 +135,7 @@ def test_a_closure_is_called_and_its_loss_returned() -> None:
         loss.backward()
         return loss
 
-    assert float(inside.step(closure)) > 0
+    assert inside.step(closure).item() > 0
     assert not any(torch.equal(p, q) for p, q in zip(a.parameters(), before, strict=True))
 
 

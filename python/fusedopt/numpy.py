@@ -308,7 +308,7 @@ class Optimizer:
         kinds: dict[forms.Form, list[int]] = {}  # parameters of one group may be of several dtypes
         for i in chosen:
             kinds.setdefault(self._form(group["params"][i], options), []).append(i)
-        for form, those in (kinds or {None: []}).items():
+        for form, those in kinds.items():
             self._add_alike(group["params"], grads, start, options, form, those, advanced)
 
     def _add_alike(
@@ -317,33 +317,28 @@ class Optimizer:
         grads: list[Any],
         start: int,
         options: dict[str, Any],
-        form: forms.Form | None,
+        form: forms.Form,
         chosen: list[int],
         advanced: list[Any],
     ) -> None:
         rule = self._rule
         kernel = rule.kernel(options)
         ema = options["ema_decay"] is not None
-        arrays = forms.array_names(kernel.states, form, ema) if form else kernel.states
-        names = arrays + carried(rule)
+        names = forms.array_names(kernel.states, form, ema) + carried(rule)
         states = [self.state[start + i] for i in chosen]
         for i, state in zip(chosen, states, strict=True):
-            if any(name not in state for name in names) or (form and form.random and "stream" not in state):
+            if any(name not in state for name in names) or (form.random and "stream" not in state):
                 state.update({**self._initial(params[i], start + i, options), **state})
-        extras = (
-            _core.Extras(
-                master=form.master_number,
-                noisy=form.noisy,
-                noisy_state=form.noisy_state,
-                quantised=form.quantised and kernel.states != (),
-                ema=ema,
-                l1=options["l1"],
-                ema_weight=1 - (options["ema_decay"] or 0),
-                seed=options["seed"],
-                streams=[s.get("stream", 0) for s in states],
-            )
-            if form is not None
-            else _core.Extras()
+        extras = _core.Extras(
+            master=form.master_number,
+            noisy=form.noisy,
+            noisy_state=form.noisy_state,
+            quantised=form.quantised and kernel.states != (),
+            ema=ema,
+            l1=options["l1"],
+            ema_weight=1 - (options["ema_decay"] or 0),
+            seed=options["seed"],
+            streams=[s.get("stream", 0) for s in states],
         )
         self._batch.add(
             kernel.index,

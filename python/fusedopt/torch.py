@@ -568,7 +568,7 @@ def _before_load(self: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
 
 
 def memory_report(optimizer: Optimizer) -> dict[str, float]:
-    """Bytes per parameter, by kind: weight, gradient, master, ema, each of the states (codes and scales together), other.
+    """Bytes per parameter, by kind: weight, gradient, master, ema, each state (codes and scales together), other.
 
     ``parameters`` is their number, ``total`` the sum of the rest. A gradient that is not there costs nothing.
     """

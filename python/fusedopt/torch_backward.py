@@ -1,5 +1,5 @@
-"""Gradient release: every parameter is updated inside ``backward``, as soon as its gradient is complete, and the gradient is
-freed. See :func:`step_in_backward`."""
+"""Gradient release: every parameter is updated inside ``backward``, as soon as its gradient is complete, and the
+gradient is freed. See :func:`step_in_backward`."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ __all__ = ["InBackward", "step_in_backward"]
 class InBackward(Optimizer):
     """What :func:`step_in_backward` returns: an optimizer whose work is done when ``step`` is called.
 
-    ``param_groups`` are read at every update, so schedulers work; ``state_dict`` and ``load_state_dict`` are those of the
-    optimizer that the factory makes for all parameters together.
+    ``param_groups`` are read at every update, so schedulers work; ``state_dict`` and ``load_state_dict`` are those of
+    the optimizer that the factory makes for all parameters together.
     """
 
     def __init__(self, whole: Optimizer, accumulate: int) -> None:
@@ -52,7 +52,7 @@ class InBackward(Optimizer):
     def _distribute(self) -> None:
         self._single = {}
         for p, group in self._groups.items():
-            single = type(self._whole)([{**group, "params": [p]}])  # type: ignore[call-arg]
+            single = type(self._whole)([{**group, "params": [p]}])
             if p in self._whole.state:
                 single.state[p] = self._whole.state[p]
             self._single[p] = single
@@ -73,7 +73,7 @@ class InBackward(Optimizer):
         single.step()
         p.grad = None
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Calls ``closure`` if there is one; updates what still has a gradient, such as one that was accumulated in
         :meth:`no_step`. The rest has been updated in ``backward``."""
         loss = None
@@ -138,9 +138,9 @@ def step_in_backward(
 ) -> InBackward:
     """Lets ``backward`` update each parameter when its gradient is complete, and free the gradient.
 
-    Gradients never exist all at once: the most that is alive is what one step of ``backward`` makes. The loop stays as it
-    is: ``step`` and ``zero_grad`` of the returned optimizer may be called and have nothing left to do, schedulers act on
-    its ``param_groups``.
+    Gradients never exist all at once: the most that is alive is what one step of ``backward`` makes. The loop stays as
+    it is: ``step`` and ``zero_grad`` of the returned optimizer may be called and have nothing left to do, schedulers
+    act on its ``param_groups``.
 
     Args:
         model: its parameters that require a gradient are updated.
@@ -151,8 +151,9 @@ def step_in_backward(
         ValueError: ``max_grad_norm``: a global norm needs all gradients; ``accumulate`` below 1; no parameters.
         TypeError: a model in DistributedDataParallel, whose gradients are summed only after they are complete here.
 
-    What also cannot work: ``clip_grad_norm_`` finds no gradients after ``backward``; GradScaler scales gradients that have
-    been used by the time it unscales, and raises when its ``step`` finds none. Use bfloat16, which needs no scaler.
+    What also cannot work: ``clip_grad_norm_`` finds no gradients after ``backward``; GradScaler scales gradients that
+    have been used by the time it unscales, and raises when its ``step`` finds none. Use bfloat16, which needs no
+    scaler.
 
     Example:
         >>> import torch
