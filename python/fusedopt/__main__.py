@@ -13,6 +13,7 @@ SUITES = {
     "rules": "every rule in float32, 32M parameters",
     "formats": "Adam in every format, from the first cache to main memory",
     "shapes": "Adam on one tensor, on 1,000 tiny ones, on ResNet-50 and GPT-2 small",
+    "bytes": "AdamW in the forms that move fewer bytes, against torch fused in float32",
     "numpy": "the NumPy functions against the best in-place NumPy",
     "training": "whole iterations of small networks",
     "denormals": "what denormal moments cost",

@@ -261,17 +261,22 @@ def split(x: NDArray[np.float32], master: str) -> NDArray[Any]:
     """What is kept beside the bf16 weight of ``x``, for ``master`` split16, split8 or float32."""
     if master == "float32":
         return x.copy()
+    rest: NDArray[Any]
     if master == "split16":
-        return _bits(x).astype(np.uint16).view(np.int16)
-    return ((_bits(x) + np.uint32(0x80)) >> np.uint32(8)).astype(np.uint8).view(np.int8)
+        rest = _bits(x).astype(np.uint16).view(np.int16)
+    else:
+        rest = ((_bits(x) + np.uint32(0x80)) >> np.uint32(8)).astype(np.uint8).view(np.int8)
+    return rest
 
 
 def round_bf16(x: NDArray[np.float32], away: bool = False) -> NDArray[np.uint16]:
     """The bits of ``x`` rounded to bf16: to nearest, ties to even; or ties away from zero, as split weights are."""
     b = _bits(x)
     half = np.uint32(0x8000) if away else np.uint32(0x7FFF) + ((b >> np.uint32(16)) & np.uint32(1))
-    return ((b + half) >> np.uint32(16)).astype(np.uint16)
+    rounded: NDArray[np.uint16] = ((b + half) >> np.uint32(16)).astype(np.uint16)
+    return rounded
 
 
 def _bits(x: NDArray[np.float32]) -> NDArray[np.uint32]:
-    return np.asarray(np.where(np.isnan(x), np.float32(np.nan), x)).view(np.uint32)
+    one_nan: NDArray[np.float32] = np.where(np.isnan(x), np.float32(np.nan), x)
+    return one_nan.view(np.uint32)

@@ -52,7 +52,7 @@ class InBackward(Optimizer):
     def _distribute(self) -> None:
         self._single = {}
         for p, group in self._groups.items():
-            single = type(self._whole)([{**group, "params": [p]}])
+            single = type(self._whole)([{**group, "params": [p]}])  # type: ignore[call-arg]
             if p in self._whole.state:
                 single.state[p] = self._whole.state[p]
             self._single[p] = single

@@ -14,6 +14,8 @@ from fusedopt.bench.shapes import BYTES, F32, FORMATS, MANY, Format, Shapes, cou
 LARGE = 32 << 20
 CEILING = "ceiling"
 COMPILED = "compiled"
+FUSED_F32 = "fused f32"  # torch's fused step where all is float32, whatever ours has
+FUSED_LERP = "fused + lerp"  # the same, followed by torch._foreach_lerp_ into the average
 BEST_NUMPY = "best NumPy"  # the faster of the two contenders below
 NUMPY = ("NumPy whole", "NumPy blocked")
 TORCH = ("default", "foreach", "fused", COMPILED)
@@ -39,6 +41,7 @@ class Case:
     model: str = ""  # of a training case
     grouped: bool = False  # one parameter group per tensor
     fresh: bool = False  # gradients replaced, untimed, before every step
+    ours: Mapping[str, Any] = field(default_factory=dict)  # options that only ours takes
     max_grad_norm: float | None = None  # clip to this global norm; torch's side calls clip_grad_norm_
     bars: Mapping[str, float] = field(default_factory=dict)  # contender (or ceiling) -> the least ratio (or share)
 
@@ -59,7 +62,9 @@ class Case:
         rule = RULES[self.rule]
         states = len(rule.states({**rule.defaults, **self.options}))
         norm = 0 if self.max_grad_norm is None else BYTES[self.format.grad]  # the gradients are read once more
-        return self.elements * (self.format.bytes(states) + norm)
+        beside = {None: 0, "split8": 1, "split16": 2, "float32": 4}[self.ours.get("master")]
+        beside += BYTES["f32"] if "ema_decay" in self.ours else 0
+        return int(self.elements * (self.format.bytes(states) + 2 * beside + norm))
 
 
 def rows() -> Iterator[tuple[str, str, dict[str, Any]]]:
@@ -177,7 +182,34 @@ def denormals(large: int) -> list[Case]:
     return [Case("Adam", ("default", "fused"), shapes=((large // 8,),), kind="denormals")]
 
 
+def bytes_(large: int) -> list[Case]:
+    """AdamW in the forms that move fewer bytes, against torch's fused step in float32, and the average of weights."""
+    alone, size = ((large,),), human(large)
+    bf16, f32 = Format("bf16", "bf16", "bf16"), F32
+    int8, f32_int8 = Format("bf16", "bf16", "int8"), Format("f32", "f32", "int8")
+    table: list[tuple[str, Format, dict[str, Any], dict[str, float]]] = [
+        ("bf16, stochastic rounding", bf16, {"stochastic_rounding": True}, {FUSED_F32: 1.7}),
+        ("bf16 + split16 + bf16 states", bf16, {"master": "split16", "state_dtype": "bfloat16"}, {FUSED_F32: 1.35}),
+        ("bf16 + split8 + int8 states", int8, {"master": "split8"}, {FUSED_F32: 1.3}),
+        ("f32 + int8 states", f32_int8, {}, {FUSED_F32: 1.15}),
+        ("f32, EMA of the weights", f32, {"ema_decay": 0.999}, {FUSED_LERP: 1.07}),
+    ]
+    return [
+        Case(
+            f"AdamW {name}, {size}", (*bars, CEILING), "AdamW",
+            format=form, shapes=alone, ours=ours, bars={**bars, CEILING: 0.85},
+        )  # fmt: skip
+        for name, form, ours, bars in table
+    ] + [
+        Case(
+            "AdamW bf16 + split8 + int8 states, 2M", ("bitsandbytes 8-bit", "torchao 8-bit"), "AdamW",
+            format=int8, shapes=((large // 16,),), ours={"master": "split8"},
+            bars={"bitsandbytes 8-bit": 35, "torchao 8-bit": 30},
+        )  # fmt: skip
+    ]
+
+
 SUITES: dict[str, Callable[[int], list[Case]]] = {
-    f.__name__: f for f in (bars, rules, formats, shapes, numpy, training, denormals, short)
+    f.__name__.rstrip("_"): f for f in (bars, rules, formats, shapes, bytes_, numpy, training, denormals, short)
 }
 SECONDS = {"bars": 8.0, "short": 1.5, "formats": 2.5}  # a case's share of time, where it is not 4

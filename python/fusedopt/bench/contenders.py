@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fusedopt.bench import numpy_best, peers
-from fusedopt.bench.cases import CEILING, COMPILED, LARGE, NUMPY, Case
+from fusedopt.bench.cases import CEILING, COMPILED, FUSED_F32, FUSED_LERP, LARGE, NUMPY, Case
 from fusedopt.bench.timing import Contender
 
 if TYPE_CHECKING:
@@ -36,8 +36,8 @@ def builder(case: Case) -> Builder:
 def contender_names(case: Case, *, compiled: bool = False, with_peers: bool = False) -> list[str]:
     """Ours first; compilation takes minutes and peers may be missing, so both are asked for."""
     names = [OURS, *(n for n in case.against if compiled or n != COMPILED)]
-    if with_peers and case.kind in peers.PEERS:
-        names += peers.PEERS[case.kind]
+    if with_peers:
+        names += [n for n in peers.PEERS[case.kind] if n not in names]
     if case.kind == "denormals":
         names += [n + DENORMAL for n in names]
     return names
@@ -54,7 +54,7 @@ def ceiling() -> Contender:
 def _dtype(word: str) -> torch.dtype:
     import torch
 
-    return {"f64": torch.float64, "f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}[word]
+    return {"f64": torch.float64, "f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16, "int8": torch.int8}[word]
 
 
 def _optimizer(name: str, case: Case, params: Any) -> torch.optim.Optimizer | None:
@@ -65,6 +65,7 @@ def _optimizer(name: str, case: Case, params: Any) -> torch.optim.Optimizer | No
     if name == OURS:
         import fusedopt.torch
 
+        options |= case.ours
         if form.state != form.param:
             options["state_dtype"] = _dtype(form.state)
         if case.max_grad_norm is not None:
@@ -119,6 +120,8 @@ def _torch(case: Case) -> Builder:
         if name == CEILING:
             return ceiling()
         name, denormal = name.removesuffix(DENORMAL), name.endswith(DENORMAL)
+        if name in (FUSED_F32, FUSED_LERP):
+            return _fused_f32(case, base_params, base_grads, name == FUSED_LERP)
         params = [p.clone().requires_grad_() for p in base_params]
         grouped: Any = [{"params": [p]} for p in params] if case.grouped else params
         if name in peers.PEERS["torch"]:
@@ -172,6 +175,28 @@ def _torch(case: Case) -> Builder:
         return contender
 
     return build
+
+
+def _fused_f32(
+    case: Case, base_params: list[torch.Tensor], base_grads: list[torch.Tensor], lerp: bool
+) -> Contender | None:
+    """torch's fused step on float32 copies of everything; then the average of the weights, as one would write it."""
+    import torch
+
+    params = [p.to(torch.float32, copy=True).requires_grad_() for p in base_params]
+    for p, g in zip(params, base_grads, strict=True):
+        p.grad = g.to(torch.float32, copy=True)
+    opt = getattr(torch.optim, case.rule)(params, fused=True, **case.options)
+    if not lerp:
+        return Contender(opt.step)
+    averages, decay = [p.detach().clone() for p in params], case.ours["ema_decay"]
+
+    def step_and_lerp() -> None:
+        opt.step()
+        with torch.no_grad():
+            torch._foreach_lerp_(averages, params, 1 - decay)
+
+    return Contender(step_and_lerp)
 
 
 def _training(case: Case) -> Builder:

@@ -46,6 +46,19 @@ def torchao(case: Case, params: Any) -> Any:
     return import_module("torchao.optim.adam")._AdamW(params, **decay, **case.options)
 
 
+def bitsandbytes_8bit(case: Case, params: Any) -> Any:
+    """bitsandbytes with 8-bit states."""
+    optim = import_module("bitsandbytes.optim")
+    return optim.AdamW8bit(params, **case.options) if case.rule == "AdamW" else None
+
+
+def torchao_8bit(case: Case, params: Any) -> Any:
+    """torchao with 8-bit states and stochastic rounding of bfloat16 weights; compiled at first use."""
+    if case.rule != "AdamW":
+        return None
+    return import_module("torchao.optim").AdamW8bit(params, bf16_stochastic_round=True, **case.options)
+
+
 def numba(row: str, params: Arrays, grads: Arrays) -> Step | None:
     """The loop one would write with numba: Adam, exact arithmetic, parallel when large."""
     nb = import_module("numba")
@@ -102,6 +115,14 @@ def optax(row: str, params: Arrays, grads: Arrays) -> Step | None:
 
 
 PEERS: dict[str, dict[str, Callable[..., Any]]] = {
-    "torch": {"DeepSpeed": deepspeed, "bitsandbytes": bitsandbytes, "torchao": torchao},
+    "training": {},
+    "denormals": {},
+    "torch": {
+        "DeepSpeed": deepspeed,
+        "bitsandbytes": bitsandbytes,
+        "torchao": torchao,
+        "bitsandbytes 8-bit": bitsandbytes_8bit,
+        "torchao 8-bit": torchao_8bit,
+    },
     "numpy": {"numba": numba, "optax": optax},
 }

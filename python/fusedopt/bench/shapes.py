@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 Shapes = tuple[tuple[int, ...], ...]
 
-BYTES = {"f64": 8, "f32": 4, "bf16": 2, "f16": 2}
+WORDS = {"f64": 8, "f32": 4, "bf16": 2, "f16": 2}
+BYTES: dict[str, float] = {**WORDS, "int8": 1 + 4 / 64}  # codes, and a scale for each block of 64
 
 
 @dataclass(frozen=True)
@@ -24,13 +25,13 @@ class Format:
         grad = "" if self.grad == self.param else f" + {self.grad} grad"
         return self.param + grad + ("" if self.state == self.param else f" + {self.state} state")
 
-    def bytes(self, states: int) -> int:
+    def bytes(self, states: int) -> float:
         """Moved per parameter by one pass: the gradient is read, everything else read and written."""
         return 2 * BYTES[self.param] + BYTES[self.grad] + 2 * states * BYTES[self.state]
 
 
 FORMATS = (
-    *(Format(word, word, word) for word in BYTES),
+    *(Format(word, word, word) for word in WORDS),
     *(Format("f32", word, "f32") for word in ("bf16", "f16")),
     *(Format(word, word, "f32") for word in ("bf16", "f16")),
     *(Format("f32", "f32", word) for word in ("bf16", "f16")),
