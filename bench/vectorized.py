@@ -36,16 +36,53 @@ def dump(isa: str) -> str:
         return path.read_text()
 
 
+def required() -> dict[str, set[int]]:
+    """Lines of the loops over a block in sweep.h, by the function they are in."""
+    lines: dict[str, set[int]] = {}
+    function = ""
+    for number, line in enumerate((CPP / "sweep.h").read_text().splitlines(), 1):
+        if m := re.match(
+            r"  (?:static )?FUSEDOPT_\w+ (?:static )?void (\w+)\(|  static FUSEDOPT_\w+ void (\w+)\(", line
+        ):
+            function = m[1] or m[2]
+        if "for (int i = 0; i < kBlock" in line or ("for (int i = 0; i < n;" in line and function == "draw"):
+            lines.setdefault(function, set()).add(number)
+    return lines
+
+
+def copies(formats: str, lines: dict[str, set[int]]) -> set[int]:
+    """Of these, the loops that only copy float32, which the compiler turns into a call."""
+    decode, _, _, encode = sorted(lines["block"])
+    weights = {decode, encode} if formats.startswith("Plain<F32>") else set()
+    return weights | (lines["load"] | lines["store"] if formats.endswith("F32") else set())
+
+
 def loops(text: str) -> Iterator[tuple[str, int]]:
     """(rule and formats, bytes of a vector or 0) of every instance of the loops in sweep.h."""
+    lines = required()
+    found: dict[str, int] = {}
     for part in text.split("\n;; Function ")[1:]:
         head, _, body = part.partition("\n")
-        sizes = re.findall(r"sweep\.h:.*optimized: loop vectorized using (\d+) byte vectors", body)
-        size = max(map(int, sizes), default=0)
-        if m := re.search(r"Sweep<.*?::(\w+)<\w+>, .*?::(\w+), .*?::(\w+), .*?::(\w+)>::sweep ", head):
-            yield f"{m[1]:24} {m[2]} {m[3]} {m[4]}", size
-        elif m := re.search(r"square_sum<.*?::(\w+)>", head):
-            yield f"square_sum {m[1]}", size
+        head = head.partition(" (")[0].replace("fusedopt::{anonymous}::", "")
+        sizes: dict[int, int] = {}  # by line; a loop's remainder has shorter vectors
+        for line, bytes_ in re.findall(r"sweep\.h:(\d+):.*optimized: loop vectorized using (\d+) byte vectors", body):
+            sizes[int(line)] = max(int(bytes_), sizes.get(int(line), 0))
+        size = max(sizes.values(), default=0)
+        if m := re.match(r"(Sweep|Blocks)<(\w+)<\w+>, (.*)>::(sweep|flat)(\.|$)", head):
+            name = f"{m[2]:24} {m[3]}"
+            if m[1] == "Blocks":
+                state = m[3].rpartition(", ")[2]
+                parts = ["block", *(["decode", "encode"] if state == "Int8" else ["load", "store"])]
+                parts += ["draw"] if "Int8" in state or "Noisy" in m[3] else []
+                needed = set().union(*(lines[p] for p in parts)) - copies(m[3], lines)
+                found[name] = size if needed <= sizes.keys() else 0
+            elif m[4] == "flat" or size:
+                found[name] = max(size, found.get(name, 0))
+            else:
+                found.setdefault(name, 0)  # its loop may be in a function of its own, flat or Blocks
+        elif m := re.match(r"square_sum<(\w+)>", head):
+            found[f"square_sum {m[1]}"] = size
+    yield from found.items()
 
 
 def main() -> int:

@@ -150,25 +150,23 @@ struct Blocks {
     typename G::Stored g[kBlock] = {};
     Rest rest[kBlock] = {};
     typename S::Stored state[N + 1][kBlock] = {};
-    Operands copy = o;
-    copy.p = p;
-    copy.g = g;
-    copy.rest = rest;
+    Span copy = {p, g, {}, {}, rest, nullptr, kBlock, first, key};
     memcpy(p, o.p, n * sizeof p[0]);
     memcpy(g, o.g, n * sizeof g[0]);
     if constexpr (W::master != kNoMaster) memcpy(rest, o.rest, n * sizeof rest[0]);
     for (int k = 0; k < N; ++k) {
       memcpy(state[k], o.state[k], n * sizeof state[k][0]);
       copy.state[k] = state[k];
+      copy.scale[k] = o.scale[k];
     }
-    block(ready, copy, key, first);
+    sweep(ready, copy);
     memcpy(o.p, p, n * sizeof p[0]);
     if constexpr (W::master != kNoMaster) memcpy(o.rest, rest, n * sizeof rest[0]);
     for (int k = 0; k < N; ++k) memcpy(o.state[k], state[k], n * sizeof state[k][0]);
   }
 
   static FUSEDOPT_HD void block(const Ready& ready, const Operands& o, uint32_t key, int64_t first) {
-    float x[kBlock], s[N + 1][kBlock];
+    float x[kBlock], y[kBlock], s[N + 1][kBlock];
     int32_t random[kBlock];
     auto* const p = o.p;  // as locals: bytes may be anything, o included, as far as the compiler knows
     auto* const g = o.g;
@@ -179,12 +177,13 @@ struct Blocks {
       if constexpr (W::master != kNoMaster) r = typename W::RestWord(rest[i]);
       x[i] = W::load(p[i], r);
     }
+    for (int i = 0; i < kBlock; ++i) y[i] = G::load(g[i]) * ready.scale;
     load(o, s);
     FUSEDOPT_INDEPENDENT
     for (int i = 0; i < kBlock; ++i) {
       float t[N + 1];
       for (int k = 0; k < N; ++k) t[k] = s[k][i];
-      Apply<N>::to(ready.rule, x[i], G::load(g[i]) * ready.scale, t);
+      Apply<N>::to(ready.rule, x[i], y[i], t);
       for (int k = 0; k < N; ++k) s[k][i] = t[k];
     }
     FUSEDOPT_INDEPENDENT

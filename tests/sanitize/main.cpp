@@ -44,9 +44,11 @@ void put(char* at, Format f, Random& r) {
   } else if (f == kF32) {
     uint32_t x = 0x3f000000u | (digits & 0x7fffffu);
     memcpy(at, &x, 4);
-  } else {
+  } else if (f == kBF16 || f == kF16) {
     uint16_t x = f == kBF16 ? uint16_t(0x3f00u | (digits & 0x7fu)) : uint16_t(0x3800u | (digits & 0x3ffu));
     memcpy(at, &x, 2);
+  } else {  // codes and rests may have any bits
+    memcpy(at, &digits, size_of(f));
   }
 }
 
@@ -63,7 +65,11 @@ struct Block {
 };
 
 Group group_of(const Kernel& kernel, bool maximize) {
-  Group g{{}, maximize};
+  Group g;
+  g.maximize = maximize;
+  g.l1 = maximize ? 0.01 : 0;
+  g.ema_weight = 0.1;
+  g.seed = 7;
   std::string name;
   for (const char* c = kernel.hyper;; ++c) {
     if (*c && *c != ' ') {
@@ -83,13 +89,17 @@ Group group_of(const Kernel& kernel, bool maximize) {
 // Rows of one kernel and one combination of formats: `lengths` dense ones, and some strided.
 struct Problem {
   std::vector<Block> blocks;
+  std::vector<std::unique_ptr<float[]>> scales;
+  std::vector<size_t> scale_bytes;
   std::vector<std::unique_ptr<Strided>> layouts;
   Plan plan;
-  int operands;
+  int operands;  // of a row: param, grad, states, what is kept beside the weight, its average
+  bool ema;      // of every other combination
 
   Problem(int kernel, int loop, const std::vector<int64_t>& lengths, bool with_strided) {
     const Kernel& k = usable_table(0)->kernels[kernel];
-    operands = 2 + k.n_states;
+    ema = loop % 2;
+    operands = 2 + k.n_states + (k.loops[loop].form.master != kNoMaster) + ema;
     plan.groups = {group_of(k, false), group_of(k, true)};
     Random r{uint64_t(kernel * 100 + loop)};
     for (int64_t n : lengths) dense(k, kernel, loop, n, r);
@@ -112,22 +122,44 @@ struct Problem {
   }
 
   Format format(const Kernel& k, int loop, int operand) const {
-    const Loop& l = k.loops[loop];
-    return operand == 0 ? l.param : operand == 1 ? l.grad : l.state;
+    const Form& f = k.loops[loop].form;
+    if (operand < 2) return operand == 0 ? f.param : f.grad;
+    if (operand < 2 + k.n_states) return f.state;
+    return ema && operand == operands - 1 ? ema_format(f.param) : rest_format(f.master);
   }
 
-  static void set(Row& row, int operand, char* data) {
-    if (operand == 0) row.span.param = data;
-    if (operand == 1) row.span.grad = data;
-    if (operand >= 2) row.span.state[operand - 2] = data;
+  void set(const Kernel& k, Row& row, int operand, char* data) const {
+    if (operand == 0) {
+      row.span.param = data;
+    } else if (operand == 1) {
+      row.span.grad = data;
+    } else if (operand < 2 + k.n_states) {
+      row.span.state[operand - 2] = data;
+    } else {
+      (ema && operand == operands - 1 ? row.span.ema : row.span.rest) = data;
+    }
+  }
+
+  // Exactly as many scales as the row has blocks.
+  void add_scales(const Kernel& k, Row& row) {
+    row.stream = int64_t(plan.rows.size());
+    if (k.loops[row.loop].form.state != kI8) return;
+    for (int s = 0; s < k.n_states; ++s) {
+      const size_t n = size_t(row.span.n + kBlock - 1) / kBlock;
+      scales.emplace_back(new float[n]);
+      scale_bytes.push_back(n * sizeof(float));
+      std::fill_n(scales.back().get(), n, 0.75f);
+      row.span.scale[s] = scales.back().get();
+    }
   }
 
   void dense(const Kernel& k, int kernel, int loop, int64_t n, Random& r) {
     Row& row = add(kernel, loop, n);
     for (int o = 0; o < operands; ++o) {
       blocks.emplace_back(format(k, loop, o), n, int64_t(r.next() % 19), r);
-      set(row, o, blocks.back().data());
+      set(k, row, o, blocks.back().data());
     }
+    add_scales(k, row);
   }
 
   // Every operand in a layout of its own: axes in another order, some reversed, with gaps.
@@ -151,13 +183,16 @@ struct Problem {
       int64_t span = 1;
       for (int d = 0; d < s.ndim; ++d) span += llabs(s.stride[o][d]) * (s.shape[d] - 1);
       blocks.emplace_back(format(k, loop, o), span, 0, r);
-      set(row, o, blocks.back().data() + start * int64_t(size_of(format(k, loop, o))));
+      set(k, row, o, blocks.back().data() + start * int64_t(size_of(format(k, loop, o))));
     }
+    add_scales(k, row);
   }
 
   std::vector<std::string> bytes() const {
     std::vector<std::string> out;
     for (const Block& b : blocks) out.emplace_back(b.memory.get(), b.bytes);
+    for (size_t s = 0; s < scales.size(); ++s)
+      out.emplace_back(reinterpret_cast<const char*>(scales[s].get()), scale_bytes[s]);
     return out;
   }
 
@@ -183,7 +218,7 @@ void same_bytes_every_way(int kernel, int loop) {
     use_isa("baseline");
     Problem first(kernel, loop, lengths, true);
     const auto before = first.bytes(), want = first.run(max_norm, 1);
-    for (size_t b = 0; b < want.size(); ++b) {
+    for (size_t b = 0; b < first.blocks.size(); ++b) {
       const bool gradient = b % size_t(first.operands) == 1;
       if (gradient) expect(want[b] == before[b], name + ": a gradient was written");
       if (b % size_t(first.operands) == 0 && !want[b].empty() && first.plan.rows[b / size_t(first.operands)].span.n)
@@ -252,7 +287,8 @@ int main() {
   every_part_once();
   const Table& t = *usable_table(0);
   for (int kernel = 0; kernel < t.n_kernels; ++kernel)
-    for (int loop = 0; loop < t.kernels[kernel].n_loops; ++loop) same_bytes_every_way(kernel, loop);
+    for (int loop = 0; loop < t.kernels[kernel].n_loops; ++loop)
+      if (t.kernels[kernel].loops[loop].prepare) same_bytes_every_way(kernel, loop);
   many_small_tensors();
   several_threads_at_once();
   printf("%d kernels, %d failures\n", t.n_kernels, failures.load());
