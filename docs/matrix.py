@@ -1,4 +1,4 @@
-"""Writes the table of combinations in docs/forms.md from the kernels that exist; ``--check`` says whether it is up to date."""
+"""Writes the table of combinations in docs/forms.md from the kernels that exist; ``--check`` says if it is up to date."""
 
 import re
 import sys

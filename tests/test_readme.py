@@ -1,4 +1,4 @@
-"""What the documents say is so: their Python runs, its benchmark section is the committed results', CONTRIBUTING's
+"""What the documents say is so: their Python runs, README's benchmark section is the committed results', CONTRIBUTING's
 map names the files that exist."""
 
 import contextlib
@@ -67,6 +67,11 @@ def test_every_local_link_leads_somewhere() -> None:
         for target in re.findall(r"\]\(([^)#]+)[^)]*\)", text):
             if "://" not in target:
                 assert ((ROOT / name).parent / target).exists(), f"{name}: {target}"
+
+
+def test_the_table_of_combinations_is_that_of_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["matrix.py", "--check"])
+    assert load("docs/matrix.py").main() == 0
 
 
 # ---- the benchmark section
