@@ -1,5 +1,5 @@
-"""How weights and states are kept: the options that every optimizer has for it, which combinations exist, and the formats
-once more in NumPy, to convert checkpoints and to check the kernels (cpp/formats.h is what runs)."""
+"""How weights and states are kept: the options that every optimizer has for it, which combinations exist, and the
+formats once more in NumPy, to convert checkpoints and to check the kernels (cpp/formats.h is what runs)."""
 
 from __future__ import annotations
 
@@ -96,9 +96,7 @@ def form_of(param: str, options: Mapping[str, Any], default_state: str) -> Form:
     noisy = bool(options["stochastic_rounding"]) and half
     state = options["state_dtype"] or default_state
     explicit = options["state_dtype"] is not None or noisy or not half
-    return Form(
-        state, options["master"] if half else None, noisy, state == "int8" or (state in HALVES and explicit)
-    )
+    return Form(state, options["master"] if half else None, noisy, state == "int8" or (state in HALVES and explicit))
 
 
 @cache
@@ -107,7 +105,7 @@ def _existing(kernel: str) -> frozenset[tuple[Any, ...]]:
 
 
 def refusal(kernel: Kernel, param: str, form: Form, option: bool = True) -> str | None:
-    """Why no kernel keeps a parameter of this dtype (with a gradient of its own) like that, and what to use; or None."""
+    """Why no kernel keeps a parameter of this dtype (with a gradient of its own) so, and what to use; or None."""
     forms = {f for f in _existing(kernel.name) if f[0] == param}
     if not kernel.states:
         forms = {(*f[:2], form.state, *f[3:5], form.noisy_state) for f in forms}
@@ -123,7 +121,8 @@ def refusal(kernel: Kernel, param: str, form: Form, option: bool = True) -> str 
         return f"state_dtype='int8' does not go with {bad}: use 'bfloat16' or 'float32'"
     states = sorted({str(f[2]) for f in forms if f[3:5] == wanted[1:3]})
     beside = f" with master={form.master!r}" if form.master else " with stochastic_rounding" if form.noisy else ""
-    return f"state_dtype={form.state!r} does not go with a {param} parameter{beside}: use {' or '.join(map(repr, states))}"
+    use = " or ".join(map(repr, states))
+    return f"state_dtype={form.state!r} does not go with a {param} parameter{beside}: use {use}"
 
 
 def exists(kernel: Kernel, param: str, grad: str, form: Form) -> bool:
@@ -154,7 +153,8 @@ def numpy_dtype(name: str) -> np.dtype[Any]:
         return np.dtype(name)
     import ml_dtypes
 
-    return np.dtype(ml_dtypes.bfloat16)
+    bfloat16: np.dtype[Any] = np.dtype(ml_dtypes.bfloat16)
+    return bfloat16
 
 
 def matrix() -> str:
@@ -168,12 +168,12 @@ def matrix() -> str:
             for param, grad, state, master, noisy, noisy_state in _core.formats()[name]:
                 if not _core.kernels()[name][2]:
                     state, noisy_state = "", False
-                key = (param, grad, master or "-", "stochastic" if noisy else "nearest", state or "-",
+                key: tuple[str, ...] = (param, grad, master or "-", "stochastic" if noisy else "nearest", state or "-",
                        "stochastic" if noisy_state else "nearest" if state else "-")  # fmt: skip
                 if label not in rows.setdefault(key, []):
                     rows[key].append(label)
     all_of = {label for labels in rows.values() for label in labels}
-    keep = [label for label in sorted(all_of)]
+    keep = sorted(all_of)
     head = ["weight", "gradient", "master", "weight's rounding", "state", "state's rounding", "rules"]
     lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
     stateful = {label for key, labels in rows.items() if key[4] != "-" for label in labels}
@@ -218,8 +218,8 @@ def quantise(x: NDArray[np.float32], kind: str) -> tuple[NDArray[Any], NDArray[n
     """Codes of dtype ``kind`` (rounded to nearest, where the kernels round stochastically) and a scale for each block.
 
     With s the largest magnitude of a block, x = s c |c| / 127^2 (int8) or s c^2 / 255^2 (uint8, where only a block of
-    zeros has code 0). A code is within 1/2 of the exact one, within 1 when it is rounded stochastically; so the error of
-    one element is at most s (2 r d + d^2) with r = sqrt(|x| / s), d the distance of codes over 127 or 255.
+    zeros has code 0). A code is within 1/2 of the exact one, within 1 when it is rounded stochastically; so the error
+    of one element is at most s (2 r d + d^2) with r = sqrt(|x| / s), d the distance of codes over 127 or 255.
     """
     top = 127.0 if kind == "int8" else 255.0
     blocks = np.zeros((-(-x.size // BLOCK), BLOCK))
@@ -250,23 +250,32 @@ def join(weight: NDArray[np.uint16], master: NDArray[Any]) -> NDArray[np.float32
     """The float32 that bf16 weights (their bits) and the array beside them stand for."""
     high = weight.astype(np.uint32) << np.uint32(16)
     if master.dtype == np.float32:
-        return np.where(round_bf16(master) == weight, master, high.view(np.float32))
+        kept: NDArray[np.float32] = np.where(round_bf16(master) == weight, master, high.view(np.float32))
+        return kept
     rest = master.astype(np.int32) << (8 if master.dtype == np.int8 else 0)
-    x = (high + rest.astype(np.uint32)).view(np.float32)
-    return np.where(np.isnan(x), high.view(np.float32), x)
+    x: NDArray[np.float32] = (high + rest.astype(np.uint32)).view(np.float32)
+    joined: NDArray[np.float32] = np.where(np.isnan(x), high.view(np.float32), x)
+    return joined
 
 
 def split(x: NDArray[np.float32], master: str) -> NDArray[Any]:
     """What is kept beside the bf16 weight of ``x``, for ``master`` split16, split8 or float32."""
     if master == "float32":
-        return x.copy()
-    b = np.where(np.isnan(x), np.float32(np.nan), x).view(np.uint32)
-    if master == "split16":
-        return (b & np.uint32(0xFFFF)).astype(np.uint16).view(np.int16)
-    return (((b + np.uint32(0x80)) >> np.uint32(8)) & np.uint32(0xFF)).astype(np.uint8).view(np.int8)
+        copied: NDArray[np.float32] = x.copy()
+        return copied
+    b = _bits_one_nan(x)
+    rest: NDArray[Any] = ((b + np.uint32(0x80)) >> np.uint32(8)).astype(np.uint8).view(np.int8)
+    return rest if master == "split8" else b.astype(np.uint16).view(np.int16)
 
 
 def round_bf16(x: NDArray[np.float32]) -> NDArray[np.uint16]:
     """The bits of ``x`` rounded to bf16, to nearest even."""
-    b = np.where(np.isnan(x), np.float32(np.nan), x).view(np.uint32)
-    return ((b + np.uint32(0x7FFF) + ((b >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)).astype(np.uint16)
+    b = _bits_one_nan(x)
+    even = (b >> np.uint32(16)) & np.uint32(1)
+    rounded: NDArray[np.uint16] = ((b + np.uint32(0x7FFF) + even) >> np.uint32(16)).astype(np.uint16)
+    return rounded
+
+
+def _bits_one_nan(x: NDArray[np.float32]) -> NDArray[np.uint32]:
+    b: NDArray[np.uint32] = np.where(np.isnan(x), np.float32(np.nan), x).view(np.uint32)
+    return b

@@ -567,7 +567,7 @@ def _before_load(self: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
 
 
 def memory_report(optimizer: Optimizer) -> dict[str, float]:
-    """Bytes per parameter, by kind: weight, gradient, master, ema, each of the states (codes and scales together), other.
+    """Bytes per parameter, by kind: weight, gradient, master, ema, each state (codes and scales together), other.
 
     ``parameters`` is their number, ``total`` the sum of the rest. A gradient that is not there costs nothing.
     """
@@ -617,7 +617,7 @@ def _make_class(rule: Rule) -> type[Optimizer]:
         for group in self.param_groups if rule.initial and self.defaults["state_dtype"] else ():
             for p in group["params"]:  # Adagrad's constructor makes its state
                 for name in rule.states(group):
-                    if name not in self.state.get(p, {}):
+                    if p.dtype not in _NAMES or name not in self.state.get(p, {}):
                         continue
                     if group["state_dtype"] == "int8":
                         _recode(p, self.state[p], (name,), _form(p, group))
