@@ -429,7 +429,7 @@ class _Fused(Optimizer):
                 elif form.quantised:
                     kind = _INTEGERS[forms.code(name) or ""]
                     state[f"{name}_codes"] = _like(p, kind).fill_(torch.iinfo(kind).max if first else 0)
-                    state[f"{name}_scale"] = torch.full((-(-p.numel() // forms.BLOCK),), first)
+                    state[f"{name}_scale"] = torch.full((-(-p.numel() // forms.BLOCK),), first, dtype=torch.float32)
                 else:
                     state[name] = _like(p, _DTYPES[form.state]).fill_(first)
             for name in kept:
