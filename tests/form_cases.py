@@ -142,6 +142,8 @@ def join(param: Array, master: Array | None) -> Array:
     """The float32 that a parameter and what is kept beside it stand for."""
     if master is None:
         return param.astype(np.float32)
+    if param.dtype != BF16:
+        return np.where(master.astype(param.dtype) == param, master, param).astype(np.float32)
     return forms.join(param.reshape(-1).view(np.uint16), master.reshape(-1)).reshape(param.shape)
 
 
