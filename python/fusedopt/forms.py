@@ -119,6 +119,9 @@ def refusal(kernel: Kernel, param: str, form: Form, option: bool = True) -> str 
     if form.quantised and not all(code(name) for name in kernel.states):
         bad = ", ".join(name for name in kernel.states if not code(name))
         return f"state_dtype='int8' does not go with {bad}: use 'bfloat16' or 'float32'"
+    ways = sorted({f"master={f[3]!r}" if f[3] else "stochastic_rounding=True" for f in forms if f[2] == "int8"})
+    if form.quantised and ways and not form.master and not form.noisy:
+        return f"state_dtype='int8' leaves a {param} parameter to rounding alone: use it with {' or '.join(ways)}"
     states = sorted({str(f[2]) for f in forms if f[3:5] == wanted[1:3]})
     beside = f" with master={form.master!r}" if form.master else " with stochastic_rounding" if form.noisy else ""
     use = " or ".join(map(repr, states))
