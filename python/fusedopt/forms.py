@@ -261,14 +261,22 @@ def join(weight: NDArray[np.uint16], master: NDArray[Any]) -> NDArray[np.float32
     return joined
 
 
-def split(x: NDArray[np.float32], master: str) -> NDArray[Any]:
-    """What is kept beside the bf16 weight of ``x``, for ``master`` split16, split8 or float32."""
-    if master == "float32":
-        copied: NDArray[np.float32] = x.copy()
-        return copied
+def split(x: NDArray[np.float32], master: str, weight: NDArray[np.uint16] | None = None) -> NDArray[Any]:
+    """What is kept beside the bf16 weight of ``x``, for ``master`` split16, split8 or float32.
+
+    ``weight``: its bits where they are given, by another form's rounding; next to a tie, which the forms round to
+    different weights, the result then stands for a neighbour of ``x``.
+    """
     b = _bits_one_nan(x)
-    rest: NDArray[Any] = ((b + np.uint32(0x80)) >> np.uint32(8)).astype(np.uint8).view(np.int8)
-    return rest if master == "split8" else b.astype(np.uint16).view(np.int16)
+    if master == "float32":
+        copied: NDArray[np.float32] = x.copy() if weight is None else (b + (round_bf16(x) != weight)).view(np.float32)
+        return copied
+    rounded = b + np.uint32(0x80 if master == "split8" else 0)
+    if weight is None:
+        weight = ((rounded + np.uint32(0x8000)) >> np.uint32(16)).astype(np.uint16)
+    rest = rounded.astype(np.int64) - (weight.astype(np.int64) << 16)
+    half: NDArray[np.int16] = np.clip(rest, -0x8000, 0x7FFF).astype(np.int16)
+    return half if master == "split16" else (half >> 8).astype(np.int8)
 
 
 def round_bf16(x: NDArray[np.float32]) -> NDArray[np.uint16]:

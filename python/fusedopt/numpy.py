@@ -485,8 +485,9 @@ class Optimizer:
                 same = kept is not None and (name == "stream" or kept.dtype == fresh[name].dtype)
                 out[name] = kept if same else fresh[name]
         if form.master and "master" in entry and entry["master"].dtype != fresh["master"].dtype:
-            x = forms.join(param.view(np.uint16).ravel(), entry["master"].ravel())
-            out["master"] = forms.split(x, form.master).reshape(param.shape)
+            weight = param.view(np.uint16).ravel()
+            x = forms.join(weight, entry["master"].ravel())
+            out["master"] = forms.split(x, form.master, weight).reshape(param.shape)
         return out
 
     def _loaded(self, value: Any, name: str, param: Any, key: str) -> Any:
