@@ -72,7 +72,8 @@ PYBIND11_MODULE(_core, m) {
   m.doc() = "The compiled core of fusedopt: fused update kernels over NumPy arrays and torch tensors.";
   m.attr("__version__") = FUSEDOPT_VERSION;
   m.def("kernels", &kernels, "name -> (index, hyperparameter names, state names, carries a scalar)");
-  m.def("formats", &formats, "kernel -> the combinations that exist: (param, grad, state, master, noisy, noisy_state).");
+  m.def("formats", &formats,
+        "kernel -> the combinations that exist: (param, grad, state, master, noisy, noisy_state).");
   m.attr("BLOCK") = kBlock;
   m.def(
       "code_of",

@@ -36,9 +36,9 @@ class Batch {
     foreign_.clear();
   }
 
-  // Checks and adds one group of tensors. names: param, grad, the kernel's states, then what is kept beside the weight and
-  // its average if `extras` says so, the scale of each state if these are quantised, the carried scalar if any; an error
-  // speaks of names[k], followed by [labels[i]] where labels are given.
+  // Checks and adds one group of tensors. names: param, grad, the kernel's states, then what is kept beside the weight
+  // and its average if `extras` says so, the scale of each state if these are quantised, the carried scalar if any; an
+  // error speaks of names[k], followed by [labels[i]] where labels are given.
   void add(int kernel, std::vector<double> hyper, bool maximize, py::tuple names, py::object labels, py::list operands,
            py::list steps, const Extras& extras) {
     const Kernel& k = table().kernels[kernel];
@@ -184,8 +184,8 @@ class Batch {
         throw py::type_error(where(o) + ": expected dtype " + name_of(expected) +
                              (extras.quantised ? "" : " like " + where(2)) + ", got " + name_of(v[o].format));
     }
-    const Form form{v[0].format, v[1].format,          extras.quantised ? kI8 : state, extras.master, extras.noisy,
-                    extras.quantised || extras.noisy_state};
+    const Form form{v[0].format,   v[1].format,  extras.quantised ? kI8 : state,
+                    extras.master, extras.noisy, extras.quantised || extras.noisy_state};
     int loop = find_loop(k, form);
     if (loop >= 0) return loop;
     // Name the operand that departs from what the others allow.
@@ -275,7 +275,8 @@ void bind_batch(py::module_& m) {
   py::class_<Extras>(m, "Extras", "What a group has beyond its rule's own arrays, and how it rounds.")
       .def(py::init([](int master, bool noisy, bool noisy_state, bool quantised, bool ema, double l1, double ema_weight,
                        uint64_t seed, std::vector<int64_t> streams) {
-             return Extras{Master(master), noisy, noisy_state, quantised, ema, l1, ema_weight, seed, std::move(streams)};
+             return Extras{Master(master), noisy, noisy_state,       quantised, ema, l1,
+                           ema_weight,     seed,  std::move(streams)};
            }),
            py::kw_only(), py::arg("master") = 0, py::arg("noisy") = false, py::arg("noisy_state") = false,
            py::arg("quantised") = false, py::arg("ema") = false, py::arg("l1") = 0.0, py::arg("ema_weight") = 0.0,

@@ -55,17 +55,17 @@ constexpr int kShape = 5;  // dimensions of a parameter that are remembered
 
 struct Param {
   py::object tensor;
-  py::object state;                   // the dict opt.state[p], or None
-  PyObject* values[kMaxValues] = {};  // what that dict holds, in its order
-  std::vector<py::object> keep;       // keeps them and their memory alive
-  py::object operands[kOperands - 2];  // those that the kernel updates, in its order; what is beside the weight; its average
+  py::object state;                    // the dict opt.state[p], or None
+  PyObject* values[kMaxValues] = {};   // what that dict holds, in its order
+  std::vector<py::object> keep;        // keeps them and their memory alive
+  py::object operands[kOperands - 2];  // in the order of Parts
   py::object scales[kMaxStates];       // of quantised states
-  py::object step, carry;             // 0-d tensors, or None
-  View views[kOperands] = {};         // param, grad, operands: as of the last step
+  py::object step, carry;              // 0-d tensors, or None
+  View views[kOperands] = {};          // param, grad, operands: as of the last step
   float* scale_at[kMaxStates] = {};
-  const void* record = nullptr;       // lies within torch's record of the parameter
-  int64_t shape[kShape] = {};         // when the state was last read,
-  int ndim = -1;                      // which it has not been
+  const void* record = nullptr;  // lies within torch's record of the parameter
+  int64_t shape[kShape] = {};    // when the state was last read,
+  int ndim = -1;                 // which it has not been
   Scalar step_at, carry_at;
   int64_t done = 0;  // steps so far, where there is no step tensor
   Kind kind = kIdle;
@@ -118,7 +118,7 @@ class TorchPlan {
     groups_.push_back(std::move(g));
   }
 
-  // Adds the next parameter of the last group. operands: the kernel's states, then rest and ema where they are not None.
+  // Adds the next parameter of the last group. operands: the kernel's states, in its order.
   void add_param(py::object tensor, int kind, py::object state, py::list operands, py::object step, py::object carry,
                  int64_t done, py::object rest, py::object ema, py::list scales, int64_t stream) {
     Param p;

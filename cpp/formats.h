@@ -2,8 +2,8 @@
 // some instruction set has no conversion, so that all of them round alike.
 //
 // A format has
-//   Stored     what lies in memory; Word: the same in a register (16 bits lie in the low half of 32, so that a loop over
-//              them keeps one vector width); Number: what rules compute with
+//   Stored     what lies in memory; Word: the same in a register (16 bits lie in the low half of 32, so that a loop
+//              over them keeps one vector width); Number: what rules compute with
 //   load       Word -> Number, exact
 //   store      Number -> Word; a format that is `noisy` rounds by the 16 random bits it is given, the others to nearest
 // Below the formats stand those of a weight (`Plain`, and the ones that keep what rounding takes away) and the
@@ -134,7 +134,7 @@ struct Split16 {
   using Rest = int16_t;
   using RestWord = uint32_t;
   static constexpr Master master = kSplit16;
-  // A weight that somebody has set to 0 or infinity may have got a rest that leads out of the numbers: it has none then.
+  // A weight that somebody has set to 0 or infinity may get a rest that leads out of the numbers: it then has none.
   static FUSEDOPT_HD float join(uint32_t w, uint32_t rest) {
     const float x = bits<float>((w << 16) + rest);
     return x == x ? x : bits<float>(w << 16);
@@ -175,8 +175,8 @@ struct Copied {
   }
 };
 
-// --- block-quantised states: 8 bits an element and one float32 scale a block, the block's largest magnitude s. A code is
-// the square root of an element's share of s, rounded stochastically: fine where most elements lie, near zero. ---
+// --- block-quantised states: 8 bits an element and one float32 scale a block, the block's largest magnitude s. A code
+// is the square root of an element's share of s, rounded stochastically: fine where most elements lie, near zero. ---
 
 // x = s c |c| / 127^2 for a moment with a sign, c in [-127, 127].
 struct SignedRoot {
@@ -256,38 +256,38 @@ constexpr bool quantisable(const char* states) {  // all of them, and there is o
 }  // namespace
 
 // The combinations that exist: weight, gradient, state. The rest is refused by name.
-#define FUSEDOPT_FORMATS(X)               \
-  X(Plain<F64>, F64, F64)                 \
-  X(Plain<F32>, F32, F32)                 \
-  X(Plain<BF16>, BF16, BF16)              \
-  X(Plain<F16>, F16, F16)                 \
-  X(Plain<F32>, BF16, F32)                \
-  X(Plain<F32>, F16, F32)                 \
-  X(Plain<BF16>, BF16, F32)               \
-  X(Plain<F16>, F16, F32)                 \
-  X(Plain<F32>, F32, BF16)                \
-  X(Plain<F32>, F32, F16)                 \
-  X(Plain<F32>, F32, Noisy<BF16>)         \
-  X(Plain<F32>, F32, Noisy<F16>)          \
-  X(Plain<BF16>, BF16, Noisy<BF16>)       \
-  X(Plain<F16>, F16, Noisy<F16>)          \
-  X(Plain<F32>, F32, Int8)                \
-  X(Plain<F32>, BF16, Int8)               \
-  X(Plain<Noisy<BF16>>, BF16, F32)        \
+#define FUSEDOPT_FORMATS(X)                \
+  X(Plain<F64>, F64, F64)                  \
+  X(Plain<F32>, F32, F32)                  \
+  X(Plain<BF16>, BF16, BF16)               \
+  X(Plain<F16>, F16, F16)                  \
+  X(Plain<F32>, BF16, F32)                 \
+  X(Plain<F32>, F16, F32)                  \
+  X(Plain<BF16>, BF16, F32)                \
+  X(Plain<F16>, F16, F32)                  \
+  X(Plain<F32>, F32, BF16)                 \
+  X(Plain<F32>, F32, F16)                  \
+  X(Plain<F32>, F32, Noisy<BF16>)          \
+  X(Plain<F32>, F32, Noisy<F16>)           \
+  X(Plain<BF16>, BF16, Noisy<BF16>)        \
+  X(Plain<F16>, F16, Noisy<F16>)           \
+  X(Plain<F32>, F32, Int8)                 \
+  X(Plain<F32>, BF16, Int8)                \
+  X(Plain<Noisy<BF16>>, BF16, F32)         \
   X(Plain<Noisy<BF16>>, BF16, Noisy<BF16>) \
-  X(Plain<Noisy<BF16>>, BF16, Int8)       \
-  X(Plain<Noisy<F16>>, F16, F32)          \
-  X(Plain<Noisy<F16>>, F16, Noisy<F16>)   \
-  X(Split16, BF16, F32)                   \
-  X(Split16, BF16, Noisy<BF16>)           \
-  X(Split16, BF16, Int8)                  \
-  X(Split8, BF16, F32)                    \
-  X(Split8, BF16, Noisy<BF16>)            \
-  X(Split8, BF16, Int8)                   \
-  X(Copied<BF16>, BF16, F32)              \
-  X(Copied<BF16>, BF16, Noisy<BF16>)      \
-  X(Copied<BF16>, BF16, Int8)             \
-  X(Copied<F16>, F16, F32)                \
+  X(Plain<Noisy<BF16>>, BF16, Int8)        \
+  X(Plain<Noisy<F16>>, F16, F32)           \
+  X(Plain<Noisy<F16>>, F16, Noisy<F16>)    \
+  X(Split16, BF16, F32)                    \
+  X(Split16, BF16, Noisy<BF16>)            \
+  X(Split16, BF16, Int8)                   \
+  X(Split8, BF16, F32)                     \
+  X(Split8, BF16, Noisy<BF16>)             \
+  X(Split8, BF16, Int8)                    \
+  X(Copied<BF16>, BF16, F32)               \
+  X(Copied<BF16>, BF16, Noisy<BF16>)       \
+  X(Copied<BF16>, BF16, Int8)              \
+  X(Copied<F16>, F16, F32)                 \
   X(Copied<F16>, F16, Int8)
 
 }  // namespace fusedopt

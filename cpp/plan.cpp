@@ -176,8 +176,7 @@ void sweep_strided(const Ready& ready, const Row& row, uint32_t key, int64_t beg
     for (int k = 0; k < ready.n_states; ++k) s.state[k] = tile[2 + k];
     if (row.span.rest) s.rest = tile[2 + ready.n_states];
     if (row.span.ema) s.ema = tile[n - 1];
-    for (int o = 0; o < n; ++o)
-      gather_of(operands[o].format)(*row.strided, o, operands[o].data, begin, s.n, tile[o]);
+    for (int o = 0; o < n; ++o) gather_of(operands[o].format)(*row.strided, o, operands[o].data, begin, s.n, tile[o]);
     ready.run(s);
     for (int o = 0; o < n; ++o)
       if (o != 1) scatter_of(operands[o].format)(*row.strided, o, tile[o], begin, s.n, operands[o].data);

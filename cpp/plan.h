@@ -23,10 +23,10 @@ struct Strided {
 // One tensor with its gradient and states. Operands are counted in this order: param, grad, the kernel's states, then
 // of rest and ema those that are there.
 struct Row {
-  Span span;  // of the whole tensor
+  Span span;               // of the whole tensor
   const Strided* strided;  // nullptr: dense, all operands alike
   int kernel, loop, group;
-  Clock clock;  // of the step to be done, so from 1
+  Clock clock;     // of the step to be done, so from 1
   int64_t stream;  // of its random numbers
 };
 

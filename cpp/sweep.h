@@ -270,8 +270,7 @@ struct Blocks {
     const float inverse = size > 0.0f ? C::top * C::top / (size * 0x1p64f) : 0.0f;
     const float least = size > 0.0f ? 1.0f : 0.0f;
     for (int i = 0; i < kBlock; ++i)
-      code[i] =
-          uint8_t(C::encode(magnitude(x[i]) * 0x1p64f * inverse, x[i], float(random[i] & 255) * 0x1p-8f, least));
+      code[i] = uint8_t(C::encode(magnitude(x[i]) * 0x1p64f * inverse, x[i], float(random[i] & 255) * 0x1p-8f, least));
   }
 };
 

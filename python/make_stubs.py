@@ -24,6 +24,7 @@ LINE = 120
 
 NUMPY = '''
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Protocol, SupportsIndex, TypeAlias
 
 from numpy.typing import NDArray
@@ -49,12 +50,14 @@ class Optimizer:
     last_grad_norm: float | None
     def add_param_group(self, group: Mapping[str, Any]) -> None: ...
     def step(self, grads: _Grads) -> None: ...
+    def ema_parameters(self) -> AbstractContextManager[None]: ...
     def state_dict(self) -> dict[str, Any]: ...
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None: ...
 '''
 
 TORCH = '''
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any, overload
 
 import torch
@@ -76,7 +79,19 @@ class _Fused(Optimizer):
     def step(self, closure: None = None) -> None: ...
     @overload
     def step(self, closure: Callable[[], float]) -> float: ...
+    def ema_parameters(self) -> AbstractContextManager[None]: ...
+
+def memory_report(optimizer: Optimizer) -> dict[str, float]:
+    """Bytes per parameter, by kind."""
 '''
+
+# Options of both front ends, by the values they take.
+KINDS = {
+    "max_grad_norm": "float | None",
+    "state_dtype": "str | None",
+    "master": "str | None",
+    "ema_decay": "float | None",
+}
 
 
 def _listed(head: str, items: Iterable[str], tail: str, indent: str = "") -> str:
@@ -137,7 +152,7 @@ def _class(rule: Rule, bases: str, init: Any, kinds: dict[str, str]) -> str:
 
 def numpy_stub() -> str:
     """fusedopt/numpy.pyi."""
-    kinds = {"params": "_Params", "lr": "float | Callable[[int], float]", "max_grad_norm": "float | None"}
+    kinds = KINDS | {"params": "_Params", "lr": "float | Callable[[int], float]"}
     parts = [NUMPY.replace("{all}", _all(importlib.import_module("fusedopt.numpy").__all__))]
     for rule in RULES.values():
         parameters = _parameters(getattr(fusedopt, rule.function), {"step": "_Steps"})
@@ -152,7 +167,7 @@ def torch_stub() -> str:
     import torch
 
     module = importlib.import_module("fusedopt.torch")
-    kinds = {"params": "ParamsT", "state_dtype": "torch.dtype | str | None", "max_grad_norm": "float | None"}
+    kinds = KINDS | {"params": "ParamsT", "state_dtype": "torch.dtype | str | None"}
     parts = [TORCH.replace("{all}", _all(module.__all__))]
     for rule in RULES.values():
         theirs = hasattr(torch.optim, rule.name)

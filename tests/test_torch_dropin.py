@@ -16,6 +16,7 @@ import pytest
 import torch
 
 import fusedopt.torch as optim
+from fusedopt.forms import OPTIONS
 from torch_cases import (
     IN_TORCH,
     NAMES,
@@ -33,7 +34,8 @@ from torch_cases import (
 from torch_compare import all_params, assert_close, assert_same_bits, outcome, same, snapshot, train
 
 Options = dict[str, Any]
-OURS = {"state_dtype", "max_grad_norm"}
+ADDED = {**OPTIONS, "max_grad_norm": None}
+OURS = set(ADDED)
 
 
 # -- constructors ----------------------------------------------------------------------------------------------------
@@ -43,8 +45,9 @@ OURS = {"state_dtype", "max_grad_norm"}
 def test_signature_is_torchs_plus_keyword_only_options_of_ours(name: str) -> None:
     mine = dict(inspect.signature(getattr(optim, name)).parameters)
     theirs = dict(inspect.signature(getattr(torch.optim, name)).parameters)
-    extra = {k: mine.pop(k) for k in OURS}
-    assert all(p.kind is p.KEYWORD_ONLY and p.default is None for p in extra.values())
+    extra = {k: mine.pop(k) for k in ADDED}
+    assert all(p.kind is p.KEYWORD_ONLY for p in extra.values())
+    assert {k: p.default for k, p in extra.items()} == ADDED
     assert list(mine) == list(theirs)
     for key, p in theirs.items():
         assert (mine[key].kind, mine[key].default) == (p.kind, p.default), key

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from fusedopt.forms import OPTIONS
 from fusedopt.rules import RULES
 from torch_cases import IN_TORCH, NAMES, SIXTEEN, cases, gradients, ours, parameters, plain, simple, some_cases
 from torch_compare import (
@@ -87,7 +88,7 @@ def test_state_dict_has_torchs_form(name: str) -> None:
     for i in theirs["state"]:
         assert list(mine["state"][i]) == list(theirs["state"][i])
     extra = set(mine["param_groups"][0]) - set(theirs["param_groups"][0])
-    assert extra <= {"state_dtype", "max_grad_norm"}
+    assert extra == {*OPTIONS, "max_grad_norm"}
     assert mine["param_groups"][0]["params"] == theirs["param_groups"][0]["params"]
 
 
@@ -184,7 +185,7 @@ def test_an_explicit_state_dtype_beats_the_checkpoints(name: str, options: Optio
     assert kinds(new) == {getattr(torch, want)}
     for p in params:
         for key, value in opt.state.get(p, {}).items():
-            if value is not None and key not in ("step", "mu_product"):
+            if value is not None and key not in ("step", "mu_product", "stream"):
                 assert torch.equal(new.state[p][key], value.to(getattr(torch, want)))
             assert key != "step" or new.state[p][key].dtype == torch.float32
     check_steps_round_once(name, new, grads[2:])
@@ -218,7 +219,8 @@ def test_state_dtype_may_differ_between_groups(name: str) -> None:
     opt.add_param_group({"params": [r], "state_dtype": torch.float32})
     opt.step()
     for tensor, want in ((p, torch.bfloat16), (q, torch.float32), (r, torch.float32)):
-        assert {v.dtype for k, v in opt.state[tensor].items() if k not in ("step", "mu_product")} == {want}
+        state = {k: v for k, v in opt.state[tensor].items() if k not in ("step", "mu_product", "stream")}
+        assert {v.dtype for v in state.values()} == {want}
     reloaded(opt.state_dict())
     with pytest.raises((TypeError, ValueError), match="state_dtype"):
-        opt.add_param_group({"params": [simple()], "state_dtype": "int8"})
+        opt.add_param_group({"params": [simple()], "state_dtype": "int4"})

@@ -119,6 +119,9 @@ def refusal(kernel: Kernel, param: str, form: Form) -> str | None:
     if form.quantised and not all(code(name) for name in kernel.states):
         bad = ", ".join(name for name in kernel.states if not code(name))
         return f"state_dtype='int8' does not go with {bad}: use 'bfloat16' or 'float32'"
+    ways = sorted({f"master={f[3]!r}" if f[3] else "stochastic_rounding=True" for f in forms if f[2] == "int8"})
+    if form.quantised and ways and not form.master and not form.noisy:
+        return f"state_dtype='int8' leaves a {param} parameter to rounding alone: use it with {' or '.join(ways)}"
     states = sorted({str(f[2]) for f in forms if f[3:5] == wanted[1:3]})
     beside = f" with master={form.master!r}" if form.master else " with stochastic_rounding" if form.noisy else ""
     return (
@@ -249,34 +252,42 @@ def dequantise(codes: NDArray[Any], scale: NDArray[np.float32]) -> NDArray[np.fl
 
 def join(weight: NDArray[np.uint16], master: NDArray[Any]) -> NDArray[np.float32]:
     """The float32 that bf16 weights (their bits) and the array beside them stand for."""
-    high: NDArray[np.float32] = (weight.astype(np.uint32) << np.uint32(16)).view(np.float32)
+    high = weight.astype(np.uint32) << np.uint32(16)
     if master.dtype == np.float32:
-        return np.asarray(np.where(round_bf16(master) == weight, master, high), np.float32)
+        kept: NDArray[np.float32] = np.where(round_bf16(master) == weight, master, high.view(np.float32))
+        return kept
     rest = master.astype(np.int32) << (8 if master.dtype == np.int8 else 0)
-    x = (high.view(np.uint32) + rest.astype(np.uint32)).view(np.float32)
-    return np.asarray(np.where(np.isnan(x), high, x), np.float32)
+    x: NDArray[np.float32] = (high + rest.astype(np.uint32)).view(np.float32)
+    joined: NDArray[np.float32] = np.where(np.isnan(x), high.view(np.float32), x)
+    return joined
 
 
-def split(x: NDArray[np.float32], master: str) -> NDArray[Any]:
-    """What is kept beside the bf16 weight of ``x``, for ``master`` split16, split8 or float32."""
+def split(x: NDArray[np.float32], master: str, weight: NDArray[np.uint16] | None = None) -> NDArray[Any]:
+    """What is kept beside the bf16 weight of ``x``, for ``master`` split16, split8 or float32.
+
+    ``weight``: its bits where they are given, by another form's rounding; next to a tie, which the forms round to
+    different weights, the result then stands for a neighbour of ``x``.
+    """
+    b = _bits_one_nan(x)
     if master == "float32":
-        return x.copy()
-    rest: NDArray[Any]
-    if master == "split16":
-        rest = _bits(x).astype(np.uint16).view(np.int16)
-    else:
-        rest = ((_bits(x) + np.uint32(0x80)) >> np.uint32(8)).astype(np.uint8).view(np.int8)
-    return rest
+        copied: NDArray[np.float32] = x.copy() if weight is None else (b + (round_bf16(x) != weight)).view(np.float32)
+        return copied
+    rounded = b + np.uint32(0x80 if master == "split8" else 0)
+    if weight is None:
+        weight = ((rounded + np.uint32(0x8000)) >> np.uint32(16)).astype(np.uint16)
+    rest = rounded.astype(np.int64) - (weight.astype(np.int64) << 16)
+    half: NDArray[np.int16] = np.clip(rest, -0x8000, 0x7FFF).astype(np.int16)
+    return half if master == "split16" else (half >> 8).astype(np.int8)
 
 
-def round_bf16(x: NDArray[np.float32], away: bool = False) -> NDArray[np.uint16]:
-    """The bits of ``x`` rounded to bf16: to nearest, ties to even; or ties away from zero, as split weights are."""
-    b = _bits(x)
-    half = np.uint32(0x8000) if away else np.uint32(0x7FFF) + ((b >> np.uint32(16)) & np.uint32(1))
-    rounded: NDArray[np.uint16] = ((b + half) >> np.uint32(16)).astype(np.uint16)
+def round_bf16(x: NDArray[np.float32]) -> NDArray[np.uint16]:
+    """The bits of ``x`` rounded to bf16, to nearest even."""
+    b = _bits_one_nan(x)
+    even = (b >> np.uint32(16)) & np.uint32(1)
+    rounded: NDArray[np.uint16] = ((b + np.uint32(0x7FFF) + even) >> np.uint32(16)).astype(np.uint16)
     return rounded
 
 
-def _bits(x: NDArray[np.float32]) -> NDArray[np.uint32]:
-    one_nan: NDArray[np.float32] = np.where(np.isnan(x), np.float32(np.nan), x)
-    return one_nan.view(np.uint32)
+def _bits_one_nan(x: NDArray[np.float32]) -> NDArray[np.uint32]:
+    b: NDArray[np.uint32] = np.where(np.isnan(x), np.float32(np.nan), x).view(np.uint32)
+    return b

@@ -305,7 +305,7 @@ class Optimizer:
     def _add(self, group: dict[str, Any], grads: list[Any], start: int, advanced: list[Any]) -> None:
         options = self._check(group, max((s["step"] for s in self.state), default=0))
         chosen = [i for i, g in enumerate(grads) if g is not None]
-        kinds: dict[forms.Form, list[int]] = {}  # parameters of one group may be of several dtypes
+        kinds: dict[forms.Form | None, list[int]] = {}  # parameters of one group may be of several dtypes
         for i in chosen:
             kinds.setdefault(self._form(group["params"][i], options), []).append(i)
         for form, those in kinds.items():
@@ -480,8 +480,9 @@ class Optimizer:
                 same = kept is not None and (name == "stream" or kept.dtype == fresh[name].dtype)
                 out[name] = kept if same else fresh[name]
         if form.master and "master" in entry and entry["master"].dtype != fresh["master"].dtype:
-            x = forms.join(param.view(np.uint16).ravel(), entry["master"].ravel())
-            out["master"] = forms.split(x, form.master).reshape(param.shape)
+            weight = param.view(np.uint16).ravel()
+            x = forms.join(weight, entry["master"].ravel())
+            out["master"] = forms.split(x, form.master, weight).reshape(param.shape)
         return out
 
     def _loaded(self, value: Any, name: str, param: Any, key: str) -> Any:

@@ -1,6 +1,7 @@
 # Made by python/make_stubs.py from the rules: do not edit, run `make stubs`.
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Protocol, SupportsIndex, TypeAlias
 
 from numpy.typing import NDArray
@@ -48,6 +49,7 @@ class Optimizer:
     last_grad_norm: float | None
     def add_param_group(self, group: Mapping[str, Any]) -> None: ...
     def step(self, grads: _Grads) -> None: ...
+    def ema_parameters(self) -> AbstractContextManager[None]: ...
     def state_dict(self) -> dict[str, Any]: ...
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None: ...
 
@@ -80,6 +82,12 @@ class SGD(Optimizer):
         nesterov: bool = False,
         maximize: bool = False,
         max_grad_norm: float | None = None,
+        state_dtype: str | None = None,
+        master: str | None = None,
+        stochastic_rounding: bool = False,
+        seed: int = 0,
+        ema_decay: float | None = None,
+        l1: float = 0.0,
     ) -> None: ...
 
 def adagrad_(
@@ -110,6 +118,12 @@ class Adagrad(Optimizer):
         eps: float = 1e-10,
         maximize: bool = False,
         max_grad_norm: float | None = None,
+        state_dtype: str | None = None,
+        master: str | None = None,
+        stochastic_rounding: bool = False,
+        seed: int = 0,
+        ema_decay: float | None = None,
+        l1: float = 0.0,
     ) -> None: ...
 
 def rmsprop_(
@@ -144,6 +158,12 @@ class RMSprop(Optimizer):
         centered: bool = False,
         maximize: bool = False,
         max_grad_norm: float | None = None,
+        state_dtype: str | None = None,
+        master: str | None = None,
+        stochastic_rounding: bool = False,
+        seed: int = 0,
+        ema_decay: float | None = None,
+        l1: float = 0.0,
     ) -> None: ...
 
 def adam_(
@@ -179,6 +199,12 @@ class Adam(Optimizer):
         maximize: bool = False,
         decoupled_weight_decay: bool = False,
         max_grad_norm: float | None = None,
+        state_dtype: str | None = None,
+        master: str | None = None,
+        stochastic_rounding: bool = False,
+        seed: int = 0,
+        ema_decay: float | None = None,
+        l1: float = 0.0,
     ) -> None: ...
 
 def adamw_(
@@ -212,6 +238,12 @@ class AdamW(Optimizer):
         amsgrad: bool = False,
         maximize: bool = False,
         max_grad_norm: float | None = None,
+        state_dtype: str | None = None,
+        master: str | None = None,
+        stochastic_rounding: bool = False,
+        seed: int = 0,
+        ema_decay: float | None = None,
+        l1: float = 0.0,
     ) -> None: ...
 
 def nadam_(
@@ -247,6 +279,12 @@ class NAdam(Optimizer):
         decoupled_weight_decay: bool = False,
         maximize: bool = False,
         max_grad_norm: float | None = None,
+        state_dtype: str | None = None,
+        master: str | None = None,
+        stochastic_rounding: bool = False,
+        seed: int = 0,
+        ema_decay: float | None = None,
+        l1: float = 0.0,
     ) -> None: ...
 
 def radam_(
@@ -279,6 +317,12 @@ class RAdam(Optimizer):
         decoupled_weight_decay: bool = False,
         maximize: bool = False,
         max_grad_norm: float | None = None,
+        state_dtype: str | None = None,
+        master: str | None = None,
+        stochastic_rounding: bool = False,
+        seed: int = 0,
+        ema_decay: float | None = None,
+        l1: float = 0.0,
     ) -> None: ...
 
 def adamax_(
@@ -309,6 +353,12 @@ class Adamax(Optimizer):
         weight_decay: float = 0.0,
         maximize: bool = False,
         max_grad_norm: float | None = None,
+        state_dtype: str | None = None,
+        master: str | None = None,
+        stochastic_rounding: bool = False,
+        seed: int = 0,
+        ema_decay: float | None = None,
+        l1: float = 0.0,
     ) -> None: ...
 
 def adadelta_(
@@ -338,6 +388,12 @@ class Adadelta(Optimizer):
         weight_decay: float = 0.0,
         maximize: bool = False,
         max_grad_norm: float | None = None,
+        state_dtype: str | None = None,
+        master: str | None = None,
+        stochastic_rounding: bool = False,
+        seed: int = 0,
+        ema_decay: float | None = None,
+        l1: float = 0.0,
     ) -> None: ...
 
 def lion_(
@@ -364,4 +420,10 @@ class Lion(Optimizer):
         weight_decay: float = 0.0,
         maximize: bool = False,
         max_grad_norm: float | None = None,
+        state_dtype: str | None = None,
+        master: str | None = None,
+        stochastic_rounding: bool = False,
+        seed: int = 0,
+        ema_decay: float | None = None,
+        l1: float = 0.0,
     ) -> None: ...

@@ -142,14 +142,13 @@ def _recode_master(p: torch.Tensor, state: dict[str, Any], form: forms.Form) -> 
     wanted = _INTEGERS[forms.MASTERS[form.master][1]]
     if master.dtype == wanted:
         return
-    numbers = _like(p, torch.float32)
-    if p.dtype == torch.bfloat16:
-        rest, weight = _like(p, master.dtype).copy_(master), _like(p, p.dtype).copy_(p.detach())
-        _flat(numbers)[:] = forms.join(_flat(weight.view(torch.int16)).view(np.uint16), _flat(rest))
-    else:
-        numbers.copy_(p.detach())
     state["master"] = _like(p, wanted)
-    _flat(state["master"])[:] = forms.split(_flat(numbers), form.master)
+    if p.dtype == torch.bfloat16:
+        rest, here = _like(p, master.dtype).copy_(master), _like(p, p.dtype).copy_(p.detach())
+        weight = _flat(here.view(torch.int16)).view(np.uint16)
+        _flat(state["master"])[:] = forms.split(forms.join(weight, _flat(rest)), form.master, weight)
+    else:
+        state["master"].copy_(p.detach())
 
 
 class _Fused(Optimizer):
@@ -329,7 +328,8 @@ class _Fused(Optimizer):
                 quantised = kernel.states != () and f"{kernel.states[0]}_codes" in state
                 arrays = [state[f"{name}_codes" if quantised else name] for name in kernel.states]
                 scales = [state[f"{name}_scale"] for name in kernel.states] if quantised else []
-                step, carry = (*(state[name] for name in rule.scalars), None, None)[:2]
+                step = state["step"] if "step" in rule.scalars or "stream" in state else None
+                carry = next((state[name] for name in rule.scalars if name != "step"), None)
                 master = state["master"] if _form(p, group).master else None
                 plan.add_param(
                     p, _OURS, state or None, arrays, step, carry, done,
@@ -430,9 +430,13 @@ class _Fused(Optimizer):
                 elif form.quantised:
                     kind = _INTEGERS[forms.code(name) or ""]
                     state[f"{name}_codes"] = _like(p, kind).fill_(torch.iinfo(kind).max if first else 0)
-                    state[f"{name}_scale"] = torch.full((-(-p.numel() // forms.BLOCK),), first)
+                    state[f"{name}_scale"] = torch.full((-(-p.numel() // forms.BLOCK),), first, dtype=torch.float32)
                 else:
                     state[name] = _like(p, _DTYPES[form.state]).fill_(first)
+            if form.random and "step" not in rule.scalars and (missing or "step" not in state):
+                # Random numbers are drawn by the step: it has to come with a checkpoint.
+                state["step"] = torch.full((), float(begun), dtype=scalar)
+                new.append("step")
             for name in kept:
                 if name in state:
                     continue
@@ -618,7 +622,7 @@ def _make_class(rule: Rule) -> type[Optimizer]:
         for group in self.param_groups if rule.initial and self.defaults["state_dtype"] else ():
             for p in group["params"]:  # Adagrad's constructor makes its state
                 for name in rule.states(group):
-                    if name not in self.state.get(p, {}):
+                    if p.dtype not in _NAMES or name not in self.state.get(p, {}):
                         continue
                     if group["state_dtype"] == "int8":
                         _recode(p, self.state[p], (name,), _form(p, group))

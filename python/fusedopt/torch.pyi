@@ -1,6 +1,7 @@
 # Made by python/make_stubs.py from the rules: do not edit, run `make stubs`.
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any, overload
 
 import torch
@@ -18,6 +19,7 @@ __all__ = [
     "NAdam",
     "RAdam",
     "RMSprop",
+    "memory_report",
 ]
 
 class FallbackWarning(UserWarning):
@@ -34,6 +36,10 @@ class _Fused(Optimizer):
     def step(self, closure: None = None) -> None: ...
     @overload
     def step(self, closure: Callable[[], float]) -> float: ...
+    def ema_parameters(self) -> AbstractContextManager[None]: ...
+
+def memory_report(optimizer: Optimizer) -> dict[str, float]:
+    """Bytes per parameter, by kind."""
 
 class SGD(_Fused, torch.optim.SGD):
     """Stochastic gradient descent, with momentum, dampening and Nesterov's look-ahead."""
@@ -52,6 +58,11 @@ class SGD(_Fused, torch.optim.SGD):
         differentiable: bool = False,
         fused: bool | None = None,
         state_dtype: torch.dtype | str | None = None,
+        master: str | None = None,
+        stochastic_rounding: bool = False,
+        seed: int = 0,
+        ema_decay: float | None = None,
+        l1: float = 0.0,
         max_grad_norm: float | None = None,
     ) -> None: ...
 
@@ -72,6 +83,11 @@ class Adagrad(_Fused, torch.optim.Adagrad):
         differentiable: bool = False,
         fused: bool | None = None,
         state_dtype: torch.dtype | str | None = None,
+        master: str | None = None,
+        stochastic_rounding: bool = False,
+        seed: int = 0,
+        ema_decay: float | None = None,
+        l1: float = 0.0,
         max_grad_norm: float | None = None,
     ) -> None: ...
 
@@ -93,6 +109,11 @@ class RMSprop(_Fused, torch.optim.RMSprop):
         differentiable: bool = False,
         *,
         state_dtype: torch.dtype | str | None = None,
+        master: str | None = None,
+        stochastic_rounding: bool = False,
+        seed: int = 0,
+        ema_decay: float | None = None,
+        l1: float = 0.0,
         max_grad_norm: float | None = None,
     ) -> None: ...
 
@@ -115,6 +136,11 @@ class Adam(_Fused, torch.optim.Adam):
         fused: bool | None = None,
         decoupled_weight_decay: bool = False,
         state_dtype: torch.dtype | str | None = None,
+        master: str | None = None,
+        stochastic_rounding: bool = False,
+        seed: int = 0,
+        ema_decay: float | None = None,
+        l1: float = 0.0,
         max_grad_norm: float | None = None,
     ) -> None: ...
 
@@ -136,6 +162,11 @@ class AdamW(_Fused, torch.optim.AdamW):
         differentiable: bool = False,
         fused: bool | None = None,
         state_dtype: torch.dtype | str | None = None,
+        master: str | None = None,
+        stochastic_rounding: bool = False,
+        seed: int = 0,
+        ema_decay: float | None = None,
+        l1: float = 0.0,
         max_grad_norm: float | None = None,
     ) -> None: ...
 
@@ -157,6 +188,11 @@ class NAdam(_Fused, torch.optim.NAdam):
         capturable: bool = False,
         differentiable: bool = False,
         state_dtype: torch.dtype | str | None = None,
+        master: str | None = None,
+        stochastic_rounding: bool = False,
+        seed: int = 0,
+        ema_decay: float | None = None,
+        l1: float = 0.0,
         max_grad_norm: float | None = None,
     ) -> None: ...
 
@@ -177,6 +213,11 @@ class RAdam(_Fused, torch.optim.RAdam):
         capturable: bool = False,
         differentiable: bool = False,
         state_dtype: torch.dtype | str | None = None,
+        master: str | None = None,
+        stochastic_rounding: bool = False,
+        seed: int = 0,
+        ema_decay: float | None = None,
+        l1: float = 0.0,
         max_grad_norm: float | None = None,
     ) -> None: ...
 
@@ -196,6 +237,11 @@ class Adamax(_Fused, torch.optim.Adamax):
         differentiable: bool = False,
         capturable: bool = False,
         state_dtype: torch.dtype | str | None = None,
+        master: str | None = None,
+        stochastic_rounding: bool = False,
+        seed: int = 0,
+        ema_decay: float | None = None,
+        l1: float = 0.0,
         max_grad_norm: float | None = None,
     ) -> None: ...
 
@@ -215,6 +261,11 @@ class Adadelta(_Fused, torch.optim.Adadelta):
         maximize: bool = False,
         differentiable: bool = False,
         state_dtype: torch.dtype | str | None = None,
+        master: str | None = None,
+        stochastic_rounding: bool = False,
+        seed: int = 0,
+        ema_decay: float | None = None,
+        l1: float = 0.0,
         max_grad_norm: float | None = None,
     ) -> None: ...
 
@@ -230,6 +281,11 @@ class Lion(_Fused):
         *,
         maximize: bool = False,
         state_dtype: torch.dtype | str | None = None,
+        master: str | None = None,
+        stochastic_rounding: bool = False,
+        seed: int = 0,
+        ema_decay: float | None = None,
+        l1: float = 0.0,
         max_grad_norm: float | None = None,
     ) -> None: ...
 

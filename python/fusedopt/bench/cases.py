@@ -184,7 +184,6 @@ def denormals(large: int) -> list[Case]:
 
 def bytes_(large: int) -> list[Case]:
     """AdamW in the forms that move fewer bytes, against torch's fused step in float32, and the average of weights."""
-    alone, size = ((large,),), human(large)
     bf16, f32 = Format("bf16", "bf16", "bf16"), F32
     int8, f32_int8 = Format("bf16", "bf16", "int8"), Format("f32", "f32", "int8")
     table: list[tuple[str, Format, dict[str, Any], dict[str, float]]] = [
@@ -194,18 +193,15 @@ def bytes_(large: int) -> list[Case]:
         ("f32 + int8 states", f32_int8, {}, {FUSED_F32: 1.15}),
         ("f32, EMA of the weights", f32, {"ema_decay": 0.999}, {FUSED_LERP: 1.07}),
     ]
+
+    def case(label: str, n: int, form: Format, ours: dict[str, Any], bars: dict[str, float]) -> Case:
+        name = f"AdamW {label}, {human(n)}"
+        return Case(name, tuple(bars), "AdamW", format=form, shapes=((n,),), ours=ours, bars=bars)
+
+    eight_bit = {"bitsandbytes 8-bit": 35.0, "torchao 8-bit": 30.0}
     return [
-        Case(
-            f"AdamW {name}, {size}", (*bars, CEILING), "AdamW",
-            format=form, shapes=alone, ours=ours, bars={**bars, CEILING: 0.85},
-        )  # fmt: skip
-        for name, form, ours, bars in table
-    ] + [
-        Case(
-            "AdamW bf16 + split8 + int8 states, 2M", ("bitsandbytes 8-bit", "torchao 8-bit"), "AdamW",
-            format=int8, shapes=((large // 16,),), ours={"master": "split8"},
-            bars={"bitsandbytes 8-bit": 35, "torchao 8-bit": 30},
-        )  # fmt: skip
+        *(case(name, large, form, ours, {**bars, CEILING: 0.85}) for name, form, ours, bars in table),
+        case("bf16 + split8 + int8 states", large // 16, int8, {"master": "split8"}, eight_bit),
     ]
 
 

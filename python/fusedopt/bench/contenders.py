@@ -54,7 +54,9 @@ def ceiling() -> Contender:
 def _dtype(word: str) -> torch.dtype:
     import torch
 
-    return {"f64": torch.float64, "f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16, "int8": torch.int8}[word]
+    names = {"f64": "float64", "f32": "float32", "bf16": "bfloat16", "f16": "float16", "int8": "int8"}
+    dtype: torch.dtype = getattr(torch, names[word])
+    return dtype
 
 
 def _optimizer(name: str, case: Case, params: Any) -> torch.optim.Optimizer | None:
