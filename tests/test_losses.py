@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers import assert_same_bits, engine
 
 import fusedopt
 from fusedopt import losses
+from helpers import assert_same_bits, engine
 
 Array = np.ndarray[Any, Any]
 Loss = Callable[..., tuple[Any, Array]]
@@ -217,7 +217,9 @@ def test_the_gradient_of_softmax_cross_entropy_is_its_slope(soft: bool) -> None:
         up, down = x.copy(), x.copy()
         up[i, c] += h
         down[i, c] -= h
-        slope = losses.softmax_cross_entropy(up, labels, **how)[0] - losses.softmax_cross_entropy(down, labels, **how)[0]
+        slope = (
+            losses.softmax_cross_entropy(up, labels, **how)[0] - losses.softmax_cross_entropy(down, labels, **how)[0]
+        )
         assert gradient[i, c] == pytest.approx(slope / (2 * h), abs=1e-8)
 
 

@@ -387,9 +387,7 @@ def softmax_cross_entropy(
     scale = _scale(reduction, n, total)
     value = np.empty(n, x.dtype) if reduction == "none" else None
     gradient = _gradient(out, x, (logits, labels))
-    added = _core.softmax_loss(
-        x, integers, targets, classes, w, value, gradient, smoothing, scale, get_num_threads()
-    )
+    added = _core.softmax_loss(x, integers, targets, classes, w, value, gradient, smoothing, scale, get_num_threads())
     return (added * scale if value is None else value), gradient
 
 
