@@ -18,7 +18,7 @@ from sklearn.utils.validation import _check_sample_weight
 from . import _checkpoint
 from ._fit import Augment, Data, Fit, Split, Task, earlier_split
 from ._network import Array, Network
-from ._rates import Rate, make_optimizer, solver_names
+from ._rates import Rate, decays, make_optimizer, solver_names
 
 # Settings that may change between a fit and its resumption.
 _FREE = ("checkpoint", "progress", "verbose", "max_iter", "n_jobs", "warm_start")
@@ -145,6 +145,7 @@ class Estimator(BaseEstimator):  # type: ignore[misc]
         opt = make_optimizer(
             s.solver,
             net.params,
+            net.parts,
             rate.first,
             momentum=s.momentum,
             nesterov=s.nesterovs_momentum,
@@ -152,7 +153,7 @@ class Estimator(BaseEstimator):  # type: ignore[misc]
             eps=eps,
             max_grad_norm=s.max_grad_norm,
         )
-        return Fit(net, opt, rate, random)
+        return Fit(net, opt, rate, random, decays(s.solver))
 
     def _learn(
         self,

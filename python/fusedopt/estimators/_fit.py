@@ -90,11 +90,17 @@ class Progress:
         return {name: np.array(getattr(self, name)) for name in names if getattr(self, name)}
 
 
+_MADE = ("_gathered", "_spare", "_threads", "_weights", "_grads")  # not pickled, made anew
+
+
 class Fit:
     """Network, optimizer, rate and counters, kept between calls of ``partial_fit``."""
 
-    def __init__(self, net: Network, opt: Optimizer, rate: Rate, random: np.random.RandomState):
+    def __init__(
+        self, net: Network, opt: Optimizer, rate: Rate, random: np.random.RandomState, decays: bool = False
+    ) -> None:
         self.net, self.opt, self.rate, self.random = net, opt, rate, random
+        self.decays = decays  # the step adds the L2 penalty's gradient
         self.step = self.samples = 0
         self.last_lr = math.nan
         self.mean: Array | None = None  # EMA or average of the parameters
@@ -105,9 +111,18 @@ class Fit:
     def _revive(self) -> None:
         self._gathered: dict[tuple[str, int], Array] = {}
         self._spare: Array | None = None
+        self._threads = get_num_threads()
+        self._weights = self.net.parts[0]
+        self._grads = self.net.grad_parts
+        if self.opt is not None:  # a copy's optimizer has lost the views
+            groups = self.opt.param_groups
+            for group, part in zip(groups, self.net.parts if len(groups) > 1 else [self.net.params], strict=True):
+                group["params"] = [part]
+            if len(groups) == 1:
+                self._grads = [self.net.grads]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k not in ("_gathered", "_spare")}
+        return {k: v for k, v in self.__dict__.items() if k not in _MADE}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -158,31 +173,32 @@ class Fit:
                 raise ValueError(f"augment: expected a batch of shape {batch.x.shape}, got {x.shape}")
         lr = self.last_lr = self.rate.apply(self.opt, self.step)
         scale = 1.0 / weight
+        factor, penalty = scale if task.per_row else 1.0, 0.0
+        if task.l1 or task.l2:  # before the products: they find the weights in the cache
+            penalty = factor * _core.penalty(self._weights, None, task.l1, task.l2, factor, self._threads)
         value = net.loss_and_gradient(x, batch.y, batch.weight, task.loss, scale, task.seed, self.step)
-        loss = value * scale / task.outputs
-        if task.l1 or task.l2:
-            factor = scale if task.per_row else 1.0
-            weights, l1 = net.params[: net.n_weights], 0.0 if task.proximal else task.l1
-            grads = net.grads[: net.n_weights]
-            loss += factor * _core.penalty(weights, grads, l1, task.l2, factor, get_num_threads())
-            if task.proximal and task.l1:
-                loss += factor * _core.penalty(weights, None, task.l1, 0.0, 0.0, get_num_threads())
+        loss = value * scale / task.outputs + penalty
+        l1, l2 = 0.0 if task.proximal else task.l1, task.l2
+        if self.decays:
+            self.opt.param_groups[0]["weight_decay"] = l2 * factor
+            l2 = 0.0
+        if l1 or l2:
+            _core.penalty(self._weights, self._grads[0][: net.n_weights], l1, l2, factor, self._threads)
         if not math.isfinite(loss):
             raise ValueError(
                 f"the loss is {loss} at step {self.step} (epoch {self.progress.epoch}): the fit diverges. Try a lower "
                 f"{task.advice} (now {lr:.3g}), max_grad_norm=1.0, or data scaled to unit variance"
             )
-        self.opt.step(net.grads)
+        self.opt.step(self._grads)
         self.step += 1
         if task.proximal and task.l1:
-            self._shrink(lr * task.l1 * (scale if task.per_row else 1.0))
+            self._shrink(lr * task.l1 * factor)
         if task.ema_decay is not None or task.average:
             self._follow(task)
         return loss, weight
 
     def _shrink(self, by: float) -> None:
-        weights = self.net.params[: self.net.n_weights]
-        spare = self._buffer()[: self.net.n_weights]
+        weights, spare = self._weights, self._buffer()[: self.net.n_weights]
         np.clip(weights, -by, by, out=spare)
         np.subtract(weights, spare, out=weights)
 
