@@ -50,7 +50,7 @@ class Task:
     per_row: bool = (
         True  # penalties are divided by the batch's weight, as in MLPClassifier, or not, as in SGDClassifier
     )
-    proximal: bool = False  # l1 by soft thresholding after the step, which gives zeros
+    proximal: float = 0.0  # l1 by soft thresholding after the step, which gives zeros, by so many times rate and l1
     batch_size: int = 200
     shuffle: bool = True
     max_iter: int = 200
@@ -192,7 +192,7 @@ class Fit:
         self.opt.step(self._grads)
         self.step += 1
         if task.proximal and task.l1:
-            self._shrink(lr * task.l1 * factor)
+            self._shrink(lr * task.l1 * factor * task.proximal)
         if task.ema_decay is not None or task.average:
             self._follow(task)
         return loss, weight
@@ -225,10 +225,11 @@ class Fit:
 
     def _epoch(self, task: Task, data: Data, order: Array | None) -> float:
         total = weights = 0.0
-        for batch in self._batches(data, order, task.batch_size):
-            loss, weight = self._one_step(task, batch)
-            total += loss * weight
-            weights += weight
+        with np.errstate(all="ignore"):  # a loss that is not finite has a message of its own
+            for batch in self._batches(data, order, task.batch_size):
+                loss, weight = self._one_step(task, batch)
+                total += loss * weight
+                weights += weight
         if weights == 0:
             raise ValueError("sample_weight: expected a positive sum")
         return total / weights

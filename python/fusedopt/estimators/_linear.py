@@ -95,7 +95,9 @@ class _Linear(Estimator):
                 fit.progress, fit.step, fit.samples = old.progress, old.step, old.samples
         fit.progress.epoch, fit.progress.finished, fit.progress.stale = 0, "", 0
         l1, l2 = self._penalties()
-        task = Task(self._loss(), l1=l1, l2=l2, proximal=s.solver == "sgd", average=int(s.average))
+        # A lasting gradient moves a weight by rate / (1 - momentum) times it.
+        proximal = 1 / (1 - float(s.momentum)) if s.solver == "sgd" and s.momentum < 1 else 0.0
+        task = Task(self._loss(), l1=l1, l2=l2, proximal=proximal, average=int(s.average))
         self._learn(fit, task, data, self._score_of, once=incremental, stratify=stratify)
         weights, biases = fit.net.folded(fit.in_force)
         self.coef_, self.intercept_ = np.ascontiguousarray(weights[0].T), biases[0]

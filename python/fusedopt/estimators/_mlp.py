@@ -331,9 +331,9 @@ class MLPClassifier(ClassifierMixin, _MLP):  # type: ignore[misc]
             dense = self._binarizer.transform(y)
             coded = np.ascontiguousarray(dense.toarray() if hasattr(dense, "toarray") else dense, X.dtype)
             loss, outputs = element_loss("binary_cross_entropy"), coded.shape[1]
-        stratify = None if outputs > 1 and not multiclass else coded
+        stratify = coded if outputs == 1 else None  # as scikit-learn does it
         # The reported loss is, as in scikit-learn, summed over outputs.
-        self._learn_network(X, coded, weight, loss, outputs, 1, incremental, stratify if y.ndim == 1 else None)
+        self._learn_network(X, coded, weight, loss, outputs, 1, incremental, stratify)
         return self
 
     def fit(self, X: Any, y: Any, sample_weight: Any = None) -> MLPClassifier:
