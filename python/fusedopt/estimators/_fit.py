@@ -185,10 +185,7 @@ class Fit:
         if l1 or l2:
             _core.penalty(self._weights, self._grads[0][: net.n_weights], l1, l2, factor, self._threads)
         if not math.isfinite(loss):
-            raise ValueError(
-                f"the loss is {loss} at step {self.step} (epoch {self.progress.epoch}): the fit diverges. Try a lower "
-                f"{task.advice} (now {lr:.3g}), max_grad_norm=1.0, or data scaled to unit variance"
-            )
+            raise self._diverged(task, f"the loss is {loss}")
         self.opt.step(self._grads)
         self.step += 1
         if task.proximal and task.l1:
@@ -196,6 +193,12 @@ class Fit:
         if task.ema_decay is not None or task.average:
             self._follow(task)
         return loss, weight
+
+    def _diverged(self, task: Task, what: str) -> ValueError:
+        return ValueError(
+            f"{what} at step {self.step} (epoch {self.progress.epoch}): the fit diverges. Try a lower {task.advice} "
+            f"(now {self.last_lr:.3g}), max_grad_norm=1.0, or data scaled to unit variance"
+        )
 
     def _shrink(self, by: float) -> None:
         weights, spare = self._weights, self._buffer()[: self.net.n_weights]
@@ -301,6 +304,8 @@ class Fit:
         p.best_loss = min(p.best_loss, p.loss[-1])
         self.rate.observe(p.loss[-1], p.score[-1] if p.score else None)
         if p.stale > task.patience:
+            if p.loss[-1] > 1e3 * abs(p.loss[0]) + 1e3:
+                raise self._diverged(task, f"the loss has grown from {p.loss[0]:.3g} to {p.loss[-1]:.3g}")
             if self.rate.no_better():
                 p.finished = "score" if task.score is not None else "tol"
             else:

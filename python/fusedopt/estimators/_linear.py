@@ -19,7 +19,7 @@ from ..config import get_num_threads
 from ._base import NOT_NEGATIVE, POSITIVE, UNIT, Estimator, check_choice, check_flag, check_number
 from ._fit import Data, Fit, Task
 from ._network import ACTIVATIONS, Array, LossFunction, Network, element_loss, predict
-from ._rates import Rate, first_optimal_rate
+from ._rates import Rate, first_optimal_rate, highest_rate
 
 FLOATS = (np.float64, np.float32)
 
@@ -60,11 +60,12 @@ class _Linear(Estimator):
 
     def _first_rate(self, data: Data) -> float:
         s: Any = self
-        if s.learning_rate != "optimal":
+        if s.learning_rate not in ("optimal", "invscaling"):
             return float(s.eta0)
         squares = row_norms(data.x, squared=True)
         mean = float(np.average(squares, weights=data.weight)) + float(s.fit_intercept)
-        return first_optimal_rate(s.loss, float(s.alpha), mean)
+        first = first_optimal_rate(s.loss, float(s.alpha)) if s.learning_rate == "optimal" else float(s.eta0)
+        return min(first, highest_rate(s.loss, mean))
 
     def _learn_linear(
         self, data: Data, incremental: bool, stratify: Any, coef_init: Any = None, intercept_init: Any = None
@@ -127,9 +128,9 @@ class LinearClassifier(ClassifierMixin, _Linear):  # type: ignore[misc]
     Args:
         loss: ``"hinge"`` (support vector machine), ``"log_loss"`` (logistic regression), ``"squared_hinge"``,
             ``"modified_huber"`` or ``"perceptron"``.
-        learning_rate: ``"optimal"``: 1 / (alpha (t0 + step)), which begins no higher than the data's curvature bears;
-            ``"constant"``, ``"invscaling"``, ``"adaptive"`` begin with ``eta0``; or a schedule, any function of the
-            step from 0.
+        learning_rate: ``"optimal"``: 1 / (alpha (t0 + step)); ``"constant"``, ``"invscaling"``, ``"adaptive"`` begin
+            with ``eta0``; or a schedule, any function of the step from 0. ``"optimal"`` and ``"invscaling"`` begin no
+            higher than the data's curvature bears.
         solver: any rule of fusedopt by name, or a function of the parameters that makes an optimizer. With ``"sgd"``
             the L1 penalty is a soft threshold after the step, so that weights become zero; else its subgradient.
         batch_size: from 1 to ``"full"``, which is plain gradient descent; ``"auto"`` is at most 200.

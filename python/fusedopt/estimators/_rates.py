@@ -136,15 +136,18 @@ class Rate:
             self.how.load_state_dict(state["schedule"])
 
 
-def first_optimal_rate(loss: str, alpha: float, mean_square: float) -> float:
-    """Where ``optimal`` starts: Bottou's heuristic as in scikit-learn, but no higher than full batches bear.
+_CURVATURE = {"log_loss": 0.25, "squared_hinge": 2.0, "modified_huber": 2.0, "squared_epsilon_insensitive": 2.0}
 
-    That bound is 1 / L of the loss's curvature at rows of this mean squared length.
-    """
+
+def highest_rate(loss: str, mean_square: float) -> float:
+    """What full batches of rows of this mean squared length bear: 1 / L, with L no less than the loss's curvature."""
+    return float(1.0 / (_CURVATURE.get(loss, 1.0) * max(mean_square, np.finfo(np.float64).tiny)))
+
+
+def first_optimal_rate(loss: str, alpha: float) -> float:
+    """Where ``optimal`` starts: Bottou's heuristic, as in scikit-learn."""
     typical = math.sqrt(1.0 / math.sqrt(alpha))
     slope = {"log_loss": 1.0 / (math.exp(-typical) + 1.0), "squared_hinge": 2 * (1 + typical)}.get(loss, 1.0)
     if loss == "modified_huber":
         slope = 4.0 if typical > 1 else 2 * (1 + typical)
-    curvature = {"log_loss": 0.25, "squared_hinge": 2.0, "modified_huber": 2.0}.get(loss, 1.0)
-    bottou = typical / max(1.0, slope)
-    return float(min(bottou, 1.0 / (curvature * max(mean_square, np.finfo(np.float64).tiny))))
+    return typical / max(1.0, slope)
