@@ -15,6 +15,7 @@ SUITES = {
     "shapes": "Adam on one tensor, on 1,000 tiny ones, on ResNet-50 and GPT-2 small",
     "numpy": "the NumPy functions against the best in-place NumPy",
     "training": "whole iterations of small networks",
+    "estimators": "fits and the softmax loss against scikit-learn, torch and NumPy, each with its bar",
     "denormals": "what denormal moments cost",
     "short": "every rule at 4M parameters, in less than a minute",
 }
