@@ -3,6 +3,7 @@ softmax loss against NumPy and torch. Test accuracies, after equally many epochs
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -51,11 +52,8 @@ def _network(batch: int, name: str) -> Contender:
     part, classes = _chunks(), np.arange(10)
     if name == TORCH:
         return _torch_network(batch)
-    if name == OURS:
-        from fusedopt.estimators import MLPClassifier
-    else:
-        from sklearn.neural_network import MLPClassifier
-    model = MLPClassifier((128,), batch_size=batch, random_state=0)
+    module = importlib.import_module("fusedopt.estimators" if name == OURS else "sklearn.neural_network")
+    model = module.MLPClassifier((128,), batch_size=batch, random_state=0)
 
     def step() -> None:
         rows = part()

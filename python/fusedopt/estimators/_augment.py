@@ -31,7 +31,7 @@ class Shift:
             images, out, random.randint(-self.pixels, self.pixels + 1, (len(batch), 2)), strict=True
         ):
             ndimage.shift(image, by, moved, order=0, cval=self.fill)
-        return out.reshape(batch.shape)
+        return np.asarray(out.reshape(batch.shape))
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Flip:
         out = batch.copy().reshape(len(batch), *self.shape)
         chosen = random.random_sample(len(batch)) < self.probability
         out[chosen] = np.flip(out[chosen], self.axis + 1)
-        return out.reshape(batch.shape)
+        return np.asarray(out.reshape(batch.shape))
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Rotate:
         angles = random.uniform(-self.degrees, self.degrees, len(batch))
         for image, turned, angle in zip(images, out, angles, strict=True):
             ndimage.rotate(image, angle, reshape=False, output=turned, order=1, cval=self.fill)
-        return out.reshape(batch.shape)
+        return np.asarray(out.reshape(batch.shape))
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class Noise:
     scale: float = 0.1
 
     def __call__(self, batch: Array, random: np.random.RandomState) -> Array:
-        return batch + (self.scale * random.standard_normal(batch.shape)).astype(batch.dtype)
+        return np.asarray(batch + (self.scale * random.standard_normal(batch.shape)).astype(batch.dtype))
 
 
 class Compose:

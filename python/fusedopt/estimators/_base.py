@@ -1,4 +1,4 @@
-"""What the estimators have in common on scikit-learn's side: settings checked, rows split, a Task made, results shown."""
+"""What the estimators have in common on scikit-learn's side: settings checked, rows split, results shown."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def check_flag(name: str, value: Any) -> None:
         raise ValueError(f"{name}: expected True or False, got {value!r}")
 
 
-class Estimator(BaseEstimator):  # type: ignore[misc]
+class Estimator(BaseEstimator):
     """The fit that all share. A subclass names its settings in ``__init__``, as scikit-learn wants it."""
 
     _per_row_penalty = True
@@ -110,7 +110,7 @@ class Estimator(BaseEstimator):  # type: ignore[misc]
         return ()
 
     def _batch_size(self, n: int) -> int:
-        size: Any = self.batch_size  # type: ignore[attr-defined]
+        size: Any = self.batch_size
         if size == "auto":
             return min(200, n)
         if size == "full":
@@ -120,14 +120,14 @@ class Estimator(BaseEstimator):  # type: ignore[misc]
         return int(min(size, n))
 
     def _augment(self) -> Augment | None:
-        function: Any = self.augment  # type: ignore[attr-defined]
+        function: Any = self.augment
         if function is None:
             return None
         try:
-            taken = [p for p in inspect.signature(function).parameters.values() if p.default is p.empty]
+            taken = sum(p.default is p.empty for p in inspect.signature(function).parameters.values())
         except ValueError:  # a built-in function
-            taken = [None]
-        return function if len(taken) >= 2 else lambda batch, random: function(batch)
+            taken = 1
+        return function if taken >= 2 else lambda batch, random: function(batch)
 
     # ---- the fit
 

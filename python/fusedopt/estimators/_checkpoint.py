@@ -28,7 +28,7 @@ def fingerprint(params: Mapping[str, Any], *arrays: Any) -> str:
                 continue
             part = np.ascontiguousarray(part)
             digest.update(f"{part.shape}{part.dtype}".encode())
-            digest.update(part.view(np.uint8) if part.size else b"")
+            digest.update(part.data if part.size else b"")
     return digest.hexdigest()
 
 
@@ -57,7 +57,7 @@ def _previous(path: Path) -> Path:
 def save(path: Path, meta: Mapping[str, Any], arrays: Mapping[str, Any]) -> None:
     """Writes beside the file, then takes its place; the file before it is kept as ``<name>.previous``."""
     body = io.BytesIO()
-    np.savez(body, **arrays)  # type: ignore[arg-type]
+    np.savez(body, **arrays)
     data = body.getvalue()
     head = json.dumps({**meta, "format": _FORMAT, "digest": hashlib.blake2b(data).hexdigest()}).encode()
     temporary = path.with_name(path.name + ".writing")

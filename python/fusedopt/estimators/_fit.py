@@ -328,7 +328,8 @@ class Fit:
 
     def _save(self, task: Task, order: Array | None, best: Array | None, split: Split | None) -> None:
         assert task.checkpoint is not None
-        name, keys, position, has_gauss, gauss = self.random.get_state(legacy=True)[:5]
+        state: Any = self.random.get_state(legacy=True)
+        name, keys, position, has_gauss, gauss = state
         arrays: dict[str, Any] = {"params": self.net.params, "keys": keys}
         arrays.update({"optimizer." + k: v for k, v in self.opt.state_dict().items()})
         arrays.update({f"mean.{i}": v for i, v in enumerate(self.net.means)})

@@ -67,7 +67,8 @@ class Rate:
     """The learning rate: one of scikit-learn's words, or a schedule, that is any function of the step from 0.
 
     ``invscaling`` divides the first rate by a power of the steps (``per_step``, as in SGDRegressor), or of the samples
-    of all epochs so far (as in MLPClassifier); ``optimal`` is 1 / (alpha (t0 + step)); ``adaptive`` divides by 5 when the fit no longer gets better. A schedule with ``observe``
+    of all epochs so far (as in MLPClassifier); ``optimal`` is 1 / (alpha (t0 + step)); ``adaptive`` divides by 5 when
+    the fit no longer gets better. A schedule with ``observe``
     is told the training loss of every epoch, or the validation score where its ``mode`` is ``"max"``.
     """
 
@@ -89,8 +90,9 @@ class Rate:
     def apply(self, opt: Optimizer, step: int) -> float:
         """Sets the rate of this step."""
         if self._keep:
-            lr = opt.param_groups[0]["lr"]
-            return float(lr(step) if callable(lr) else lr)
+            own = opt.param_groups[0]["lr"]
+            return float(own(step)) if callable(own) else float(own)
+        lr: float
         if callable(self.how):
             lr = float(self.how(step))
         elif self.how == "optimal":
@@ -150,4 +152,4 @@ def first_optimal_rate(loss: str, alpha: float) -> float:
     slope = {"log_loss": 1.0 / (math.exp(-typical) + 1.0), "squared_hinge": 2 * (1 + typical)}.get(loss, 1.0)
     if loss == "modified_huber":
         slope = 4.0 if typical > 1 else 2 * (1 + typical)
-    return typical / max(1.0, slope)
+    return float(typical / max(1.0, slope))
