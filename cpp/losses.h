@@ -330,16 +330,26 @@ double penalty(const PenaltySpan& s) {
   auto* w = static_cast<const T*>(s.weights);
   auto* g = static_cast<T*>(s.gradient);
   const T l1 = T(s.l1 * s.scale), l2 = T(s.l2 * s.scale);
-  T size[kLossTile], square[kLossTile];
+  T term[kLossTile];
   double sum = 0;
   for (int64_t begin = 0; begin < s.n; begin += kLossTile) {
     const int64_t n = s.n - begin < kLossTile ? s.n - begin : kLossTile;
-    if (g) {
-      FUSEDOPT_INDEPENDENT
-      for (int64_t i = 0; i < n; ++i) g[begin + i] += fma1(l2, w[begin + i], l1 * sign(w[begin + i]));
+    const T* x = w + begin;
+    if (s.l1 != 0) {
+      for (int64_t i = 0; i < n; ++i) term[i] = magnitude(x[i]);
+      sum += s.l1 * lane_sum(term, n);
     }
-    for (int64_t i = 0; i < n; ++i) size[i] = magnitude(w[begin + i]), square[i] = w[begin + i] * w[begin + i];
-    sum += s.l1 * lane_sum(size, n) + 0.5 * s.l2 * lane_sum(square, n);
+    if (s.l2 != 0) {
+      for (int64_t i = 0; i < n; ++i) term[i] = x[i] * x[i];
+      sum += 0.5 * s.l2 * lane_sum(term, n);
+    }
+    if (g && s.l1 != 0) {
+      FUSEDOPT_INDEPENDENT
+      for (int64_t i = 0; i < n; ++i) g[begin + i] += fma1(l2, x[i], l1 * sign(x[i]));
+    } else if (g) {
+      FUSEDOPT_INDEPENDENT
+      for (int64_t i = 0; i < n; ++i) g[begin + i] = fma1(l2, x[i], g[begin + i]);
+    }
   }
   return sum;
 }

@@ -18,7 +18,7 @@ from sklearn.utils.validation import _check_sample_weight
 from . import _checkpoint
 from ._fit import Augment, Data, Fit, Split, Task, earlier_split
 from ._network import Array, Network
-from ._rates import Rate, decays, make_optimizer, solver_names
+from ._rates import Rate, make_optimizer, solver_names
 
 # Settings that may change between a fit and its resumption.
 _FREE = ("checkpoint", "progress", "verbose", "max_iter", "n_jobs", "warm_start")
@@ -145,7 +145,6 @@ class Estimator(BaseEstimator):
         opt = make_optimizer(
             s.solver,
             net.params,
-            net.parts,
             rate.first,
             momentum=s.momentum,
             nesterov=s.nesterovs_momentum,
@@ -153,7 +152,7 @@ class Estimator(BaseEstimator):
             eps=eps,
             max_grad_norm=s.max_grad_norm,
         )
-        return Fit(net, opt, rate, random, decays(s.solver))
+        return Fit(net, opt, rate, random)
 
     def _learn(
         self,

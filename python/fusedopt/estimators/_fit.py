@@ -96,11 +96,8 @@ _MADE = ("_gathered", "_spare", "_threads", "_weights", "_grads")  # not pickled
 class Fit:
     """Network, optimizer, rate and counters, kept between calls of ``partial_fit``."""
 
-    def __init__(
-        self, net: Network, opt: Optimizer, rate: Rate, random: np.random.RandomState, decays: bool = False
-    ) -> None:
+    def __init__(self, net: Network, opt: Optimizer, rate: Rate, random: np.random.RandomState) -> None:
         self.net, self.opt, self.rate, self.random = net, opt, rate, random
-        self.decays = decays  # the step adds the L2 penalty's gradient
         self.step = self.samples = 0
         self.last_lr = math.nan
         self.mean: Array | None = None  # EMA or average of the parameters
@@ -112,14 +109,7 @@ class Fit:
         self._gathered: dict[tuple[str, int], Array] = {}
         self._spare: Array | None = None
         self._threads = get_num_threads()
-        self._weights = self.net.parts[0]
-        self._grads = self.net.grad_parts
-        if self.opt is not None:  # a copy's optimizer has lost the views
-            groups = self.opt.param_groups
-            for group, part in zip(groups, self.net.parts if len(groups) > 1 else [self.net.params], strict=True):
-                group["params"] = [part]
-            if len(groups) == 1:
-                self._grads = [self.net.grads]
+        self._weights, self._grads = (flat[: self.net.n_weights] for flat in (self.net.params, self.net.grads))
 
     def __getstate__(self) -> dict[str, Any]:
         return {k: v for k, v in self.__dict__.items() if k not in _MADE}
@@ -142,7 +132,7 @@ class Fit:
         if key not in self._gathered:
             self._gathered[key] = np.empty((len(index), *source.shape[1:]), source.dtype)
         # Without "clip" NumPy would gather into another array first.
-        return np.take(source, index, axis=0, out=self._gathered[key], mode="clip")
+        return source.take(index, axis=0, out=self._gathered[key], mode="clip")
 
     def _batches(self, data: Data, order: Array | None, size: int) -> Iterator[Data]:
         n = data.x.shape[0]
@@ -173,20 +163,17 @@ class Fit:
                 raise ValueError(f"augment: expected a batch of shape {batch.x.shape}, got {x.shape}")
         lr = self.last_lr = self.rate.apply(self.opt, self.step)
         scale = 1.0 / weight
-        factor, penalty = scale if task.per_row else 1.0, 0.0
-        if task.l1 or task.l2:  # before the products: they find the weights in the cache
-            penalty = factor * _core.penalty(self._weights, None, task.l1, task.l2, factor, self._threads)
         value = net.loss_and_gradient(x, batch.y, batch.weight, task.loss, scale, task.seed, self.step)
-        loss = value * scale / task.outputs + penalty
-        l1, l2 = 0.0 if task.proximal else task.l1, task.l2
-        if self.decays:
-            self.opt.param_groups[0]["weight_decay"] = l2 * factor
-            l2 = 0.0
-        if l1 or l2:
-            _core.penalty(self._weights, self._grads[0][: net.n_weights], l1, l2, factor, self._threads)
+        loss = value * scale / task.outputs
+        factor = scale if task.per_row else 1.0
+        if task.l1 or task.l2:
+            l1 = 0.0 if task.proximal else task.l1
+            loss += factor * _core.penalty(self._weights, self._grads, l1, task.l2, factor, self._threads)
+            if l1 != task.l1:
+                loss += factor * _core.penalty(self._weights, None, task.l1, 0.0, 0.0, self._threads)
         if not math.isfinite(loss):
             raise self._diverged(task, f"the loss is {loss}")
-        self.opt.step(self._grads)
+        self.opt.step(net.grads)
         self.step += 1
         if task.proximal and task.l1:
             self._shrink(lr * task.l1 * factor * task.proximal)

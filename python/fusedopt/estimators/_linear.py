@@ -257,7 +257,7 @@ class LinearRegressor(RegressorMixin, Linear):
         >>> import numpy as np
         >>> from fusedopt.estimators import LinearRegressor
         >>> X = np.linspace(-1, 1, 100)[:, None]
-        >>> model = LinearRegressor(eta0=0.1, alpha=0, random_state=0).fit(X, 3 * X[:, 0] + 2)
+        >>> model = LinearRegressor(alpha=0, learning_rate="constant", eta0=0.1, tol=1e-6).fit(X, 3 * X[:, 0] + 2)
         >>> model.coef_.round(1), model.intercept_.round(1)
         (array([3.]), array([2.]))
     """

@@ -96,16 +96,6 @@ class Network:
         for gain in self.gains:
             gain.fill(1)
 
-    @property
-    def parts(self) -> list[Array]:
-        """All weights, and all the rest: penalties are about the first."""
-        return [self.params[: self.n_weights], self.params[self.n_weights :]]
-
-    @property
-    def grad_parts(self) -> list[Array]:
-        """The gradients of :attr:`parts`."""
-        return [self.grads[: self.n_weights], self.grads[self.n_weights :]]
-
     def _attach(self) -> None:
         self.weights, self.biases, self.gains = self.split(self.params)
         self.weight_grads, self.bias_grads, self.gain_grads = self.split(self.grads)

@@ -19,7 +19,6 @@ _BY_LOWER = {name.lower(): name for name in RULES}
 def make_optimizer(
     solver: Any,
     params: Any,
-    parts: list[Any],
     lr: float,
     *,
     momentum: float,
@@ -28,10 +27,7 @@ def make_optimizer(
     eps: float,
     max_grad_norm: float | None,
 ) -> Optimizer:
-    """The optimizer; ``solver`` is a rule's name or a function of ``params`` that makes one.
-
-    By name it gets ``parts`` of the parameters as groups of their own, so that the first may decay.
-    """
+    """The optimizer over ``params``; ``solver`` is a rule's name or a function of the parameters that makes one."""
     if callable(solver):
         opt = solver(params)
         if not isinstance(opt, Optimizer):
@@ -49,13 +45,8 @@ def make_optimizer(
         options.update(betas=betas, eps=eps)
     import fusedopt
 
-    made: Optimizer = getattr(fusedopt, rule.name)([{"params": [part]} for part in parts], **options)
+    made: Optimizer = getattr(fusedopt, rule.name)(params, **options)
     return made
-
-
-def decays(solver: Any) -> bool:
-    """Whether the rule's weight decay is the L2 penalty's gradient, so that the step can add it."""
-    return isinstance(solver, str) and _BY_LOWER.get(solver) not in (None, "AdamW", "Lion")
 
 
 def solver_names() -> tuple[str, ...]:
@@ -101,8 +92,7 @@ class Rate:
             lr = self.first / (step + 1) ** self.power_t
         else:
             lr = self.current
-        for group in opt.param_groups:
-            group["lr"] = lr
+        opt.param_groups[0]["lr"] = lr
         return lr
 
     def count(self, samples: int) -> None:
