@@ -106,6 +106,10 @@ class Estimator(BaseEstimator):
         """betas and eps of the rules that have both."""
         return (0.9, 0.999), 1e-8
 
+    def _fewest_steps(self) -> float:
+        """Steps without a better loss that are let pass, however few there are in an epoch."""
+        return 0.0
+
     def _more_solvers(self) -> tuple[str, ...]:
         return ()
 
@@ -199,6 +203,7 @@ class Estimator(BaseEstimator):
             held_out, data = data.rows(split[1]), data.rows(split[0])
             task.score = lambda weights, biases: score(held_out, weights, biases)
         task.batch_size = self._batch_size(data.x.shape[0])
+        task.patience = max(task.patience, math.ceil(self._fewest_steps() * task.batch_size / data.x.shape[0]) - 1)
         fit.run(task, data, split, once)
         self._show(fit)
 

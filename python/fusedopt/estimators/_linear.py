@@ -41,6 +41,8 @@ class LinearClassifier(ClassifierMixin, Linear):
             the L1 penalty is a soft threshold after the step, so that weights become zero; else its subgradient.
         batch_size: from 1 to ``"full"``, which is plain gradient descent; ``"auto"`` is at most 200.
         momentum, nesterovs_momentum: of SGD.
+        n_iter_no_change: epochs without a better loss that stop the fit; with momentum at least 10 / (1 - momentum)
+            steps.
         l1: an L1 penalty beside that of ``penalty``, >= 0.
         n_jobs: accepted and not used: all classes are fitted together.
 

@@ -40,6 +40,11 @@ class Linear(Estimator):
         if s.learning_rate == "optimal" and not s.alpha > 0:
             raise ValueError("alpha must be > 0 since learning_rate is 'optimal'. alpha is used to compute the rate.")
 
+    def _fewest_steps(self) -> float:
+        s: Any = self
+        # With momentum the loss of full batches swings on its way down: a few swings are no end.
+        return 10 / (1 - float(s.momentum)) if s.solver == "sgd" and 0 < s.momentum < 1 else 0.0
+
     def _loss(self) -> LossFunction:
         s: Any = self
         return element_loss(self._LOSSES[s.loss], float(s.epsilon))

@@ -68,7 +68,7 @@ class MLPClassifier(ClassifierMixin, MLP):
         >>> from sklearn.datasets import load_digits
         >>> from fusedopt.estimators import MLPClassifier
         >>> X, y = load_digits(return_X_y=True)
-        >>> model = MLPClassifier((64,), batch_size=32, max_iter=5, tol=None, random_state=0).fit(X / 16, y)
+        >>> model = MLPClassifier((64,), batch_size=32, tol=1e-2, random_state=0).fit(X / 16, y)
         >>> bool(model.score(X / 16, y) > 0.9)
         True
     """
@@ -265,7 +265,7 @@ class MLPRegressor(RegressorMixin, MLP):
         >>> from fusedopt.estimators import MLPRegressor
         >>> X = np.linspace(-1, 1, 200)[:, None]
         >>> y = np.sin(3 * X[:, 0])
-        >>> model = MLPRegressor("squared_error", (50,), learning_rate_init=0.01, random_state=0).fit(X, y)
+        >>> model = MLPRegressor(hidden_layer_sizes=(50,), batch_size=32, learning_rate_init=0.01, random_state=0).fit(X, y)
         >>> bool(model.score(X, y) > 0.95)
         True
     """
