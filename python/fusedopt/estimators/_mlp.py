@@ -265,7 +265,7 @@ class MLPRegressor(RegressorMixin, MLP):
         >>> from fusedopt.estimators import MLPRegressor
         >>> X = np.linspace(-1, 1, 200)[:, None]
         >>> y = np.sin(3 * X[:, 0])
-        >>> model = MLPRegressor(hidden_layer_sizes=(50,), batch_size=32, learning_rate_init=0.01, random_state=0).fit(X, y)
+        >>> model = MLPRegressor(batch_size=32, learning_rate_init=0.01, random_state=0).fit(X, y)
         >>> bool(model.score(X, y) > 0.95)
         True
     """
