@@ -28,6 +28,7 @@ TITLES = {
     "shapes": "Adam on the shapes of networks",
     "numpy": "NumPy functions against in-place NumPy",
     "training": "Whole iterations: forward, backward, step",
+    "estimators": "Estimators and losses for NumPy",
     "denormals": "Denormal moments",
     "short": "Every rule, small",
     "bars": "The bars the project sets itself",

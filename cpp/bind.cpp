@@ -90,5 +90,6 @@ PYBIND11_MODULE(_core, m) {
   m.def("default_threads", [] { return threads_or_default(0); }, "Threads of a step when nothing is set.");
   m.def("torch_team", &torch_team, "What runs the steps beside torch: 'openmp', its own runtime, or 'pool', ours.");
   bind_batch(m);
+  bind_losses(m);
   bind_torch_plan(m);
 }

@@ -1,5 +1,7 @@
-// Instantiates every rule x formats for one instruction set. Compiled once for each (FUSEDOPT_ISA names it); exports
-// one table and nothing else, so no symbol is shared between instruction sets.
+// Instantiates every rule x formats, the losses and the layers for one instruction set. Compiled once for each
+// (FUSEDOPT_ISA names it); exports one table and nothing else, so no symbol is shared between instruction sets.
+#include "layers.h"
+#include "losses.h"
 #include "sweep.h"
 
 #ifndef FUSEDOPT_ISA
@@ -48,10 +50,25 @@ constexpr Kernel kernel(const char* name) {
 constexpr Kernel kernels[] = {FUSEDOPT_RULES(KERNEL)};
 #undef KERNEL
 
+constexpr NetworkTable network = {element_losses,
+                                  int(sizeof(element_losses) / sizeof(ElementLoss)),
+                                  FUSEDOPT_BOTH(unfit),
+                                  FUSEDOPT_BOTH(softmax_loss),
+                                  FUSEDOPT_BOTH(penalty),
+                                  FUSEDOPT_BOTH(dropout),
+                                  FUSEDOPT_ACTIVATIONS(forward),
+                                  FUSEDOPT_ACTIVATIONS(backward),
+                                  FUSEDOPT_BOTH(column_sums),
+                                  FUSEDOPT_BOTH(column_squares),
+                                  FUSEDOPT_BOTH(normalize),
+                                  FUSEDOPT_BOTH(normal_sums),
+                                  FUSEDOPT_BOTH(normal_back)};
+
 constexpr Table table = {FUSEDOPT_STR(FUSEDOPT_ISA),
                          kernels,
                          int(sizeof(kernels) / sizeof(Kernel)),
-                         {square_sum<F64>, square_sum<F32>, square_sum<BF16>, square_sum<F16>}};
+                         {square_sum<F64>, square_sum<F32>, square_sum<BF16>, square_sum<F16>},
+                         &network};
 
 }  // namespace
 

@@ -1,17 +1,13 @@
 // See plan.h.
 #include "plan.h"
 
-#include <fenv.h>
 #include <math.h>
 #include <string.h>
 
 #include <algorithm>
 
-#if defined(__SSE2__) || defined(_M_X64)
-#include <xmmintrin.h>
-#endif
-
 #include "dispatch.h"
+#include "float_mode.h"
 
 namespace fusedopt {
 namespace {
@@ -25,29 +21,6 @@ constexpr int64_t kSplitAlign = 64;
 constexpr size_t kLine = 64;  // bytes of a cache line
 constexpr int64_t kWorthAligning = 1024;
 constexpr int64_t kPiece = 1024;  // elements after which what follows the update is done
-
-// The arithmetic of a step is IEEE's default, whatever the caller's mode (flush to zero, rounding), which comes back.
-class FloatMode {
- public:
-#if defined(__SSE2__) || defined(_M_X64)
-  FloatMode() : saved_(_mm_getcsr()) { _mm_setcsr(0x1f80); }
-  ~FloatMode() { _mm_setcsr(saved_); }
-
- private:
-  unsigned saved_;
-#else
-  FloatMode() {
-    fegetenv(&saved_);
-    fesetenv(FE_DFL_ENV);
-  }
-  ~FloatMode() { fesetenv(&saved_); }
-
- private:
-  fenv_t saved_;
-#endif
-  FloatMode(const FloatMode&) = delete;
-  FloatMode& operator=(const FloatMode&) = delete;
-};
 
 // Calls run(offset in memory, done, length) for stretches of `count` elements from logical position `begin`.
 template <class U, class F>

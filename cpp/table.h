@@ -4,6 +4,7 @@
 #include <stdint.h>
 
 #include "formats.h"
+#include "network.h"
 #include "rules.h"
 
 namespace fusedopt {
@@ -69,6 +70,7 @@ struct Table {
   int n_kernels;
   // The sum of squares of up to kNormBlock elements, by format.
   double (*square_sum[kFloats])(const void* x, int64_t n);
+  const NetworkTable* network;
 };
 
 const Table* table_baseline();

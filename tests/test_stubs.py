@@ -2,6 +2,7 @@
 without documentation. Whether the stubs suit a type checker is shown by `make lint`."""
 
 import ast
+import doctest
 import importlib
 import importlib.metadata
 import inspect
@@ -156,8 +157,26 @@ def test_every_public_name_of_the_torch_front_end_has_a_docstring() -> None:
         assert_documented(getattr(module, name), f"torch.{name}")
 
 
-@pytest.mark.parametrize("name", ["numpy", "torch", "config", "rules", "plots", "bench", "__main__"])
+@pytest.mark.parametrize("module", ["losses", "estimators"])
+def test_every_public_name_of_a_module_has_a_docstring_whose_examples_run(module: str) -> None:
+    if module == "estimators":
+        pytest.importorskip("sklearn")
+    found = importlib.import_module(f"fusedopt.{module}")
+    finder, runner = doctest.DocTestFinder(recurse=False), doctest.DocTestRunner()
+    examples = 0
+    for name in found.__all__:
+        value = getattr(found, name)
+        assert_documented(value, f"{module}.{name}")
+        for test in finder.find(value, name):
+            examples += len(test.examples)
+            assert runner.run(test).failed == 0, name
+    assert examples > 5
+
+
+@pytest.mark.parametrize(
+    "name", ["numpy", "torch", "config", "rules", "losses", "estimators", "plots", "bench", "__main__"]
+)
 def test_every_module_says_what_is_in_it(name: str) -> None:
-    if name in ("torch", "plots"):
-        pytest.importorskip({"plots": "matplotlib"}.get(name, name))
+    if name in ("torch", "plots", "estimators"):
+        pytest.importorskip({"plots": "matplotlib", "estimators": "sklearn"}.get(name, name))
     assert_documented(importlib.import_module(f"fusedopt.{name}"), name)

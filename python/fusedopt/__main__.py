@@ -16,6 +16,7 @@ SUITES = {
     "bytes": "AdamW in the forms that move fewer bytes, against torch fused in float32",
     "numpy": "the NumPy functions against the best in-place NumPy",
     "training": "whole iterations of small networks",
+    "estimators": "fits and the softmax loss against scikit-learn, torch and NumPy, each with its bar",
     "denormals": "what denormal moments cost",
     "short": "every rule at 4M parameters, in less than a minute",
 }

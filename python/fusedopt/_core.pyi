@@ -59,6 +59,66 @@ class Extras:
         seed: int = 0,
         streams: list[int] = ...,
     ) -> None: ...
+def element_losses() -> dict[str, int]:
+    """The losses of single elements: name -> index."""
+
+def element_loss(
+    loss: int,
+    prediction: Any,
+    target: Any,
+    weight: Any,
+    value: Any,
+    gradient: Any,
+    parameter: float,
+    scale: float,
+    threads: int,
+) -> float:
+    """Writes values and scaled gradients; returns the sum of the values."""
+
+def softmax_loss(
+    logits: Any,
+    labels: Any,
+    targets: Any,
+    class_weight: Any,
+    weight: Any,
+    value: Any,
+    gradient: Any,
+    smoothing: float,
+    scale: float,
+    threads: int,
+) -> float:
+    """Writes values and scaled gradients; returns the sum of the values."""
+
+def penalty(weights: Any, gradient: Any, l1: float, l2: float, scale: float, threads: int) -> float:
+    """Adds the scaled gradient of l1 |w| + l2 w^2 / 2; returns its sum."""
+
+def layer_forward(activation: int, z: Any, bias: Any, kept: Any, out: Any, threads: int) -> None:
+    """out = activation(z + bias)."""
+
+def layer_backward(activation: int, kept: Any, delta: Any, sums: Any, threads: int) -> None:
+    """delta *= the activation's slope; sums = delta's columns."""
+
+def dropout(x: Any, out: Any, probability: float, seed: int, stream: int, threads: int) -> None:
+    """Drops elements, and scales the others up."""
+
+def batch_norm_forward(
+    x: Any,
+    gain: Any,
+    shift: Any,
+    mean: Any,
+    variance: Any,
+    rate: Any,
+    normal: Any,
+    out: Any,
+    eps: float,
+    threads: int,
+) -> None:
+    """Normalises the columns over the rows."""
+
+def batch_norm_backward(
+    delta: Any, normal: Any, rate: Any, gain: Any, gain_grad: Any, shift_grad: Any, threads: int
+) -> None:
+    """The way back of batch_norm_forward."""
 
 class Batch:
     """Tensors to be updated together, given as arrays."""

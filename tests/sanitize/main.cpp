@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "dispatch.h"
+#include "network.h"
 #include "plan.h"
 #include "threads.h"
 
@@ -279,6 +280,73 @@ void every_part_once() {
   }
 }
 
+// Every loss and layer over one shape: all that they write, and the sums that they return.
+std::vector<char> losses_and_layers(Format f, int64_t rows, int64_t columns, int threads) {
+  Random r{7};
+  const int64_t n = rows * columns;
+  Block x(f, n, 0, r), y(f, n, 0, r), value(f, n, 0, r), out(f, n, 0, r), kept(f, n, 0, r), rest(f, n, 0, r);
+  Block weight(f, rows, 0, r), a(f, columns, 0, r), b(f, columns, 0, r), c(f, columns, 0, r), d(f, columns, 0, r);
+  std::vector<int64_t> labels(static_cast<size_t>(rows));
+  for (auto& label : labels) label = int64_t(r.next()) % columns;
+  std::vector<double> sums(static_cast<size_t>(2 * columns)), numbers;
+  std::vector<char> result;
+  auto at = [](Block& block) { return static_cast<void*>(block.memory.get()); };
+  auto note = [&](Block& block) { result.insert(result.end(), block.memory.get(), block.memory.get() + block.bytes); };
+  const NetworkTable& t = *table().network;
+  for (int loss = 0; loss < t.n_losses; ++loss) {
+    numbers.push_back(
+        run_loss(loss, f, {at(x), at(y), at(weight), at(value), at(out), 0, n, columns, 0.3, 2}, threads));
+    numbers.push_back(run_loss(loss, f, {at(x), at(y), nullptr, nullptr, at(out), 0, n, 1, 0.3, 2}, threads));
+    note(out), note(value);
+  }
+  for (double smoothing : {0.0, 0.1}) {
+    SoftmaxSpan s{at(x), labels.data(), nullptr, at(a), at(weight), at(value), at(out), rows, columns, smoothing, 2};
+    numbers.push_back(run_softmax(f, s, threads));
+    s.labels = nullptr;
+    s.targets = at(y);
+    numbers.push_back(run_softmax(f, s, threads));
+    note(out);
+  }
+  numbers.push_back(run_penalty(f, {at(x), at(out), n, 0.1, 0.2, 3}, threads));
+  numbers.push_back(double(count_unfit(f, at(x), n, kPlusMinusOne, threads)));
+  run_dropout(f, at(x), at(rest), n, {1, 2, 1u << 31, 2}, threads);
+  note(out), note(rest);
+  LayerSpan s{at(x), at(y), at(out), at(kept), sums.data(), at(a), at(b), at(c), at(d), rows, columns};
+  for (int activation = 0; activation < kActivations; ++activation) {
+    run_layer(t.forward[activation][f], f, s, 0, threads);
+    run_layer(t.backward[activation][f], f, s, 1, threads);
+    note(out);
+    numbers.insert(numbers.end(), sums.begin(), sums.begin() + columns);
+  }
+  for (auto loop : {t.column_sums[f], t.column_squares[f]}) {
+    run_layer(loop, f, s, 1, threads);
+    numbers.insert(numbers.end(), sums.begin(), sums.begin() + columns);
+  }
+  run_layer(t.normalize[f], f, s, 0, threads);
+  run_layer(t.normal_sums[f], f, s, 2, threads);
+  numbers.insert(numbers.end(), sums.begin(), sums.end());
+  run_layer(t.normal_back[f], f, s, 0, threads);
+  note(out), note(kept);
+  auto* bytes = reinterpret_cast<const char*>(numbers.data());
+  result.insert(result.end(), bytes, bytes + numbers.size() * sizeof(double));
+  return result;
+}
+
+void losses_and_layers_every_way() {
+  const std::pair<int64_t, int64_t> shapes[] = {{1, 1}, {3, 10}, {700, 3}, {33, 70}, {5, 1000}, {300, 260}};
+  for (Format f : {kF64, kF32})
+    for (auto [rows, columns] : shapes) {
+      use_isa("baseline");
+      const auto want = losses_and_layers(f, rows, columns, 1);
+      for (int i = 0; const Table* t = usable_table(i); ++i)
+        for (int threads : {1, 2, 5}) {
+          use_isa(t->isa);
+          expect(losses_and_layers(f, rows, columns, threads) == want, std::string("losses and layers, ") + t->isa);
+        }
+    }
+  use_isa(nullptr);
+}
+
 }  // namespace
 
 int main() {
@@ -290,6 +358,7 @@ int main() {
     for (int loop = 0; loop < t.kernels[kernel].n_loops; ++loop)
       if (t.kernels[kernel].loops[loop].prepare) same_bytes_every_way(kernel, loop);
   many_small_tensors();
+  losses_and_layers_every_way();
   several_threads_at_once();
   printf("%d kernels, %d failures\n", t.n_kernels, failures.load());
   return failures ? 1 : 0;

@@ -31,7 +31,7 @@ for sanitizers in address,undefined thread; do
   done
   for pid in $pids; do wait "$pid"; done
   # shellcheck disable=SC2086
-  $CXX $flags "$here/main.cpp" "$cpp/dispatch.cpp" "$cpp/plan.cpp" "$cpp/threads.cpp" $objects -ldl -o "$out/core"
+  $CXX $flags "$here/main.cpp" "$cpp/dispatch.cpp" "$cpp/network.cpp" "$cpp/plan.cpp" "$cpp/threads.cpp" $objects -ldl -o "$out/core"
   echo "== $sanitizers"
   UBSAN_OPTIONS=print_stacktrace=1 TSAN_OPTIONS=halt_on_error=1 "$out/core"
 done

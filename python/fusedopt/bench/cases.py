@@ -37,8 +37,8 @@ class Case:
     options: Mapping[str, Any] = field(default_factory=dict)
     format: Format = F32
     shapes: Shapes = ((LARGE,),)
-    kind: str = "torch"  # or numpy, training, denormals: who builds the contenders
-    model: str = ""  # of a training case
+    kind: str = "torch"  # or numpy, training, denormals, estimators: who builds the contenders
+    model: str = ""  # of a case of training or estimators
     grouped: bool = False  # one parameter group per tensor
     fresh: bool = False  # gradients replaced, untimed, before every step
     ours: Mapping[str, Any] = field(default_factory=dict)  # options that only ours takes
@@ -55,7 +55,7 @@ class Case:
     @property
     def bytes(self) -> int | None:
         """The floor of memory traffic per step; None where a step is not all that is timed."""
-        if self.kind == "training":
+        if self.kind in ("training", "estimators"):
             return None
         from fusedopt.rules import RULES
 
@@ -177,6 +177,27 @@ def training(large: int) -> list[Case]:
     return [Case(f"training, {name}", TORCH, kind="training", model=name, shapes=()) for name in MODELS]
 
 
+def estimators(large: int) -> list[Case]:
+    """Fits and losses for NumPy against scikit-learn, a torch loop and NumPy; their sizes do not follow ``large``."""
+    table: dict[str, tuple[str, dict[str, float]]] = {
+        "MLPClassifier 784-128-10, batch 32": ("MLP 32", {"scikit-learn": 1.8, "torch": 1.2}),
+        "MLPClassifier 784-128-10, batch 128": ("MLP 128", {"scikit-learn": 1.2, "torch": 1.1}),
+        "softmax_cross_entropy (4096, 1000)": ("softmax", {BEST_NUMPY: 3.0, "torch": 1.0}),
+        "logistic regression 1M x 50, 50 epochs": ("logistic", {"scikit-learn": 1.0}),
+    }
+    return [
+        Case(
+            label,
+            tuple(n for name in promise for n in (NUMPY if name == BEST_NUMPY else (name,))),
+            shapes=(),
+            kind="estimators",
+            model=model,
+            bars=promise,
+        )
+        for label, (model, promise) in table.items()
+    ]
+
+
 def denormals(large: int) -> list[Case]:
     """What moments in the denormal range cost (they are kept, as torch keeps them)."""
     return [Case("Adam", ("default", "fused"), shapes=((large // 8,),), kind="denormals")]
@@ -206,6 +227,7 @@ def bytes_(large: int) -> list[Case]:
 
 
 SUITES: dict[str, Callable[[int], list[Case]]] = {
-    f.__name__.rstrip("_"): f for f in (bars, rules, formats, shapes, bytes_, numpy, training, denormals, short)
+    f.__name__.rstrip("_"): f
+    for f in (bars, rules, formats, shapes, bytes_, numpy, training, estimators, denormals, short)
 }
-SECONDS = {"bars": 8.0, "short": 1.5, "formats": 2.5}  # a case's share of time, where it is not 4
+SECONDS = {"bars": 8.0, "estimators": 12.0, "short": 1.5, "formats": 2.5}  # a case's share of time, where it is not 4

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fusedopt.bench import numpy_best, peers
+from fusedopt.bench import estimators, numpy_best, peers
 from fusedopt.bench.cases import CEILING, COMPILED, FUSED_F32, FUSED_LERP, LARGE, NUMPY, Case
 from fusedopt.bench.timing import Contender
 
@@ -30,7 +30,8 @@ COMPILING_CALLS = 3
 
 def builder(case: Case) -> Builder:
     """What makes the contenders of a case, by name; the data they share is made here."""
-    return {"torch": _torch, "denormals": _torch, "training": _training, "numpy": _numpy}[case.kind](case)
+    builders = {"torch": _torch, "denormals": _torch, "training": _training, "numpy": _numpy}
+    return {**builders, "estimators": estimators.builder}[case.kind](case)
 
 
 def contender_names(case: Case, *, compiled: bool = False, with_peers: bool = False) -> list[str]:

@@ -127,8 +127,9 @@ def run_case(
                 contenders[name] = contender
     first = {name: c.first_seconds for name, c in contenders.items() if c.first_seconds is not None}
     tick("timing")
-    sample_seconds = 5e-3 if case.kind == "training" else 2e-4
+    sample_seconds = 5e-3 if case.kind in ("training", "estimators") else 2e-4
     times = race(contenders, seconds=seconds, rounds=rounds, sample_seconds=sample_seconds)
+    notes += [f"{case.label}, {name}: {c.note()}" for name, c in contenders.items() if c.note is not None]
     contenders.clear()
     del build
     gc.collect()

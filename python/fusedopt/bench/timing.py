@@ -23,6 +23,7 @@ class Contender:
     step: Callable[[], object]
     setup: Callable[[], object] | None = None
     first_seconds: float | None = None  # what the first calls cost, where that is worth a column (compilation)
+    note: Callable[[], str] | None = None  # asked once all is timed: what came of it (an accuracy)
 
 
 @dataclass

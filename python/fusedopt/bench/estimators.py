@@ -1,0 +1,165 @@
+"""Contenders of the suite ``estimators``: a network and logistic regression against scikit-learn and a torch loop, the
+softmax loss against NumPy and torch. Test accuracies, after equally many epochs, become notes beside the times."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fusedopt.bench.timing import Contender
+
+if TYPE_CHECKING:
+    from fusedopt.bench.cases import Case
+
+Array = NDArray[Any]
+OURS, SKLEARN, TORCH = "ours", "scikit-learn", "torch"
+ROWS, TEST_ROWS, CHUNK = 60_000, 10_000, 6_000  # of an image set of MNIST's size; a turn is a part of an epoch
+LOGISTIC_ROWS, LOGISTIC_COLUMNS, EPOCHS = 1_000_000, 50, 50
+
+
+@cache
+def images() -> tuple[Array, Array, Array, Array]:
+    """Digits enlarged to 24 x 24, shifted within 28 x 28, with noise: training and test rows come from other digits."""
+    from sklearn.datasets import load_digits
+
+    x, y = load_digits(return_X_y=True)
+    large = np.kron((x / 16).astype(np.float32).reshape(-1, 8, 8), np.ones((1, 3, 3), np.float32))
+    make = np.random.default_rng(0)
+    out: list[Array] = []
+    for sources, n in ((np.arange(1400), ROWS), (np.arange(1400, len(y)), TEST_ROWS)):
+        chosen, place = make.choice(sources, n), make.integers(0, 25, n)
+        image = np.zeros((n, 28, 28), np.float32)
+        for k in range(25):
+            here = np.flatnonzero(place == k)
+            image[here, k // 5 : k // 5 + 24, k % 5 : k % 5 + 24] = large[chosen[here]]
+        image += np.float32(0.15) * make.standard_normal(image.shape, np.float32)
+        out += [image.reshape(n, 784), y[chosen]]
+    return out[0], out[1], out[2], out[3]
+
+
+def _chunks() -> Callable[[], slice]:
+    turn = iter(range(10**9))
+    return lambda: slice((k := next(turn) * CHUNK % ROWS), k + CHUNK)
+
+
+def _network(batch: int, name: str) -> Contender:
+    x, y, x_test, y_test = images()
+    part, classes = _chunks(), np.arange(10)
+    if name == TORCH:
+        return _torch_network(batch)
+    module = importlib.import_module("fusedopt.estimators" if name == OURS else "sklearn.neural_network")
+    model = module.MLPClassifier((128,), batch_size=batch, random_state=0)
+
+    def step() -> None:
+        rows = part()
+        model.partial_fit(x[rows], y[rows], classes=classes)
+
+    return Contender(step, note=lambda: f"test accuracy {model.score(x_test, y_test):.2%}")
+
+
+def _torch_network(batch: int) -> Contender:
+    import torch
+    from torch import nn
+
+    x, y, x_test, y_test = (torch.from_numpy(a) for a in images())
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(784, 128), nn.ReLU(), nn.Linear(128, 10))
+    opt = torch.optim.Adam(model.parameters(), fused=True)
+    part, random = _chunks(), torch.Generator().manual_seed(0)
+
+    def step() -> None:
+        rows = part()
+        order = torch.randperm(CHUNK, generator=random) + rows.start
+        for begin in range(0, CHUNK, batch):
+            index = order[begin : begin + batch]
+            opt.zero_grad()
+            nn.functional.cross_entropy(model(x[index]), y[index]).backward()  # type: ignore[no-untyped-call]
+            opt.step()
+
+    def accuracy() -> str:
+        with torch.no_grad():
+            return f"test accuracy {(model(x_test).argmax(1) == y_test).double().mean().item():.2%}"
+
+    return Contender(step, note=accuracy)
+
+
+@cache
+def _rows_of_logistic() -> tuple[Array, Array]:
+    make = np.random.default_rng(0)
+    x = make.standard_normal((LOGISTIC_ROWS + 100_000, LOGISTIC_COLUMNS), np.float32)
+    score = x @ make.standard_normal(LOGISTIC_COLUMNS).astype(np.float32) + 0.5
+    return x, (score + make.logistic(size=len(x)) > 0).astype(np.int64)
+
+
+def _logistic(name: str) -> Contender:
+    x, y = _rows_of_logistic()
+    train, test = slice(LOGISTIC_ROWS), slice(LOGISTIC_ROWS, None)
+    how: dict[str, Any] = {"loss": "log_loss", "max_iter": EPOCHS, "tol": None, "random_state": 0}
+    if name == OURS:
+        from fusedopt.estimators import LinearClassifier
+
+        model: Any = LinearClassifier(batch_size="full", **how)
+    else:
+        from sklearn.linear_model import SGDClassifier
+
+        model = SGDClassifier(**how)
+
+    def step() -> None:
+        import warnings
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that all epochs were used is the point
+            model.fit(x[train], y[train])
+
+    return Contender(step, note=lambda: f"test accuracy {model.score(x[test], y[test]):.2%}")
+
+
+def _softmax(name: str) -> Contender:
+    """Value and gradient of cross-entropy; NumPy's best runs over blocks of rows that stay in the cache."""
+    make = np.random.default_rng(0)
+    x = 3 * make.standard_normal((4096, 1000), np.float32)
+    labels, out = make.integers(0, 1000, 4096), np.empty_like(x)
+    if name == OURS:
+        from fusedopt.losses import softmax_cross_entropy
+
+        return Contender(lambda: softmax_cross_entropy(x, labels, out=out))
+    if name == TORCH:
+        import torch
+
+        logits, target = torch.from_numpy(x).requires_grad_(), torch.from_numpy(labels)
+
+        def torch_step() -> None:
+            logits.grad = None
+            torch.nn.functional.cross_entropy(logits, target).backward()  # type: ignore[no-untyped-call]
+
+        return Contender(torch_step)
+    block = len(x) if name == "NumPy whole" else 64
+
+    def step() -> float:
+        total = 0.0
+        for begin in range(0, len(x), block):
+            g, y = out[begin : begin + block], labels[begin : begin + block]
+            rows = np.arange(len(y))
+            np.subtract(x[begin : begin + block], x[begin : begin + block].max(1, keepdims=True), out=g)
+            chosen = g[rows, y]
+            np.exp(g, out=g)
+            sums = g.sum(1, keepdims=True)
+            total += float((np.log(sums[:, 0]) - chosen).sum())
+            g *= 1 / (sums * len(x))
+            g[rows, y] -= np.float32(1 / len(x))
+        return total / len(x)
+
+    return Contender(step)
+
+
+def builder(case: Case) -> Callable[[str], Contender]:
+    """What makes the contenders of a case, by name."""
+    if case.model.startswith("MLP"):
+        return lambda name: _network(int(case.model.split()[1]), name)
+    return _logistic if case.model == "logistic" else _softmax

@@ -1,0 +1,25 @@
+"""Estimators with scikit-learn's conventions over the fused step: networks and linear models, for NumPy alone.
+
+Change the import: ``from fusedopt.estimators import MLPClassifier``. Needs ``pip install fusedopt[sklearn]``.
+"""
+
+try:
+    import sklearn as _sklearn  # noqa: F401
+except ImportError as error:  # pragma: no cover
+    raise ImportError("fusedopt.estimators needs scikit-learn: pip install fusedopt[sklearn]") from error
+
+from ._augment import Compose, Flip, Noise, Rotate, Shift
+from ._linear import LinearClassifier, LinearRegressor
+from ._mlp import MLPClassifier, MLPRegressor
+
+__all__ = [
+    "Compose",
+    "Flip",
+    "LinearClassifier",
+    "LinearRegressor",
+    "MLPClassifier",
+    "MLPRegressor",
+    "Noise",
+    "Rotate",
+    "Shift",
+]

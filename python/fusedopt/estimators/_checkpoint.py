@@ -1,0 +1,120 @@
+"""Checkpoints of a fit: one file, written whole or not at all, checked before a word of it is believed."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import warnings
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+_FORMAT = 1
+
+
+def fingerprint(params: Mapping[str, Any], *arrays: Any) -> str:
+    """A digest of settings and data: a checkpoint belongs to one fit."""
+    digest = hashlib.blake2b(digest_size=16)
+    digest.update(json.dumps({k: _name(v) for k, v in sorted(params.items())}).encode())
+    for array in arrays:
+        for part in (array.data, array.indices, array.indptr) if hasattr(array, "indptr") else (array,):
+            if part is None:
+                digest.update(b"none")
+                continue
+            part = np.ascontiguousarray(part)
+            digest.update(f"{part.shape}{part.dtype}".encode())
+            digest.update(part.data if part.size else b"")
+    return digest.hexdigest()
+
+
+def _name(value: Any) -> str:
+    """A text for a setting that is the same in the next process, which an address is not."""
+    text = repr(value)
+    if " at 0x" not in text:
+        return text
+    return f"{type(value).__module__}.{getattr(value, '__qualname__', type(value).__qualname__)}"
+
+
+def _replace(temporary: Path, path: Path) -> None:
+    os.replace(temporary, path)
+    if os.name == "posix":  # the name is safe only once its folder is on disk, too
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def _previous(path: Path) -> Path:
+    return path.with_name(path.name + ".previous")
+
+
+def save(path: Path, meta: Mapping[str, Any], arrays: Mapping[str, Any]) -> None:
+    """Writes beside the file, then takes its place; the file before it is kept as ``<name>.previous``."""
+    body = io.BytesIO()
+    np.savez(body, **arrays)
+    data = body.getvalue()
+    head = json.dumps({**meta, "format": _FORMAT, "digest": hashlib.blake2b(data).hexdigest()}).encode()
+    temporary = path.with_name(path.name + ".writing")
+    with open(temporary, "wb") as file:
+        file.write(len(head).to_bytes(8, "little") + hashlib.blake2b(head, digest_size=16).digest() + head + data)
+        file.flush()
+        os.fsync(file.fileno())
+    if path.exists():
+        os.replace(path, _previous(path))
+    _replace(temporary, path)
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    raw = path.read_bytes()
+    size = int.from_bytes(raw[:8], "little")
+    head, data = raw[24 : 24 + size], raw[24 + size :]
+    if len(head) != size or hashlib.blake2b(head, digest_size=16).digest() != raw[8:24]:
+        raise ValueError("its head is damaged")
+    meta = json.loads(head)
+    if meta["format"] != _FORMAT:
+        raise ValueError(f"its format {meta['format']} is not known here")
+    if hashlib.blake2b(data).hexdigest() != meta["digest"]:
+        raise ValueError("its data are damaged")
+    with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
+        return meta, dict(arrays)
+
+
+def load(path: Path, mark: str) -> tuple[dict[str, Any], dict[str, Any]] | None:
+    """The checkpoint of the fit with this fingerprint, or None where there is none.
+
+    A damaged file is refused: the one before it is used, with a warning, and the damaged one put aside.
+
+    Raises:
+        ValueError: both are damaged, or the file is of another fit. Nothing has been changed.
+    """
+    problems = []
+    for candidate in (path, _previous(path)):
+        if not candidate.exists():
+            continue
+        try:
+            meta, arrays = _read(candidate)
+        except (ValueError, KeyError, OSError, zipfile.BadZipFile) as error:
+            problems.append(f"{candidate}: {error}")
+            continue
+        if meta["fingerprint"] != mark:
+            raise ValueError(
+                f"checkpoint: {candidate} was written by a fit with other settings or other data; "
+                "give another path, or delete it to begin anew"
+            )
+        if problems:
+            aside = path.with_name(path.name + ".damaged")
+            os.replace(path, aside)
+            warnings.warn(
+                f"checkpoint: {problems[0]}; it is now {aside.name}, and the fit goes on from the one before it",
+                stacklevel=2,
+            )
+        return meta, arrays
+    if problems:
+        raise ValueError(f"checkpoint: {'; '.join(problems)}. Delete it to begin anew")
+    return None

@@ -1,0 +1,385 @@
+"""The fitting loop that all estimators share: batches, steps, stop rules, history, checkpoints. No scikit-learn names
+of models here; what differs between them is in a Task."""
+
+from __future__ import annotations
+
+import importlib
+import math
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from sklearn.exceptions import ConvergenceWarning
+
+from .. import _core
+from ..config import get_num_threads
+from ..numpy import Optimizer
+from . import _checkpoint
+from ._network import Array, LossFunction, Network
+from ._rates import Rate
+
+Augment = Callable[[Array, np.random.RandomState], Array]
+Split = tuple[Array, Array]  # the rows to train on, and those held out
+
+
+@dataclass
+class Data:
+    """Rows to learn from: y as the loss wants it, weights or None."""
+
+    x: Any
+    y: Array
+    weight: Array | None
+
+    def rows(self, index: Array) -> Data:
+        return Data(self.x[index], self.y[index], None if self.weight is None else self.weight[index])
+
+
+@dataclass
+class Task:
+    """What is minimised, and when to stop; one fit's settings, checked."""
+
+    loss: LossFunction
+    outputs: int = 1  # what a reported loss is divided by
+    l1: float = 0.0
+    l2: float = 0.0
+    per_row: bool = (
+        True  # penalties are divided by the batch's weight, as in MLPClassifier, or not, as in SGDClassifier
+    )
+    proximal: float = 0.0  # l1 by soft thresholding after the step, which gives zeros, by so many times rate and l1
+    batch_size: int = 200
+    shuffle: bool = True
+    max_iter: int = 200
+    tol: float = 1e-4
+    tol_params: float | None = None
+    patience: int = 10  # epochs without a better one that are let pass
+    score: Callable[[Any, Any], float] | None = None  # of weights and intercepts on the held-out part
+    restore_best: bool = True
+    ema_decay: float | None = None
+    average: int = 0  # the step from which the mean of all parameters is kept; 0: none
+    augment: Augment | None = None
+    seed: int = 0
+    checkpoint: Path | None = None
+    mark: str = ""
+    progress: bool = False
+    verbose: bool | int = False
+    advice: str = "learning_rate_init"  # the setting to lower when the loss is not finite
+
+
+@dataclass
+class Progress:
+    """What a fit has come to: all that a checkpoint keeps beside arrays."""
+
+    epoch: int = 0
+    best_loss: float = math.inf
+    best_score: float = -math.inf
+    stale: int = 0
+    finished: str = ""  # why it has stopped
+    loss: list[float] = field(default_factory=list)
+    lr: list[float] = field(default_factory=list)
+    score: list[float] = field(default_factory=list)
+    grad_norm: list[float] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+
+    def history(self) -> dict[str, Array]:
+        names = ("loss", "lr", "score", "grad_norm", "seconds")
+        return {name: np.array(getattr(self, name)) for name in names if getattr(self, name)}
+
+
+_MADE = ("_gathered", "_spare", "_threads", "_weights", "_grads")  # not pickled, made anew
+
+
+class Fit:
+    """Network, optimizer, rate and counters, kept between calls of ``partial_fit``."""
+
+    def __init__(self, net: Network, opt: Optimizer, rate: Rate, random: np.random.RandomState) -> None:
+        self.net, self.opt, self.rate, self.random = net, opt, rate, random
+        self.step = self.samples = 0
+        self.last_lr = math.nan
+        self.mean: Array | None = None  # EMA or average of the parameters
+        self.averaged = 0
+        self.progress = Progress()
+        self._revive()
+
+    def _revive(self) -> None:
+        self._gathered: dict[tuple[str, int], Array] = {}
+        self._spare: Array | None = None
+        self._threads = get_num_threads()
+        self._weights, self._grads = (flat[: self.net.n_weights] for flat in (self.net.params, self.net.grads))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in self.__dict__.items() if k not in _MADE}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._revive()
+
+    @property
+    def in_force(self) -> Array:
+        """The parameters that predict."""
+        return self.net.params if self.mean is None else self.mean
+
+    # ---- one epoch
+
+    def _take(self, name: str, source: Any, index: Array) -> Any:
+        if not isinstance(source, np.ndarray):
+            return source[index]
+        key = (name, len(index))
+        if key not in self._gathered:
+            self._gathered[key] = np.empty((len(index), *source.shape[1:]), source.dtype)
+        # Without "clip" NumPy would gather into another array first.
+        return source.take(index, axis=0, out=self._gathered[key], mode="clip")
+
+    def _batches(self, data: Data, order: Array | None, size: int) -> Iterator[Data]:
+        n = data.x.shape[0]
+        for begin in range(0, n, size):
+            end = min(begin + size, n)
+            if end - begin == n:
+                yield data
+            elif order is None:
+                yield data.rows(slice(begin, end))  # type: ignore[arg-type]
+            else:
+                index, weight = order[begin:end], data.weight
+                yield Data(
+                    self._take("x", data.x, index),
+                    self._take("y", data.y, index),
+                    None if weight is None else self._take("weight", weight, index),
+                )
+
+    def _one_step(self, task: Task, batch: Data) -> tuple[float, float]:
+        """The batch's loss with penalties, and its weight."""
+        net, n = self.net, batch.x.shape[0]
+        weight = float(n) if batch.weight is None else float(batch.weight.sum(dtype=np.float64))
+        if weight <= 0:
+            return 0.0, 0.0
+        x = batch.x
+        if task.augment is not None:
+            x = np.ascontiguousarray(task.augment(x, self.random), net.dtype)
+            if x.shape != batch.x.shape:
+                raise ValueError(f"augment: expected a batch of shape {batch.x.shape}, got {x.shape}")
+        lr = self.last_lr = self.rate.apply(self.opt, self.step)
+        scale = 1.0 / weight
+        value = net.loss_and_gradient(x, batch.y, batch.weight, task.loss, scale, task.seed, self.step)
+        loss = value * scale / task.outputs
+        factor = scale if task.per_row else 1.0
+        if task.l1 or task.l2:
+            l1 = 0.0 if task.proximal else task.l1
+            loss += factor * _core.penalty(self._weights, self._grads, l1, task.l2, factor, self._threads)
+            if l1 != task.l1:
+                loss += factor * _core.penalty(self._weights, None, task.l1, 0.0, 0.0, self._threads)
+        if not math.isfinite(loss):
+            raise self._diverged(task, f"the loss is {loss}")
+        self.opt.step(net.grads)
+        self.step += 1
+        if task.proximal and task.l1:
+            self._shrink(lr * task.l1 * factor * task.proximal)
+        if task.ema_decay is not None or task.average:
+            self._follow(task)
+        return loss, weight
+
+    def _diverged(self, task: Task, what: str) -> ValueError:
+        return ValueError(
+            f"{what} at step {self.step} (epoch {self.progress.epoch}): the fit diverges. Try a lower {task.advice} "
+            f"(now {self.last_lr:.3g}), max_grad_norm=1.0, or data scaled to unit variance"
+        )
+
+    def _shrink(self, by: float) -> None:
+        weights, spare = self._weights, self._buffer()[: self.net.n_weights]
+        np.clip(weights, -by, by, out=spare)
+        np.subtract(weights, spare, out=weights)
+
+    def _buffer(self) -> Array:
+        if self._spare is None:
+            self._spare = np.empty_like(self.net.params)
+        return self._spare
+
+    def _follow(self, task: Task) -> None:
+        if task.ema_decay is not None:  # the mean's first steps are short, so that it forgets where it began
+            part = 1 - min(task.ema_decay, self.step / (self.step + 9))
+        elif self.step < task.average:
+            return
+        else:
+            self.averaged += 1
+            part = 1.0 / self.averaged
+        if self.mean is None:
+            self.mean = self.net.params.copy()
+            return
+        spare = self._buffer()
+        np.subtract(self.net.params, self.mean, out=spare)
+        spare *= part
+        self.mean += spare
+
+    def _epoch(self, task: Task, data: Data, order: Array | None) -> float:
+        total = weights = 0.0
+        with np.errstate(all="ignore"):  # a loss that is not finite has a message of its own
+            for batch in self._batches(data, order, task.batch_size):
+                loss, weight = self._one_step(task, batch)
+                total += loss * weight
+                weights += weight
+        if weights == 0:
+            raise ValueError("sample_weight: expected a positive sum")
+        return total / weights
+
+    # ---- the loop
+
+    def run(self, task: Task, data: Data, split: Split | None = None, once: bool = False) -> None:
+        """Epochs until a rule stops them; ``once``: exactly one. ``split`` is kept in checkpoints."""
+        p, n = self.progress, data.x.shape[0]
+        order = np.arange(n) if task.shuffle and task.batch_size < n else None
+        best: Array | None = None
+        if task.checkpoint is not None:
+            order, best = self._resume(task, order)
+            p = self.progress
+        bar = _bar(task)
+        try:
+            while not p.finished and (once or p.epoch < task.max_iter):
+                start = time.perf_counter()
+                if order is not None:
+                    permutation = np.arange(n)
+                    self.random.shuffle(permutation)
+                    order = order[permutation]
+                before = self.net.params.copy() if task.tol_params is not None else None
+                p.loss.append(self._epoch(task, data, order))
+                p.epoch += 1
+                self.samples += n
+                best = self._judge(task, best)
+                self.rate.count(self.samples + 1)
+                if before is not None and task.tol_params is not None and not p.finished:
+                    moved = float(np.linalg.norm(self.net.params - before))
+                    if moved <= task.tol_params * float(np.linalg.norm(before)):
+                        p.finished = "tol_params"
+                p.lr.append(self.last_lr)
+                if self.opt.last_grad_norm is not None:
+                    p.grad_norm.append(self.opt.last_grad_norm)
+                p.seconds.append(time.perf_counter() - start)
+                if task.checkpoint is not None:
+                    self._save(task, order, best, split)
+                self._tell(task, bar)
+                if once:
+                    break
+        except KeyboardInterrupt:
+            warnings.warn("Training interrupted by user.", stacklevel=2)
+        finally:
+            if bar is not None:
+                bar.close()
+        if not once and not p.finished and p.epoch >= task.max_iter:
+            warnings.warn(
+                f"Stochastic Optimizer: Maximum iterations ({task.max_iter}) reached and the optimization hasn't "
+                "converged yet.",
+                ConvergenceWarning,
+                stacklevel=2,
+            )
+        if best is not None and task.restore_best:
+            self._put(best)
+
+    def _judge(self, task: Task, best: Array | None) -> Array | None:
+        """Counts epochs without a better one; keeps the best parameters; says when to stop."""
+        p = self.progress
+        if task.score is not None:
+            score = task.score(*self.net.folded(self.in_force))
+            p.score.append(score)
+            p.stale = p.stale + 1 if not score >= p.best_score + task.tol else 0
+            if score > p.best_score:
+                p.best_score = score
+                best = self._snapshot()
+        else:
+            p.stale = p.stale + 1 if p.loss[-1] > p.best_loss - task.tol else 0
+        p.best_loss = min(p.best_loss, p.loss[-1])
+        self.rate.observe(p.loss[-1], p.score[-1] if p.score else None)
+        if p.stale > task.patience:
+            if p.loss[-1] > 1e3 * abs(p.loss[0]) + 1e3:
+                raise self._diverged(task, f"the loss has grown from {p.loss[0]:.3g} to {p.loss[-1]:.3g}")
+            if self.rate.no_better():
+                p.finished = "score" if task.score is not None else "tol"
+            else:
+                p.stale = 0
+        return best
+
+    def _snapshot(self) -> Array:
+        return np.concatenate([self.in_force, *self.net.means, *self.net.variances])
+
+    def _put(self, snapshot: Array) -> None:
+        at = self.net.params.size
+        self.net.params[...] = snapshot[:at]
+        if self.mean is not None:
+            self.mean[...] = snapshot[:at]
+        for part in (*self.net.means, *self.net.variances):
+            part[...] = snapshot[at : at + part.size]
+            at += part.size
+
+    # ---- checkpoints
+
+    def _save(self, task: Task, order: Array | None, best: Array | None, split: Split | None) -> None:
+        assert task.checkpoint is not None
+        state: Any = self.random.get_state(legacy=True)
+        name, keys, position, has_gauss, gauss = state
+        arrays: dict[str, Any] = {"params": self.net.params, "keys": keys}
+        arrays.update({"optimizer." + k: v for k, v in self.opt.state_dict().items()})
+        arrays.update({f"mean.{i}": v for i, v in enumerate(self.net.means)})
+        arrays.update({f"variance.{i}": v for i, v in enumerate(self.net.variances)})
+        optional = {"order": order, "best": best, "followed": self.mean}
+        if split is not None:
+            optional.update(train=split[0], held_out=split[1])
+        arrays.update({k: v for k, v in optional.items() if v is not None})
+        meta = {
+            "fingerprint": task.mark,
+            "progress": vars(self.progress),
+            "counts": [self.step, self.samples, self.averaged, task.seed],
+            "rate": self.rate.state_dict(),
+            "random": [name, position, has_gauss, gauss],
+        }
+        _checkpoint.save(task.checkpoint, meta, arrays)
+
+    def _resume(self, task: Task, order: Array | None) -> tuple[Array | None, Array | None]:
+        assert task.checkpoint is not None
+        found = _checkpoint.load(task.checkpoint, task.mark)
+        if found is None:
+            return order, None
+        meta, arrays = found
+        self.progress = Progress(**meta["progress"])
+        self.step, self.samples, self.averaged, task.seed = meta["counts"]
+        self.rate.load_state_dict(meta["rate"])
+        name, position, has_gauss, gauss = meta["random"]
+        self.random.set_state((name, arrays["keys"], position, has_gauss, gauss))
+        self.net.params[...] = arrays["params"]
+        self.opt.load_state_dict({k[10:]: v for k, v in arrays.items() if k.startswith("optimizer.")})
+        for kind, parts in (("mean", self.net.means), ("variance", self.net.variances)):
+            for i, part in enumerate(parts):
+                part[...] = arrays[f"{kind}.{i}"]
+        self.mean = arrays.get("followed")
+        return arrays.get("order", order), arrays.get("best")
+
+    # ---- telling
+
+    def _tell(self, task: Task, bar: Any) -> None:
+        p = self.progress
+        if task.verbose:
+            print(f"Iteration {p.epoch}, loss = {p.loss[-1]:.8f}")
+            if p.score:
+                print(f"Validation score: {p.score[-1]:f}")
+            if p.finished:
+                print(f"Stopped by {p.finished} after {p.epoch} epochs.")
+        if bar is not None:
+            bar.set_postfix({"loss": p.loss[-1], "lr": p.lr[-1]} | ({"score": p.score[-1]} if p.score else {}))
+            bar.update()
+
+
+def earlier_split(path: Path | None, mark: str) -> Split | None:
+    """How the fit of this checkpoint has split its rows, where there is one."""
+    found = None if path is None else _checkpoint.load(path, mark)
+    return None if found is None or "train" not in found[1] else (found[1]["train"], found[1]["held_out"])
+
+
+def _bar(task: Task) -> Any:
+    if not task.progress:
+        return None
+    try:
+        tqdm = importlib.import_module("tqdm").tqdm
+    except ImportError:
+        warnings.warn("progress: tqdm is not installed; pip install tqdm", stacklevel=2)
+        return None
+    return tqdm(total=task.max_iter, unit="epoch", file=sys.stderr, dynamic_ncols=True)

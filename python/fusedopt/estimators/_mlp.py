@@ -1,0 +1,394 @@
+"""MLPClassifier and MLPRegressor: scikit-learn's arguments and attributes over the fused network."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from scipy.special import softmax
+from sklearn.base import ClassifierMixin, RegressorMixin
+from sklearn.metrics import accuracy_score, r2_score
+from sklearn.preprocessing import LabelBinarizer
+from sklearn.utils import column_or_1d
+from sklearn.utils.class_weight import compute_sample_weight
+from sklearn.utils.metaestimators import available_if
+from sklearn.utils.multiclass import check_classification_targets, type_of_target, unique_labels
+from sklearn.utils.validation import validate_data
+
+from .. import _core
+from ..config import get_num_threads
+from ._base import POSITIVE, check_choice, check_number
+from ._fit import Data
+from ._mlp_base import FLOATS, MLP
+from ._network import ACTIVATIONS, Array, element_loss, predict, softmax_loss
+
+
+class MLPClassifier(ClassifierMixin, MLP):
+    r"""Multi-layer perceptron for classes, minimising the cross-entropy. scikit-learn's, fitted by the fused step.
+
+    .. math::
+        h_0 = x, \qquad h_k = f(h_{k-1} W_k + b_k), \qquad p = \operatorname{softmax}(h_{K-1} W_K + b_K)
+
+    The loss of a batch of n rows is the mean cross-entropy plus :math:`\frac{1}{n}(\alpha / 2 \, ||W||_2^2 +
+    l_1 ||W||_1)`. Two classes, and several labels at once, have logistic outputs.
+
+    Arguments, defaults and attributes of ``sklearn.neural_network.MLPClassifier``, and beyond them:
+
+    Args:
+        activation: also ``"gelu"``.
+        solver: also any rule of fusedopt by name (``"adamw"``, ``"lion"``, ...), with its own defaults beside
+            ``learning_rate_init``, ``momentum`` (SGD), ``beta_1, beta_2, epsilon`` (Adam's family); or a function of
+            the parameters that makes an optimizer: ``lambda params: fusedopt.Lion(params, lr=1e-4)``.
+        batch_size: from 1 to ``"full"``.
+        learning_rate: also a schedule, any function of the step from 0; it replaces ``learning_rate_init``. One with
+            ``observe`` is told the loss of every epoch. scikit-learn's words are about ``solver="sgd"``, as there.
+        class_weight: a dict, ``"balanced"`` or None, as in other classifiers.
+        l1: strength of the L1 penalty, >= 0.
+        dropout: probability in [0, 1) with which an output of a hidden layer is left out while training.
+        batch_norm: normalise every hidden layer over the batch; folded into ``coefs_`` and ``intercepts_``.
+        max_grad_norm: clip the gradient to this norm, inside the step.
+        ema_decay: predict by an exponential moving average of the parameters, with this decay in [0, 1).
+        augment: a function of a batch, or of a batch and a ``RandomState``, that returns it changed; see
+            :class:`Shift`, :class:`Flip`, :class:`Rotate`, :class:`Noise`.
+        tol_params: stop when an epoch has moved the parameters by no more than this part of their norm.
+        restore_best: with ``early_stopping``, end with the parameters of the best score.
+        checkpoint: a path; after every epoch the fit is saved there, and a fit of the same settings and data goes on
+            from it, to the same bits as without the interruption.
+        progress: show a bar, by tqdm.
+
+    Attributes:
+        history_: arrays with an entry for every epoch: ``loss, lr, seconds``, and ``score, grad_norm`` where there
+            are such.
+
+    Raises:
+        ValueError: a setting out of its range; NaN in the data; a single class; a loss that is not finite; a checkpoint
+            that is damaged or belongs to another fit.
+
+    Example:
+        >>> from sklearn.datasets import load_digits
+        >>> from fusedopt.estimators import MLPClassifier
+        >>> X, y = load_digits(return_X_y=True)
+        >>> model = MLPClassifier((64,), batch_size=32, tol=1e-2, random_state=0).fit(X / 16, y)
+        >>> bool(model.score(X / 16, y) > 0.9)
+        True
+    """
+
+    def __init__(
+        self,
+        hidden_layer_sizes: Any = (100,),
+        activation: str = "relu",
+        *,
+        solver: Any = "adam",
+        alpha: float = 0.0001,
+        batch_size: Any = "auto",
+        learning_rate: Any = "constant",
+        learning_rate_init: float = 0.001,
+        power_t: float = 0.5,
+        max_iter: int = 200,
+        shuffle: bool = True,
+        random_state: Any = None,
+        tol: float | None = 1e-4,
+        verbose: Any = False,
+        warm_start: bool = False,
+        momentum: float = 0.9,
+        nesterovs_momentum: bool = True,
+        early_stopping: bool = False,
+        validation_fraction: float = 0.1,
+        beta_1: float = 0.9,
+        beta_2: float = 0.999,
+        epsilon: float = 1e-8,
+        n_iter_no_change: int = 10,
+        max_fun: int = 15000,
+        class_weight: Any = None,
+        l1: float = 0.0,
+        dropout: float = 0.0,
+        batch_norm: bool = False,
+        max_grad_norm: float | None = None,
+        ema_decay: float | None = None,
+        augment: Any = None,
+        tol_params: float | None = None,
+        restore_best: bool = True,
+        checkpoint: Any = None,
+        progress: bool = False,
+    ) -> None:
+        self.hidden_layer_sizes = hidden_layer_sizes
+        self.activation = activation
+        self.solver = solver
+        self.alpha = alpha
+        self.batch_size = batch_size
+        self.learning_rate = learning_rate
+        self.learning_rate_init = learning_rate_init
+        self.power_t = power_t
+        self.max_iter = max_iter
+        self.shuffle = shuffle
+        self.random_state = random_state
+        self.tol = tol
+        self.verbose = verbose
+        self.warm_start = warm_start
+        self.momentum = momentum
+        self.nesterovs_momentum = nesterovs_momentum
+        self.early_stopping = early_stopping
+        self.validation_fraction = validation_fraction
+        self.beta_1 = beta_1
+        self.beta_2 = beta_2
+        self.epsilon = epsilon
+        self.n_iter_no_change = n_iter_no_change
+        self.max_fun = max_fun
+        self.class_weight = class_weight
+        self.l1 = l1
+        self.dropout = dropout
+        self.batch_norm = batch_norm
+        self.max_grad_norm = max_grad_norm
+        self.ema_decay = ema_decay
+        self.augment = augment
+        self.tol_params = tol_params
+        self.restore_best = restore_best
+        self.checkpoint = checkpoint
+        self.progress = progress
+
+    def __sklearn_tags__(self) -> Any:
+        tags = super().__sklearn_tags__()
+        tags.classifier_tags.multi_label = True
+        return tags
+
+    def _encode(self, y: Any, incremental: bool) -> None:
+        """Sets or checks ``classes_`` and how they are coded."""
+        if not hasattr(self, "classes_") or (not self.warm_start and not incremental):
+            self._binarizer = LabelBinarizer().fit(y)
+            self.classes_ = self._binarizer.classes_
+            if len(self.classes_) < 2 and self._binarizer.y_type_ != "multilabel-indicator":
+                raise ValueError(f"y: expected at least two classes, got one class only: {self.classes_.tolist()}")
+            return
+        classes = unique_labels(y)
+        if self.warm_start and not incremental and set(classes) != set(self.classes_):
+            raise ValueError(
+                "warm_start can only be used where `y` has the same classes as in the previous call to fit. "
+                f"Previously got {self.classes_}, `y` has {classes}"
+            )
+        if len(np.setdiff1d(classes, self.classes_, assume_unique=True)):
+            raise ValueError(
+                f"`y` has classes not in `self.classes_`. `self.classes_` has {self.classes_}. 'y' has {classes}."
+            )
+
+    def _fit(self, X: Any, y: Any, sample_weight: Any, incremental: bool) -> MLPClassifier:
+        self._check_settings()
+        first = not hasattr(self, "coefs_") or (not self.warm_start and not incremental)
+        X, y = validate_data(self, X, y, accept_sparse=["csr"], multi_output=True, dtype=FLOATS, order="C", reset=first)
+        if y.ndim == 2 and y.shape[1] == 1:
+            y = column_or_1d(y, warn=True)
+        check_classification_targets(y)
+        weight = self._weights(sample_weight, X)
+        self._encode(y, incremental)
+        if self.class_weight is not None:
+            by_class = compute_sample_weight(self.class_weight, y).astype(X.dtype)
+            weight = by_class if weight is None else weight * by_class
+        multiclass = self._binarizer.y_type_ == "multiclass"
+        self.out_activation_ = "softmax" if multiclass else "logistic"
+        coded: Array
+        if multiclass:
+            coded, loss, outputs = (
+                np.searchsorted(self.classes_, y).astype(np.int64),
+                softmax_loss(),
+                len(self.classes_),
+            )
+        else:
+            dense = self._binarizer.transform(y)
+            coded = np.ascontiguousarray(dense.toarray() if hasattr(dense, "toarray") else dense, X.dtype)
+            loss, outputs = element_loss("binary_cross_entropy"), coded.shape[1]
+        stratify = coded if outputs == 1 else None  # as scikit-learn does it
+        # The reported loss is, as in scikit-learn, summed over outputs.
+        self._learn_network(X, coded, weight, loss, outputs, 1, incremental, stratify)
+        return self
+
+    def fit(self, X: Any, y: Any, sample_weight: Any = None) -> MLPClassifier:
+        """Fits to rows ``X`` (array or CSR matrix) and their classes ``y``; rows may have weights >= 0."""
+        return self._fit(X, y, sample_weight, incremental=False)
+
+    @available_if(lambda est: est._partial())
+    def partial_fit(self, X: Any, y: Any, classes: Any = None, sample_weight: Any = None) -> MLPClassifier:
+        """One epoch over these rows; the first call needs all ``classes``."""
+        if not hasattr(self, "classes_"):
+            if classes is None:
+                raise ValueError("classes must be passed on the first call to partial_fit.")
+            self._binarizer = LabelBinarizer()
+            kind = type_of_target(y)
+            self._binarizer.fit(y if kind.startswith("multilabel") else np.asarray(classes))
+            self.classes_ = self._binarizer.classes_
+        elif classes is not None and not np.array_equal(self.classes_, unique_labels(classes)):
+            raise ValueError(
+                f"`classes={classes!r}` is not the same as on last call to partial_fit, was: {self.classes_!r}"
+            )
+        return self._fit(X, y, sample_weight, incremental=True)
+
+    def _score_of(self, data: Data, weights: Any, biases: Any) -> float:
+        raw = predict(data.x, weights, biases, self.activation)
+        if not np.isfinite(raw).all():
+            return float("nan")
+        guess = raw.argmax(1) if self.out_activation_ == "softmax" else (raw > 0).astype(int)
+        return float(accuracy_score(data.y.astype(int), guess, sample_weight=data.weight))
+
+    def predict(self, X: Any) -> Array:
+        """The most probable class of every row; for several labels, a row of 0 and 1."""
+        raw = self._raw(X)
+        if self.out_activation_ == "softmax":
+            classes: Array = self.classes_[raw.argmax(1)]
+            return classes
+        out: Array = self._binarizer.inverse_transform(raw > 0 if raw.shape[1] > 1 else raw.ravel() > 0, threshold=0.5)
+        return out
+
+    def predict_proba(self, X: Any) -> Array:
+        """Probabilities, a column for each of ``classes_``."""
+        raw = self._raw(X)
+        if self.out_activation_ == "softmax":
+            return np.asarray(softmax(raw, axis=1))
+        _core.layer_forward(ACTIVATIONS["logistic"], raw, None, None, raw, get_num_threads())
+        return raw if raw.shape[1] > 1 else np.hstack([1 - raw, raw])
+
+    def predict_log_proba(self, X: Any) -> Array:
+        """The logarithms of :meth:`predict_proba`."""
+        with np.errstate(divide="ignore"):
+            return np.asarray(np.log(self.predict_proba(X)))
+
+
+class MLPRegressor(RegressorMixin, MLP):
+    r"""Multi-layer perceptron for numbers, minimising half the squared error. scikit-learn's, fitted by the fused step.
+
+    .. math::
+        h_0 = x, \qquad h_k = f(h_{k-1} W_k + b_k), \qquad \hat y = h_{K-1} W_K + b_K
+
+    Arguments, defaults and attributes of ``sklearn.neural_network.MLPRegressor``; ``loss`` may also be any of
+    ``"absolute_error"``, ``"huber"`` (with ``delta``) and ``"epsilon_insensitive"`` (with ``delta`` as its epsilon).
+    What is beyond, what is raised: see :class:`MLPClassifier`.
+
+    Example:
+        >>> import numpy as np
+        >>> from fusedopt.estimators import MLPRegressor
+        >>> X = np.linspace(-1, 1, 200)[:, None]
+        >>> y = np.sin(3 * X[:, 0])
+        >>> model = MLPRegressor(batch_size=32, learning_rate_init=0.01, random_state=0).fit(X, y)
+        >>> bool(model.score(X, y) > 0.95)
+        True
+    """
+
+    def __init__(
+        self,
+        loss: str = "squared_error",
+        hidden_layer_sizes: Any = (100,),
+        activation: str = "relu",
+        *,
+        solver: Any = "adam",
+        alpha: float = 0.0001,
+        batch_size: Any = "auto",
+        learning_rate: Any = "constant",
+        learning_rate_init: float = 0.001,
+        power_t: float = 0.5,
+        max_iter: int = 200,
+        shuffle: bool = True,
+        random_state: Any = None,
+        tol: float | None = 1e-4,
+        verbose: Any = False,
+        warm_start: bool = False,
+        momentum: float = 0.9,
+        nesterovs_momentum: bool = True,
+        early_stopping: bool = False,
+        validation_fraction: float = 0.1,
+        beta_1: float = 0.9,
+        beta_2: float = 0.999,
+        epsilon: float = 1e-8,
+        n_iter_no_change: int = 10,
+        max_fun: int = 15000,
+        delta: float = 1.0,
+        l1: float = 0.0,
+        dropout: float = 0.0,
+        batch_norm: bool = False,
+        max_grad_norm: float | None = None,
+        ema_decay: float | None = None,
+        augment: Any = None,
+        tol_params: float | None = None,
+        restore_best: bool = True,
+        checkpoint: Any = None,
+        progress: bool = False,
+    ) -> None:
+        self.loss = loss
+        self.hidden_layer_sizes = hidden_layer_sizes
+        self.activation = activation
+        self.solver = solver
+        self.alpha = alpha
+        self.batch_size = batch_size
+        self.learning_rate = learning_rate
+        self.learning_rate_init = learning_rate_init
+        self.power_t = power_t
+        self.max_iter = max_iter
+        self.shuffle = shuffle
+        self.random_state = random_state
+        self.tol = tol
+        self.verbose = verbose
+        self.warm_start = warm_start
+        self.momentum = momentum
+        self.nesterovs_momentum = nesterovs_momentum
+        self.early_stopping = early_stopping
+        self.validation_fraction = validation_fraction
+        self.beta_1 = beta_1
+        self.beta_2 = beta_2
+        self.epsilon = epsilon
+        self.n_iter_no_change = n_iter_no_change
+        self.max_fun = max_fun
+        self.delta = delta
+        self.l1 = l1
+        self.dropout = dropout
+        self.batch_norm = batch_norm
+        self.max_grad_norm = max_grad_norm
+        self.ema_decay = ema_decay
+        self.augment = augment
+        self.tol_params = tol_params
+        self.restore_best = restore_best
+        self.checkpoint = checkpoint
+        self.progress = progress
+
+    _LOSSES = {  # noqa: RUF012
+        "squared_error": "half_mse",
+        "poisson": "poisson",
+        "absolute_error": "mae",
+        "huber": "huber",
+        "epsilon_insensitive": "epsilon_insensitive",
+    }
+
+    def _fit(self, X: Any, y: Any, sample_weight: Any, incremental: bool) -> MLPRegressor:
+        self._check_settings()
+        check_choice("loss", self.loss, self._LOSSES)
+        check_number("delta", self.delta, POSITIVE)
+        first = not hasattr(self, "coefs_") or (not self.warm_start and not incremental)
+        X, y = validate_data(
+            self, X, y, accept_sparse=["csr"], multi_output=True, y_numeric=True, dtype=FLOATS, order="C", reset=first
+        )
+        if y.ndim == 2 and y.shape[1] == 1:
+            y = column_or_1d(y, warn=True)
+        weight = self._weights(sample_weight, X)
+        target = np.ascontiguousarray(y.reshape(len(y), -1), X.dtype)
+        self.out_activation_ = "exp" if self.loss == "poisson" else "identity"
+        loss = element_loss(self._LOSSES[self.loss], float(self.delta))
+        self._learn_network(X, target, weight, loss, target.shape[1], target.shape[1], incremental, None)
+        return self
+
+    def fit(self, X: Any, y: Any, sample_weight: Any = None) -> MLPRegressor:
+        """Fits to rows ``X`` (array or CSR matrix) and their values ``y`` (n,) or (n, outputs)."""
+        return self._fit(X, y, sample_weight, incremental=False)
+
+    @available_if(lambda est: est._partial())
+    def partial_fit(self, X: Any, y: Any, sample_weight: Any = None) -> MLPRegressor:
+        """One epoch over these rows."""
+        return self._fit(X, y, sample_weight, incremental=True)
+
+    def _values(self, raw: Array) -> Array:
+        values = np.exp(raw) if self.out_activation_ == "exp" else raw
+        return values.ravel() if values.shape[1] == 1 else values
+
+    def _score_of(self, data: Data, weights: Any, biases: Any) -> float:
+        values = self._values(predict(data.x, weights, biases, self.activation))
+        if not np.isfinite(values).all():
+            return float("nan")
+        return float(r2_score(data.y.reshape(values.shape), values, sample_weight=data.weight))
+
+    def predict(self, X: Any) -> Array:
+        """The value of every row, (n,) or (n, outputs)."""
+        return self._values(self._raw(X))

@@ -1,0 +1,145 @@
+"""What a fit steps by: the optimizer that ``solver`` names, and the learning rate of every step."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from ..numpy import Optimizer
+from ..rules import RULES
+
+_SMALLEST_ADAPTIVE = 1e-6  # where scikit-learn's adaptive rate ends
+_BY_LOWER = {name.lower(): name for name in RULES}
+
+
+def make_optimizer(
+    solver: Any,
+    params: Any,
+    lr: float,
+    *,
+    momentum: float,
+    nesterov: bool,
+    betas: tuple[float, float],
+    eps: float,
+    max_grad_norm: float | None,
+) -> Optimizer:
+    """The optimizer over ``params``; ``solver`` is a rule's name or a function of the parameters that makes one."""
+    if callable(solver):
+        opt = solver(params)
+        if not isinstance(opt, Optimizer):
+            raise TypeError(f"solver: expected a function that returns an optimizer of fusedopt, got {opt!r:.80}")
+        if len(opt.state) != 1 or opt.param_groups[0]["params"][0] is not params:
+            raise ValueError("solver: expected an optimizer over the array it was given")
+        if max_grad_norm is not None:
+            opt.max_grad_norm = max_grad_norm
+        return opt
+    rule = RULES[_BY_LOWER[solver]]
+    options: dict[str, Any] = {"lr": lr, "max_grad_norm": max_grad_norm}
+    if rule.name == "SGD":
+        options.update(momentum=momentum, nesterov=nesterov and momentum > 0)
+    elif "betas" in rule.defaults and "eps" in rule.defaults:
+        options.update(betas=betas, eps=eps)
+    import fusedopt
+
+    made: Optimizer = getattr(fusedopt, rule.name)(params, **options)
+    return made
+
+
+def solver_names() -> tuple[str, ...]:
+    """The words that ``solver`` may be."""
+    return tuple(_BY_LOWER)
+
+
+class Rate:
+    """The learning rate: one of scikit-learn's words, or a schedule, that is any function of the step from 0.
+
+    ``invscaling`` divides the first rate by a power of the steps (``per_step``, as in SGDRegressor), or of the samples
+    of all epochs so far (as in MLPClassifier); ``optimal`` is 1 / (alpha (t0 + step)); ``adaptive`` divides by 5 when
+    the fit no longer gets better. A schedule with ``observe``
+    is told the training loss of every epoch, or the validation score where its ``mode`` is ``"max"``.
+    """
+
+    def __init__(
+        self,
+        how: Any,
+        first: float,
+        power_t: float = 0.5,
+        *,
+        alpha: float = 0.0,
+        per_step: bool = False,
+        follows_solver: bool = False,
+    ):
+        self.how = copy.deepcopy(how) if callable(how) else how
+        self.current = first
+        self.first, self.power_t, self.alpha, self.per_step = first, power_t, alpha, per_step
+        self._keep = follows_solver and how == "constant"  # an optimizer from a function has a rate of its own
+
+    def apply(self, opt: Optimizer, step: int) -> float:
+        """Sets the rate of this step."""
+        if self._keep:
+            own = opt.param_groups[0]["lr"]
+            return float(own(step)) if callable(own) else float(own)
+        lr: float
+        if callable(self.how):
+            lr = float(self.how(step))
+        elif self.how == "optimal":
+            lr = 1.0 / (self.alpha * (1.0 / (self.alpha * self.first) + step))
+        elif self.how == "invscaling" and self.per_step:
+            lr = self.first / (step + 1) ** self.power_t
+        else:
+            lr = self.current
+        opt.param_groups[0]["lr"] = lr
+        return lr
+
+    def count(self, samples: int) -> None:
+        """An epoch is over."""
+        if self.how == "invscaling":
+            self.current = self.first / float(samples) ** self.power_t
+
+    def observe(self, loss: float, score: float | None) -> None:
+        """Tells a schedule that listens what the epoch gave."""
+        observe: Callable[[float], None] | None = getattr(self.how, "observe", None)
+        if observe is not None:
+            highest = getattr(self.how, "mode", "min") == "max"
+            if highest and score is None:
+                raise ValueError("learning_rate: mode='max' listens to the validation score: set early_stopping=True")
+            observe(score if highest and score is not None else loss)
+
+    def no_better(self) -> bool:
+        """The fit has stopped getting better: False if a lower rate was set, and it may go on."""
+        if self.how != "adaptive" or self.current <= _SMALLEST_ADAPTIVE:
+            return True
+        self.current /= 5.0
+        return False
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps."""
+        inner = self.how.state_dict() if hasattr(self.how, "state_dict") else {}
+        return {"current": self.current, "schedule": inner}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes over what :meth:`state_dict` gave."""
+        self.current = float(state["current"])
+        if state["schedule"]:
+            self.how.load_state_dict(state["schedule"])
+
+
+_CURVATURE = {"log_loss": 0.25, "squared_hinge": 2.0, "modified_huber": 2.0, "squared_epsilon_insensitive": 2.0}
+
+
+def highest_rate(loss: str, mean_square: float) -> float:
+    """What full batches of rows of this mean squared length bear: 1 / L, with L no less than the loss's curvature."""
+    return float(1.0 / (_CURVATURE.get(loss, 1.0) * max(mean_square, np.finfo(np.float64).tiny)))
+
+
+def first_optimal_rate(loss: str, alpha: float) -> float:
+    """Where ``optimal`` starts: Bottou's heuristic, as in scikit-learn."""
+    typical = math.sqrt(1.0 / math.sqrt(alpha))
+    slope = {"log_loss": 1.0 / (math.exp(-typical) + 1.0), "squared_hinge": 2 * (1 + typical)}.get(loss, 1.0)
+    if loss == "modified_huber":
+        slope = 4.0 if typical > 1 else 2 * (1 + typical)
+    return float(typical / max(1.0, slope))

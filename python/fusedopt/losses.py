@@ -1,0 +1,424 @@
+"""Losses for NumPy: value and gradient in one pass over memory. The arithmetic is cpp/losses.h.
+
+Every loss takes predictions and targets of one shape, float64 or float32, and returns ``(value, gradient)``, the
+gradient being that of the value with respect to the first argument. What they share:
+
+* ``reduction``: ``"mean"`` divides by the number of elements (rows, for :func:`softmax_cross_entropy`), or by the sum
+  of their weights; ``"sum"`` adds up; ``"none"`` keeps one value each, and the gradient is that of their sum.
+* ``sample_weight``: one number >= 0 for each row (the first dimension) or for each element; it multiplies the loss.
+* ``out``: a C-contiguous array of the predictions' shape and dtype that receives the gradient.
+
+Raises ``TypeError`` for a wrong kind of array, ``ValueError`` for a wrong shape, a target out of range or an option out
+of its range; the message names the argument, and nothing has been written. Inputs of any layout are taken and never
+written. The bits of a result do not depend on the instruction set or the number of threads.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from . import _core
+from .config import get_num_threads
+
+__all__ = [
+    "binary_cross_entropy",
+    "epsilon_insensitive",
+    "half_mse",
+    "hinge",
+    "huber",
+    "l1_penalty",
+    "l2_penalty",
+    "mae",
+    "modified_huber",
+    "mse",
+    "perceptron",
+    "poisson",
+    "softmax_cross_entropy",
+    "squared_epsilon_insensitive",
+    "squared_hinge",
+]
+
+Array = NDArray[Any]
+Value = Any  # a float, or an array with reduction="none"
+_INDEX: dict[str, int] = _core.element_losses()
+
+
+def _contiguous(x: Any, name: str) -> Array:
+    """An array as the kernels want it; they check dtypes and shapes."""
+    if not isinstance(x, np.ndarray) or isinstance(x, np.ma.MaskedArray):
+        raise TypeError(f"{name}: expected a NumPy array of float64 or float32, got {type(x).__name__}")
+    if not isinstance(x.dtype.type(), np.float64 | np.float32) or not x.dtype.isnative:
+        raise TypeError(f"{name}: expected float64 or float32, got {x.dtype.str if x.dtype.kind == 'f' else x.dtype}")
+    return x if x.flags.c_contiguous and x.flags.aligned else np.array(x, order="C", subok=False)
+
+
+def _weights(weight: Any, like: Array, name: str) -> Array | None:
+    if weight is None:
+        return None
+    w = np.asarray(weight)
+    if w.dtype.kind not in "fiub":
+        raise TypeError(f"{name}: expected numbers, got {w.dtype}")
+    w = np.ascontiguousarray(w, like.dtype)
+    if not bool(np.all(w >= 0)) or not bool(np.all(np.isfinite(w))):
+        raise ValueError(f"{name}: expected finite numbers >= 0")
+    return w
+
+
+def _gradient(out: Any, prediction: Array, inputs: tuple[Any, ...]) -> Array:
+    if out is None:
+        return np.empty_like(prediction, order="C", subok=False)
+    if not isinstance(out, np.ndarray):
+        raise TypeError(f"out: expected a NumPy array, got {type(out).__name__}")
+    if any(isinstance(x, np.ndarray) and np.may_share_memory(out, x) for x in inputs):
+        raise ValueError("out: shares memory with an input")
+    return out
+
+
+def _scale(reduction: str, count: int, total: float | None) -> float:
+    """What multiplies the sum of weighted losses."""
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f"reduction: expected 'mean', 'sum' or 'none', got {reduction!r}")
+    if reduction != "mean":
+        return 1.0
+    by = count if total is None else total
+    if by > 0:
+        return 1.0 / by
+    raise ValueError("sample_weight: expected a positive sum" if count else "expected at least one element to average")
+
+
+def _element(
+    name: str, prediction: Any, target: Any, weight: Any, reduction: str, out: Any, parameter: float = 0.0
+) -> tuple[Value, Array]:
+    p, y = _contiguous(prediction, "prediction"), _contiguous(target, "target")
+    w = _weights(weight, p, "sample_weight")
+    per = 1 if w is None or w.size == 0 else p.size // w.size
+    total = None if w is None else float(w.sum(dtype=np.float64)) * per
+    scale = _scale(reduction, p.size, total)
+    value = np.empty_like(p) if reduction == "none" else None
+    gradient = _gradient(out, p, (prediction, target, weight))
+    added = _core.element_loss(_INDEX[name], p, y, w, value, gradient, parameter, scale, get_num_threads())
+    return (added * scale if value is None else value), gradient
+
+
+def _positive(value: Any, name: str, zero: bool = False) -> float:
+    x = float(value)
+    if not (x >= 0 if zero else x > 0) or math.isinf(x):
+        raise ValueError(f"{name}: expected a number {'>=' if zero else '>'} 0, got {value!r}")
+    return x
+
+
+def mse(
+    prediction: Array,
+    target: Array,
+    *,
+    sample_weight: Any = None,
+    reduction: str = "mean",
+    out: Array | None = None,
+) -> tuple[Value, Array]:
+    r"""Mean squared error: :math:`\ell(p, y) = (p - y)^2`, as ``torch.nn.functional.mse_loss``.
+
+    Args:
+        prediction: any shape, float64 or float32.
+        target: of the same shape and dtype.
+        sample_weight, reduction, out: see the module.
+
+    Example:
+        >>> import numpy as np
+        >>> from fusedopt import losses
+        >>> losses.mse(np.array([1.0, 2.0]), np.array([0.0, 4.0]))
+        (2.5, array([ 1., -2.]))
+    """
+    return _element("mse", prediction, target, sample_weight, reduction, out)
+
+
+def half_mse(
+    prediction: Array,
+    target: Array,
+    *,
+    sample_weight: Any = None,
+    reduction: str = "mean",
+    out: Array | None = None,
+) -> tuple[Value, Array]:
+    r"""Half the squared error, so that the slope is the difference: :math:`\ell(p, y) = (p - y)^2 / 2`.
+
+    With ``reduction="mean"`` it is :math:`\frac{1}{2n} \sum (p_i - y_i)^2`, the cost of textbooks and of
+    scikit-learn's SGDRegressor and MLPRegressor. Arguments as in :func:`mse`.
+    """
+    return _element("half_mse", prediction, target, sample_weight, reduction, out)
+
+
+def mae(
+    prediction: Array,
+    target: Array,
+    *,
+    sample_weight: Any = None,
+    reduction: str = "mean",
+    out: Array | None = None,
+) -> tuple[Value, Array]:
+    r"""Mean absolute error: :math:`\ell(p, y) = |p - y|`, with slope 0 where they meet, as ``l1_loss`` of torch.
+
+    Arguments as in :func:`mse`.
+    """
+    return _element("mae", prediction, target, sample_weight, reduction, out)
+
+
+def huber(
+    prediction: Array,
+    target: Array,
+    *,
+    delta: float = 1.0,
+    sample_weight: Any = None,
+    reduction: str = "mean",
+    out: Array | None = None,
+) -> tuple[Value, Array]:
+    r"""Huber's loss: squared near the target, linear far from it, as ``huber_loss`` of torch.
+
+    .. math::
+        \ell(p, y) = (p - y)^2 / 2 \text{ if } |p - y| \le \delta, \qquad \delta (|p - y| - \delta / 2) \text{ else}
+
+    Args:
+        delta: :math:`\delta > 0`, where it becomes linear, in units of the target. The rest as in :func:`mse`.
+
+    Huber: Robust Estimation of a Location Parameter (Annals of Statistics 53, 1964).
+    """
+    parameter = _positive(delta, "delta")
+    return _element("huber", prediction, target, sample_weight, reduction, out, parameter)
+
+
+def epsilon_insensitive(
+    prediction: Array,
+    target: Array,
+    *,
+    epsilon: float = 0.1,
+    sample_weight: Any = None,
+    reduction: str = "mean",
+    out: Array | None = None,
+) -> tuple[Value, Array]:
+    r"""The loss of support vector regression: :math:`\ell(p, y) = \max(0, |p - y| - \epsilon)`.
+
+    Args:
+        epsilon: :math:`\epsilon \ge 0`, the error that costs nothing, in units of the target. The rest as in
+            :func:`mse`.
+
+    Vapnik: The Nature of Statistical Learning Theory (1995).
+    """
+    parameter = _positive(epsilon, "epsilon", zero=True)
+    return _element("epsilon_insensitive", prediction, target, sample_weight, reduction, out, parameter)
+
+
+def squared_epsilon_insensitive(
+    prediction: Array,
+    target: Array,
+    *,
+    epsilon: float = 0.1,
+    sample_weight: Any = None,
+    reduction: str = "mean",
+    out: Array | None = None,
+) -> tuple[Value, Array]:
+    r"""The square of :func:`epsilon_insensitive`: :math:`\ell(p, y) = \max(0, |p - y| - \epsilon)^2`."""
+    parameter = _positive(epsilon, "epsilon", zero=True)
+    return _element("squared_epsilon_insensitive", prediction, target, sample_weight, reduction, out, parameter)
+
+
+def poisson(
+    prediction: Array,
+    target: Array,
+    *,
+    sample_weight: Any = None,
+    reduction: str = "mean",
+    out: Array | None = None,
+) -> tuple[Value, Array]:
+    r"""The negative log likelihood of counts, from the logarithm of their rate: :math:`\ell(p, y) = e^p - y p`.
+
+    As ``torch.nn.functional.poisson_nll_loss`` with ``log_input=True``; what depends on y alone is left out.
+
+    Args:
+        prediction: :math:`p`, the log of the expected count.
+        target: :math:`y \ge 0`. The rest as in :func:`mse`.
+    """
+    return _element("poisson", prediction, target, sample_weight, reduction, out)
+
+
+def binary_cross_entropy(
+    prediction: Array,
+    target: Array,
+    *,
+    sample_weight: Any = None,
+    reduction: str = "mean",
+    out: Array | None = None,
+) -> tuple[Value, Array]:
+    r"""Cross-entropy of yes or no from logits, as ``binary_cross_entropy_with_logits`` of torch.
+
+    .. math::
+        \ell(p, y) = -y \log s(p) - (1 - y) \log(1 - s(p)) = \max(p, 0) - p y + \log(1 + e^{-|p|}), \qquad
+            s(p) = 1 / (1 + e^{-p})
+
+    Args:
+        prediction: logits :math:`p`, any size without overflow.
+        target: probabilities :math:`y \in [0, 1]`. The rest as in :func:`mse`.
+    """
+    return _element("binary_cross_entropy", prediction, target, sample_weight, reduction, out)
+
+
+def hinge(
+    prediction: Array,
+    target: Array,
+    *,
+    sample_weight: Any = None,
+    reduction: str = "mean",
+    out: Array | None = None,
+) -> tuple[Value, Array]:
+    r"""The loss of a support vector machine: :math:`\ell(p, y) = \max(0, 1 - y p)`, with slope 0 at the kink.
+
+    Args:
+        prediction: decision values :math:`p`.
+        target: signs :math:`y \in \{-1, 1\}`. The rest as in :func:`mse`.
+
+    Cortes, Vapnik: Support-Vector Networks (Machine Learning 20, 1995).
+    """
+    return _element("hinge", prediction, target, sample_weight, reduction, out)
+
+
+def squared_hinge(
+    prediction: Array,
+    target: Array,
+    *,
+    sample_weight: Any = None,
+    reduction: str = "mean",
+    out: Array | None = None,
+) -> tuple[Value, Array]:
+    r"""The square of :func:`hinge`, which is smooth: :math:`\ell(p, y) = \max(0, 1 - y p)^2`."""
+    return _element("squared_hinge", prediction, target, sample_weight, reduction, out)
+
+
+def modified_huber(
+    prediction: Array,
+    target: Array,
+    *,
+    sample_weight: Any = None,
+    reduction: str = "mean",
+    out: Array | None = None,
+) -> tuple[Value, Array]:
+    r""":func:`squared_hinge`, but linear for outliers.
+
+    .. math::
+        \ell(p, y) = \max(0, 1 - y p)^2 \text{ if } y p \ge -1, \qquad -4 y p \text{ else}
+
+    Arguments as in :func:`hinge`.
+
+    Zhang: Solving Large Scale Linear Prediction Problems Using Stochastic Gradient Descent Algorithms (ICML 2004).
+    """
+    return _element("modified_huber", prediction, target, sample_weight, reduction, out)
+
+
+def perceptron(
+    prediction: Array,
+    target: Array,
+    *,
+    sample_weight: Any = None,
+    reduction: str = "mean",
+    out: Array | None = None,
+) -> tuple[Value, Array]:
+    r"""The perceptron's loss: :math:`\ell(p, y) = \max(0, -y p)`. Arguments as in :func:`hinge`."""
+    return _element("perceptron", prediction, target, sample_weight, reduction, out)
+
+
+def softmax_cross_entropy(
+    logits: Array,
+    labels: Array,
+    *,
+    label_smoothing: float = 0.0,
+    class_weight: Any = None,
+    sample_weight: Any = None,
+    reduction: str = "mean",
+    out: Array | None = None,
+) -> tuple[Value, Array]:
+    r"""Cross-entropy of classes from logits, as ``torch.nn.functional.cross_entropy``.
+
+    .. math::
+        p_{ic} = e^{x_{ic}} / \sum_k e^{x_{ik}}, \qquad t_{ic} = w_c ((1 - \epsilon) y_{ic} + \epsilon / C), \qquad
+        \ell_i = -\sum_c t_{ic} \log p_{ic}
+
+    Args:
+        logits: :math:`x`, of shape (n, C), any size without overflow.
+        labels: n integers in [0, C), or the distributions :math:`y` of shape (n, C), of the logits' dtype.
+        label_smoothing: :math:`\epsilon \in [0, 1]`, the part of every target that is spread over all classes.
+        class_weight: :math:`w`, of shape (C,).
+        sample_weight: of shape (n,).
+        reduction, out: see the module. As in torch, the mean is over rows, and with integer labels a row's weight is
+            that of its class.
+
+    Example:
+        >>> import numpy as np
+        >>> from fusedopt import losses
+        >>> value, gradient = losses.softmax_cross_entropy(np.zeros((1, 2)), np.array([1]))
+        >>> round(value, 4), gradient
+        (0.6931, array([[ 0.5, -0.5]]))
+
+    Label smoothing: Szegedy et al.: Rethinking the Inception Architecture, arXiv 1512.00567.
+    """
+    x = _contiguous(logits, "logits")
+    smoothing = float(label_smoothing)
+    if not 0 <= smoothing <= 1:
+        raise ValueError(f"label_smoothing: expected a number in [0, 1], got {label_smoothing!r}")
+    if not isinstance(labels, np.ndarray) or isinstance(labels, np.ma.MaskedArray):
+        raise TypeError(f"labels: expected a NumPy array of integers or of distributions, got {type(labels).__name__}")
+    integers, targets = None, None
+    if labels.dtype.kind in "iu":
+        integers = np.ascontiguousarray(labels, np.int64)
+    else:
+        targets = _contiguous(labels, "labels")
+        if not bool(np.all(targets >= 0)):
+            raise ValueError("labels: expected probabilities >= 0")
+    w, classes = _weights(sample_weight, x, "sample_weight"), _weights(class_weight, x, "class_weight")
+    n = len(x) if x.ndim else 0
+    total = None
+    if integers is not None and classes is not None and integers.shape == (n,) and classes.ndim == 1:
+        inside = integers[(integers >= 0) & (integers < classes.size)]
+        if inside.size == n:  # else the kernel's message is the better one
+            rows = classes[inside].astype(np.float64)
+            total = float(rows.sum() if w is None or w.shape != (n,) else rows @ w)
+    elif w is not None:
+        total = float(w.sum(dtype=np.float64))
+    scale = _scale(reduction, n, total)
+    value = np.empty(n, x.dtype) if reduction == "none" else None
+    gradient = _gradient(out, x, (logits, labels))
+    added = _core.softmax_loss(x, integers, targets, classes, w, value, gradient, smoothing, scale, get_num_threads())
+    return (added * scale if value is None else value), gradient
+
+
+def _penalty(weights: Any, alpha: Any, out: Any, l1: float, l2: float) -> tuple[float, Array]:
+    w = _contiguous(weights, "weights")
+    strength = _positive(alpha, "alpha", zero=True)
+    fresh = out is None
+    gradient = _gradient(out, w, (weights,))
+    if fresh:
+        gradient.fill(0)
+    value = _core.penalty(w, gradient, l1 * strength, l2 * strength, 1.0, get_num_threads())
+    return value, gradient
+
+
+def l1_penalty(weights: Array, alpha: float, *, out: Array | None = None) -> tuple[float, Array]:
+    r"""The L1 penalty :math:`\alpha \sum |w|` and its (sub)gradient :math:`\alpha \operatorname{sign}(w)`.
+
+    Args:
+        weights: any shape, float64 or float32.
+        alpha: :math:`\alpha \ge 0`.
+        out: a gradient that the penalty's is added to; a new array if None.
+    """
+    return _penalty(weights, alpha, out, 1.0, 0.0)
+
+
+def l2_penalty(weights: Array, alpha: float, *, out: Array | None = None) -> tuple[float, Array]:
+    r"""The L2 penalty :math:`\alpha / 2 \sum w^2` and its gradient :math:`\alpha w`.
+
+    Args:
+        weights: any shape, float64 or float32.
+        alpha: :math:`\alpha \ge 0`.
+        out: a gradient that the penalty's is added to; a new array if None.
+    """
+    return _penalty(weights, alpha, out, 0.0, 1.0)

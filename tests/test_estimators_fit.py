@@ -1,0 +1,374 @@
+"""The fitting loop: stop rules, early stopping, repeatability to the bit, warm starts, copies, and checkpoints that
+survive a killed process and refuse damage."""
+
+import contextlib
+import copy
+import itertools
+import os
+import pickle
+import re
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import fusedopt
+from helpers import engine
+
+pytest.importorskip("sklearn")
+
+from sklearn.base import clone
+from sklearn.datasets import load_digits
+from sklearn.exceptions import ConvergenceWarning
+
+from fusedopt.estimators import LinearClassifier, LinearRegressor, MLPClassifier, MLPRegressor, Noise
+
+Array = np.ndarray[Any, Any]
+ALL = [MLPClassifier, MLPRegressor, LinearClassifier, LinearRegressor]
+
+
+@pytest.fixture(autouse=True)
+def _quiet() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Stochastic Optimizer: Maximum iterations")
+        yield
+
+
+@pytest.fixture(scope="module")
+def digits() -> tuple[Array, Array]:
+    x, y = load_digits(return_X_y=True)
+    return x / 16, y
+
+
+def params(model: Any) -> list[Array]:
+    return [*model.coefs_, *model.intercepts_] if hasattr(model, "coefs_") else [model.coef_, model.intercept_]
+
+
+def assert_same(one: Any, two: Any) -> None:
+    for a, b in zip(params(one), params(two), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert one.loss_curve_ == two.loss_curve_
+    assert one.validation_scores_ == two.validation_scores_
+
+
+# ---- stopping
+
+
+@pytest.mark.parametrize("make", ALL)
+def test_max_iter_stops_with_a_warning(make: Any, digits: tuple[Array, Array]) -> None:
+    with pytest.warns(ConvergenceWarning, match=r"Maximum iterations \(3\) reached"):
+        model = make(max_iter=3, random_state=0).fit(*digits)
+    assert model.n_iter_ == 3
+    assert len(model.loss_curve_) == len(model.history_["loss"]) == 3
+
+
+@pytest.mark.parametrize("make", ALL)
+def test_tol_stops_when_the_loss_no_longer_falls(make: Any, digits: tuple[Array, Array]) -> None:
+    mlp = make in (MLPClassifier, MLPRegressor)
+    model = make(tol=1e3, n_iter_no_change=4, random_state=0, momentum=0.9 if mlp else 0.0).fit(*digits)
+    assert model.n_iter_ == 4 + 1 + mlp  # the first epoch is better than none; scikit-learn's networks wait one more
+    if not mlp:  # momentum's swings are let pass: 100 steps at 9 an epoch
+        assert make(tol=1e3, n_iter_no_change=4, random_state=0).fit(*digits).n_iter_ == 12 + 1
+    never = make(tol=None, max_iter=30, random_state=0).fit(*digits)
+    assert never.n_iter_ == 30
+
+
+def test_tol_params_stops_when_the_parameters_rest(digits: tuple[Array, Array]) -> None:
+    x, y = digits
+    kept: list[Array] = []
+
+    class Watched(fusedopt.SGD):
+        def step(self, grads: Any) -> None:
+            super().step(grads)
+            kept.append(self.param_groups[0]["params"][0].copy())
+
+    how: dict[str, Any] = {"tol": None, "batch_size": "full", "max_iter": 400, "random_state": 0}
+    model = LinearClassifier(
+        "log_loss", solver=lambda p: Watched(p, lr=1.0), learning_rate="constant", tol_params=1e-3, **how
+    )
+    model.fit(x, y)
+    moved = [float(np.linalg.norm(b - a) / np.linalg.norm(a)) for a, b in itertools.pairwise(kept)]
+    assert 2 < model.n_iter_ == len(kept) < 400
+    assert moved[-1] <= 1e-3 < min(moved[:-1])
+
+
+def test_adaptive_divides_the_rate_until_it_is_tiny(digits: tuple[Array, Array]) -> None:
+    model = MLPClassifier((5,), solver="sgd", learning_rate="adaptive", tol=1e3, n_iter_no_change=1, random_state=0)
+    model.fit(*digits)
+    rates = model.history_["lr"]
+    np.testing.assert_allclose(np.unique(rates)[::-1], [1e-3 / 5**k for k in range(6)])
+
+
+@pytest.mark.parametrize("make", ALL)
+def test_early_stopping_ends_with_the_best_parameters(make: Any, digits: tuple[Array, Array]) -> None:
+    from sklearn.model_selection import train_test_split
+
+    x, y = digits
+    y = y > 4 if make in (MLPClassifier, LinearClassifier) else y
+    noisy: dict[str, Any] = {"early_stopping": True, "n_iter_no_change": 5, "random_state": 0, "max_iter": 200}
+    noisy.update({"learning_rate_init": 0.05} if make in (MLPClassifier, MLPRegressor) else {"eta0": 0.1})
+    if make in (LinearRegressor,):
+        noisy.update(learning_rate="constant")
+    best, last = make(**noisy).fit(x, y), make(restore_best=False, **noisy).fit(x, y)
+    scores = best.validation_scores_
+    assert best.best_validation_score_ == max(scores)
+    assert len(scores) == best.n_iter_ < 200
+    random = np.random.RandomState(0)
+    if make in (MLPClassifier, MLPRegressor):  # the weights are drawn before the rows
+        twin = make(max_iter=1, **{k: v for k, v in noisy.items() if k == "learning_rate_init"}, random_state=random)
+        from fusedopt.estimators._network import Network
+
+        Network([64, 100, 1], twin.activation, x.dtype).initialize(random)
+    rows = train_test_split(
+        np.arange(len(y)), random_state=random, test_size=0.1, stratify=y if y.dtype == bool else None
+    )[1]
+    assert best.score(x[rows], y[rows]) == pytest.approx(max(scores))
+    assert last.score(x[rows], y[rows]) == pytest.approx(scores[-1])
+    assert last.validation_scores_ == scores
+
+
+def test_a_validation_part_that_is_too_small_is_refused() -> None:
+    x, y = np.random.default_rng(0).standard_normal((10, 2)), np.arange(10.0)
+    with pytest.raises(ValueError, match="The validation set is too small"):
+        MLPRegressor(early_stopping=True).fit(x, y)
+    with pytest.raises(ValueError, match="partial_fit does not support early_stopping=True"):
+        MLPRegressor(early_stopping=True).partial_fit(x, y)
+
+
+def test_verbose_and_progress_tell(digits: tuple[Array, Array], capsys: pytest.CaptureFixture[str]) -> None:
+    MLPClassifier((5,), max_iter=2, early_stopping=True, verbose=True, progress=True, random_state=0).fit(*digits)
+    out, err = capsys.readouterr()
+    assert re.search(r"Iteration 2, loss = \d\.\d{8}\nValidation score: 0\.\d+", out)
+    if "tqdm" in sys.modules:
+        for word in ("2/2", "loss=", "lr=0.001", "score="):
+            assert word in err
+
+
+# ---- repeatability, continuation, copies
+
+
+OPTIONS: list[dict[str, Any]] = [{}, {"early_stopping": True}, {"ema_decay": 0.9, "max_grad_norm": 0.1}]
+NETWORK: list[dict[str, Any]] = [
+    {"dropout": 0.3, "batch_norm": True},
+    {"activation": "gelu", "augment": Noise(0.1), "l1": 1e-3},
+    {"solver": "sgd", "learning_rate": "adaptive", "tol": 0.05, "n_iter_no_change": 1},
+]
+
+
+def settings() -> Iterator[Any]:
+    for make in ALL:
+        for options in OPTIONS + (NETWORK if make in (MLPClassifier, MLPRegressor) else [{"average": 5}]):
+            if make is MLPRegressor:
+                options = {**options, "learning_rate_init": 1e-4}
+            yield pytest.param(make, options, id=f"{make.__name__}-{options}")
+
+
+@pytest.mark.parametrize(("make", "options"), list(settings()))
+def test_random_state_fixes_every_bit(make: Any, options: dict[str, Any], digits: tuple[Array, Array]) -> None:
+    how: dict[str, Any] = {"max_iter": 4, "batch_size": 64, **options}
+    one = make(random_state=5, **how).fit(*digits)
+    assert_same(one, make(random_state=5, **how).fit(*digits))
+    assert_same(one, clone(one).fit(*digits))
+    other = make(random_state=6, **how).fit(*digits)
+    assert not np.array_equal(params(one)[0], params(other)[0])
+    with engine(threads=1):
+        assert_same(one, make(random_state=5, **how).fit(*digits))
+
+
+@pytest.mark.parametrize(("make", "options"), list(settings()))
+def test_copies_predict_and_go_on_alike(make: Any, options: dict[str, Any], digits: tuple[Array, Array]) -> None:
+    x, y = digits
+    model = make(random_state=5, max_iter=3, batch_size=64, **options).fit(x, y)
+    copies = [pickle.loads(pickle.dumps(model)), copy.deepcopy(model)]
+    for other in copies:
+        np.testing.assert_array_equal(other.predict(x), model.predict(x))
+        assert_same(other, model)
+    if not options.get("early_stopping"):
+        for m in (model, *copies):
+            for _ in range(2):
+                m.partial_fit(x, y)
+        for other in copies:
+            assert_same(other, model)
+
+
+@pytest.mark.parametrize("make", ALL)
+def test_partial_fit_is_an_epoch_of_fit(make: Any, digits: tuple[Array, Array]) -> None:
+    x, y = digits
+    whole = make(random_state=0, max_iter=5, tol=None, shuffle=False).fit(x, y)
+    parts = make(random_state=0, shuffle=False)
+    for _ in range(5):
+        if make in (MLPClassifier, LinearClassifier):
+            parts.partial_fit(x, y, classes=np.arange(10))
+        else:
+            parts.partial_fit(x, y)
+        assert parts.n_iter_ == 1
+    assert_same(whole, parts)
+    assert parts.t_ == 5 * len(y)
+
+
+@pytest.mark.parametrize("make", ALL)
+def test_a_warm_start_goes_on_from_where_it_was(make: Any, digits: tuple[Array, Array]) -> None:
+    model = make(random_state=0, max_iter=3, warm_start=True, tol=None).fit(*digits)
+    first = [p.copy() for p in params(model)]
+    before = list(model.loss_curve_)
+    model.fit(*digits)
+    assert model.loss_curve_[:3] == before
+    assert len(model.loss_curve_) == 6
+    assert model.loss_ < before[-1]
+    assert not np.array_equal(params(model)[0], first[0])
+    cold = make(random_state=0, max_iter=3, tol=None).fit(*digits).fit(*digits)
+    assert cold.loss_curve_ == before
+
+
+# ---- checkpoints
+
+
+def options_of(make: Any) -> dict[str, Any]:
+    base: dict[str, Any] = {"max_iter": 8, "batch_size": 64, "random_state": 5, "tol": None, "early_stopping": True}
+    if make in (MLPClassifier, MLPRegressor):
+        base.update(hidden_layer_sizes=(20,), dropout=0.2, batch_norm=True, ema_decay=0.9, learning_rate_init=1e-4)
+    return base
+
+
+@pytest.mark.parametrize("make", ALL)
+@pytest.mark.parametrize("random_state", [5, None])
+def test_an_interrupted_fit_goes_on_to_the_same_bits(
+    make: Any, random_state: Any, digits: tuple[Array, Array], tmp_path: Path
+) -> None:
+    how, path = {**options_of(make), "random_state": random_state}, tmp_path / "fit.ckpt"
+    make(**{**how, "max_iter": 3}, checkpoint=path).fit(*digits)  # as far as an interrupted one has come
+    saved = path.read_bytes()
+    resumed = make(**how, checkpoint=path).fit(*digits)
+    path.write_bytes(saved)
+    again = make(**how, checkpoint=path).fit(*digits)
+    assert_same(resumed, again)
+    assert resumed.n_iter_ == 8
+    if random_state is not None:
+        assert_same(resumed, make(**how).fit(*digits))
+
+
+KILLED = """
+import sys, warnings, numpy as np
+warnings.simplefilter("ignore")
+from sklearn.datasets import load_digits
+from fusedopt.estimators import MLPClassifier
+x, y = load_digits(return_X_y=True)
+model = MLPClassifier((64,), max_iter=60, batch_size=32, tol=None, dropout=0.2, random_state=3,
+                      checkpoint=sys.argv[1], early_stopping=True, n_iter_no_change=1000)
+model.fit(x / 16, y)
+np.savez(sys.argv[2], *model.coefs_, *model.intercepts_, np.array(model.loss_curve_))
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs SIGKILL")
+def test_a_process_killed_at_any_moment_goes_on_to_the_same_bits(tmp_path: Path) -> None:
+    def run(name: str, epochs: int, delay: float) -> bool:
+        """To the end, or until SIGKILL a moment after the checkpoint has changed so often; whether it ended."""
+        path = tmp_path / f"{name}.ckpt"
+        with subprocess.Popen([sys.executable, "-c", KILLED, str(path), str(tmp_path / f"{name}.npz")]) as process:
+            changes, last, now, limit = 0, -1, -1, time.monotonic() + 200
+            while process.poll() is None and time.monotonic() < limit:
+                with contextlib.suppress(FileNotFoundError):  # for an instant the old one has gone aside
+                    now = path.stat().st_ino
+                changes, last = changes + (now != last), now
+                if epochs and changes > epochs:
+                    time.sleep(delay)
+                    process.send_signal(signal.SIGKILL)
+                    break
+                time.sleep(0.0005)
+            return process.wait() == 0
+
+    assert run("whole", 0, 0)
+    random, kills = np.random.default_rng(0), 0
+    while kills < 6 and not run("killed", int(random.integers(1, 5)), float(random.uniform(0, 0.02))):
+        kills += 1
+    assert kills >= 2
+    assert run("killed", 0, 0)
+    with np.load(tmp_path / "whole.npz") as want, np.load(tmp_path / "killed.npz") as got:
+        for name in want:
+            np.testing.assert_array_equal(got[name], want[name])
+
+
+def damage(how: str) -> Callable[[Path], None]:
+    def cut(path: Path) -> None:
+        path.write_bytes(path.read_bytes()[:-100])
+
+    def flip(path: Path) -> None:
+        raw = bytearray(path.read_bytes())
+        raw[len(raw) // 2] ^= 1
+        path.write_bytes(bytes(raw))
+
+    def head(path: Path) -> None:
+        raw = bytearray(path.read_bytes())
+        raw[40] ^= 1
+        path.write_bytes(bytes(raw))
+
+    def empty(path: Path) -> None:
+        path.write_bytes(b"")
+
+    return {"cut": cut, "flip": flip, "head": head, "empty": empty}[how]
+
+
+@pytest.mark.parametrize("how", ["cut", "flip", "head", "empty"])
+def test_a_damaged_checkpoint_is_refused_and_the_one_before_it_used(
+    how: str, digits: tuple[Array, Array], tmp_path: Path
+) -> None:
+    options, path = options_of(MLPClassifier), tmp_path / "fit.ckpt"
+    MLPClassifier(**{**options, "max_iter": 3}, checkpoint=path).fit(*digits)
+    previous = tmp_path / "fit.ckpt.previous"
+    assert previous.exists()
+    damage(how)(path)
+    bad = path.read_bytes()
+    with pytest.warns(UserWarning, match=r"fit\.ckpt: .*(damaged|head).* goes on from the one before it"):
+        resumed = MLPClassifier(**options, checkpoint=path).fit(*digits)
+    assert_same(resumed, MLPClassifier(**options).fit(*digits))
+    assert (tmp_path / "fit.ckpt.damaged").read_bytes() == bad
+
+    damage(how)(path)
+    damage(how)(previous)
+    kept = path.read_bytes(), previous.read_bytes()
+    with pytest.raises(ValueError, match=r"checkpoint: .*fit\.ckpt.*damaged.*Delete it to begin anew"):
+        MLPClassifier(**options, checkpoint=path).fit(*digits)
+    assert (path.read_bytes(), previous.read_bytes()) == kept
+
+
+def test_a_checkpoint_of_another_fit_is_refused(digits: tuple[Array, Array], tmp_path: Path) -> None:
+    x, y = digits
+    options, path = options_of(MLPClassifier), tmp_path / "fit.ckpt"
+    MLPClassifier(**options, checkpoint=path).fit(x, y)
+    kept = path.read_bytes()
+    for model, data in (
+        (MLPClassifier(**{**options, "alpha": 0.5}, checkpoint=path), (x, y)),
+        (MLPClassifier(**options, checkpoint=path), (x + 1e-9, y)),
+        (MLPClassifier(**options, checkpoint=path), (x, (y + 1) % 10)),
+    ):
+        with pytest.raises(ValueError, match="was written by a fit with other settings or other data"):
+            model.fit(*data)
+    assert path.read_bytes() == kept
+    finished = MLPClassifier(**options, checkpoint=path).fit(x, y)  # nothing is left to do
+    assert_same(finished, MLPClassifier(**options).fit(x, y))
+
+
+def test_a_write_that_fails_leaves_the_checkpoint(
+    digits: tuple[Array, Array], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options, path = options_of(MLPClassifier), tmp_path / "fit.ckpt"
+    MLPClassifier(**{**options, "max_iter": 3}, checkpoint=path).fit(*digits)
+    kept = path.read_bytes()
+
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        MLPClassifier(**options, checkpoint=path).fit(*digits)
+    monkeypatch.undo()
+    assert path.read_bytes() == kept
+    assert_same(MLPClassifier(**options, checkpoint=path).fit(*digits), MLPClassifier(**options).fit(*digits))
