@@ -36,6 +36,7 @@ class _SupportsDLPack(Protocol):
 _Array: TypeAlias = NDArray[Any] | _SupportsDLPack
 _Arrays: TypeAlias = _Array | Sequence[_Array]
 _Steps: TypeAlias = SupportsIndex | Sequence[SupportsIndex]
+_Timed: TypeAlias = float | Callable[[int], float]
 _Params: TypeAlias = NDArray[Any] | Sequence[NDArray[Any]] | Mapping[Any, NDArray[Any]] | Sequence[Mapping[str, Any]]
 _Grads: TypeAlias = _Array | Sequence[_Array | Sequence[_Array | None] | None] | Mapping[Any, _Array | None]
 
@@ -59,6 +60,8 @@ from typing import Any, overload
 
 import torch
 from torch.optim.optimizer import Optimizer, ParamsT
+
+from .torch_schedule import ScheduledLR as ScheduledLR
 
 {all}
 
@@ -137,7 +140,8 @@ def _class(rule: Rule, bases: str, init: Any, kinds: dict[str, str]) -> str:
 
 def numpy_stub() -> str:
     """fusedopt/numpy.pyi."""
-    kinds = {"params": "_Params", "lr": "float | Callable[[int], float]", "max_grad_norm": "float | None"}
+    kinds = {"params": "_Params", "betas": "tuple[_Timed, _Timed]", "max_grad_norm": "float | None"}
+    kinds |= dict.fromkeys(("lr", "momentum", "weight_decay"), "_Timed")
     parts = [NUMPY.replace("{all}", _all(importlib.import_module("fusedopt.numpy").__all__))]
     for rule in RULES.values():
         parameters = _parameters(getattr(fusedopt, rule.function), {"step": "_Steps"})

@@ -35,6 +35,7 @@ class _SupportsDLPack(Protocol):
 _Array: TypeAlias = NDArray[Any] | _SupportsDLPack
 _Arrays: TypeAlias = _Array | Sequence[_Array]
 _Steps: TypeAlias = SupportsIndex | Sequence[SupportsIndex]
+_Timed: TypeAlias = float | Callable[[int], float]
 _Params: TypeAlias = NDArray[Any] | Sequence[NDArray[Any]] | Mapping[Any, NDArray[Any]] | Sequence[Mapping[str, Any]]
 _Grads: TypeAlias = _Array | Sequence[_Array | Sequence[_Array | None] | None] | Mapping[Any, _Array | None]
 
@@ -72,11 +73,11 @@ class SGD(Optimizer):
     def __init__(
         self,
         params: _Params,
-        lr: float | Callable[[int], float] = 0.001,
+        lr: _Timed = 0.001,
         *,
-        momentum: float = 0.0,
+        momentum: _Timed = 0.0,
         dampening: float = 0.0,
-        weight_decay: float = 0.0,
+        weight_decay: _Timed = 0.0,
         nesterov: bool = False,
         maximize: bool = False,
         max_grad_norm: float | None = None,
@@ -102,10 +103,10 @@ class Adagrad(Optimizer):
     def __init__(
         self,
         params: _Params,
-        lr: float | Callable[[int], float] = 0.01,
+        lr: _Timed = 0.01,
         *,
         lr_decay: float = 0.0,
-        weight_decay: float = 0.0,
+        weight_decay: _Timed = 0.0,
         initial_accumulator_value: float = 0.0,
         eps: float = 1e-10,
         maximize: bool = False,
@@ -135,12 +136,12 @@ class RMSprop(Optimizer):
     def __init__(
         self,
         params: _Params,
-        lr: float | Callable[[int], float] = 0.01,
+        lr: _Timed = 0.01,
         *,
         alpha: float = 0.99,
         eps: float = 1e-08,
-        weight_decay: float = 0.0,
-        momentum: float = 0.0,
+        weight_decay: _Timed = 0.0,
+        momentum: _Timed = 0.0,
         centered: bool = False,
         maximize: bool = False,
         max_grad_norm: float | None = None,
@@ -170,11 +171,11 @@ class Adam(Optimizer):
     def __init__(
         self,
         params: _Params,
-        lr: float | Callable[[int], float] = 0.001,
+        lr: _Timed = 0.001,
         *,
-        betas: tuple[float, float] = (0.9, 0.999),
+        betas: tuple[_Timed, _Timed] = (0.9, 0.999),
         eps: float = 1e-08,
-        weight_decay: float = 0.0,
+        weight_decay: _Timed = 0.0,
         amsgrad: bool = False,
         maximize: bool = False,
         decoupled_weight_decay: bool = False,
@@ -204,11 +205,11 @@ class AdamW(Optimizer):
     def __init__(
         self,
         params: _Params,
-        lr: float | Callable[[int], float] = 0.001,
+        lr: _Timed = 0.001,
         *,
-        betas: tuple[float, float] = (0.9, 0.999),
+        betas: tuple[_Timed, _Timed] = (0.9, 0.999),
         eps: float = 1e-08,
-        weight_decay: float = 0.01,
+        weight_decay: _Timed = 0.01,
         amsgrad: bool = False,
         maximize: bool = False,
         max_grad_norm: float | None = None,
@@ -238,11 +239,11 @@ class NAdam(Optimizer):
     def __init__(
         self,
         params: _Params,
-        lr: float | Callable[[int], float] = 0.002,
+        lr: _Timed = 0.002,
         *,
-        betas: tuple[float, float] = (0.9, 0.999),
+        betas: tuple[_Timed, _Timed] = (0.9, 0.999),
         eps: float = 1e-08,
-        weight_decay: float = 0.0,
+        weight_decay: _Timed = 0.0,
         momentum_decay: float = 0.004,
         decoupled_weight_decay: bool = False,
         maximize: bool = False,
@@ -271,11 +272,11 @@ class RAdam(Optimizer):
     def __init__(
         self,
         params: _Params,
-        lr: float | Callable[[int], float] = 0.001,
+        lr: _Timed = 0.001,
         *,
-        betas: tuple[float, float] = (0.9, 0.999),
+        betas: tuple[_Timed, _Timed] = (0.9, 0.999),
         eps: float = 1e-08,
-        weight_decay: float = 0.0,
+        weight_decay: _Timed = 0.0,
         decoupled_weight_decay: bool = False,
         maximize: bool = False,
         max_grad_norm: float | None = None,
@@ -302,11 +303,11 @@ class Adamax(Optimizer):
     def __init__(
         self,
         params: _Params,
-        lr: float | Callable[[int], float] = 0.002,
+        lr: _Timed = 0.002,
         *,
-        betas: tuple[float, float] = (0.9, 0.999),
+        betas: tuple[_Timed, _Timed] = (0.9, 0.999),
         eps: float = 1e-08,
-        weight_decay: float = 0.0,
+        weight_decay: _Timed = 0.0,
         maximize: bool = False,
         max_grad_norm: float | None = None,
     ) -> None: ...
@@ -331,11 +332,11 @@ class Adadelta(Optimizer):
     def __init__(
         self,
         params: _Params,
-        lr: float | Callable[[int], float] = 1.0,
+        lr: _Timed = 1.0,
         *,
         rho: float = 0.9,
         eps: float = 1e-06,
-        weight_decay: float = 0.0,
+        weight_decay: _Timed = 0.0,
         maximize: bool = False,
         max_grad_norm: float | None = None,
     ) -> None: ...
@@ -358,10 +359,10 @@ class Lion(Optimizer):
     def __init__(
         self,
         params: _Params,
-        lr: float | Callable[[int], float] = 0.0001,
+        lr: _Timed = 0.0001,
         *,
-        betas: tuple[float, float] = (0.9, 0.99),
-        weight_decay: float = 0.0,
+        betas: tuple[_Timed, _Timed] = (0.9, 0.99),
+        weight_decay: _Timed = 0.0,
         maximize: bool = False,
         max_grad_norm: float | None = None,
     ) -> None: ...

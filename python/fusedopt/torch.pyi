@@ -6,6 +6,8 @@ from typing import Any, overload
 import torch
 from torch.optim.optimizer import Optimizer, ParamsT
 
+from .torch_schedule import ScheduledLR as ScheduledLR
+
 __all__ = [
     "SGD",
     "Adadelta",
