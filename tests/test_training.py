@@ -5,7 +5,7 @@ import csv
 import json
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,15 @@ def plain_data(n: int = 64, batch: int = 16) -> list[Any]:
 
 
 CROSS_ENTROPY = torch.nn.functional.cross_entropy
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Networks this small gain nothing from more, and lose much where the cores are busy."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def trainer_of(model: Any, **options: Any) -> Trainer:
@@ -570,6 +579,10 @@ def test_data_and_lengths_that_make_no_sense_are_refused() -> None:
     trainer = trainer_of(network())
     with pytest.raises(ValueError, match="epochs"):
         trainer.fit(plain_data())
+    with pytest.raises(ValueError, match="epochs"):
+        trainer.fit(plain_data(), epochs=0)
+    with pytest.raises(ValueError, match="steps"):
+        trainer.fit(plain_data(), steps=1.5)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="train"):
         trainer.fit([], epochs=1)
     with pytest.raises(ValueError, match="again"):

@@ -25,6 +25,7 @@ from .training_log import Callback, Logger, loggers, progress_bar
 from .training_state import (
     PRECISIONS,
     PathLike,
+    check_counts,
     check_options,
     distribute,
     gathered,
@@ -189,6 +190,7 @@ class Trainer:
         """
         if epochs is None and steps is None:
             raise ValueError("epochs, steps: expected at least one of the two")
+        check_counts({"epochs": epochs, "steps": steps})
         self.stop = False
         if resume:
             self._resume()
@@ -250,9 +252,7 @@ class Trainer:
             if ended or done():
                 return
         if not self._batch:
-            raise ValueError(
-                "train: no batch in this epoch; expected what can be iterated over again, and is not empty"
-            )
+            raise ValueError("train: no batch in this epoch; expected data that can be iterated over again")
         self.epoch, self._batch = self.epoch + 1, 0
         if not self._every:
             self._row(validation)
@@ -268,6 +268,7 @@ class Trainer:
         """Forward and backward for each batch, then one step; the loss."""
         sizes = [size_of(batch) for batch in group]
         total = 0.0
+        self.optimizer.zero_grad()
         for i, (batch, size) in enumerate(zip(group, sizes, strict=True)):
             quiet = self._net is not self.model and i < len(group) - 1  # gradients are averaged with the last batch
             with self._net.no_sync() if quiet else contextlib.nullcontext():  # type: ignore[operator]
@@ -288,7 +289,6 @@ class Trainer:
         self._scaler.update()
         if getattr(self.optimizer, "last_grad_norm", None) is not None:
             self._norm = float(self.optimizer.last_grad_norm)  # type: ignore[attr-defined]
-        self.optimizer.zero_grad()
         if self._scaler.get_scale() >= scale:  # else the step was skipped
             if self._by == "step" and not isinstance(self.schedule, ReduceLROnPlateau | None):
                 self.schedule.step()
@@ -392,12 +392,12 @@ class Trainer:
     def _save(self, train: Any) -> None:
         if self._checkpoint is None:
             return
-        rng = gathered((rng_state(train), self._epoch_rng))
+        own = gathered((rng_state(train), self._epoch_rng, self._sum, self._rows_seen))
         if processes()[0] == 0:
             parts = {"model": self.model, "optimizer": self.optimizer, "schedule": self.schedule, "ema": self.ema}
             place = {name: getattr(self, name) for name in _PLACE}
             value = {name: None if part is None else part.state_dict() for name, part in parts.items()}
-            value |= {"format": "fusedopt.Trainer 1", "scaler": self._scaler.state_dict(), "place": place, "rng": rng}
+            value |= {"format": "fusedopt.Trainer 1", "scaler": self._scaler.state_dict(), "place": place, "own": own}
             write_checkpoint(value, self._checkpoint)
         if processes()[1] > 1:
             distributed.barrier()
@@ -417,8 +417,8 @@ class Trainer:
             raise value
         if value is None:
             return
-        if len(value["rng"]) != world:
-            raise ValueError(f"checkpoint: written by {len(value['rng'])} processes; this is one of {world}")
+        if len(value["own"]) != world:
+            raise ValueError(f"checkpoint: written by {len(value['own'])} processes; this is one of {world}")
         for name in ("schedule", "ema"):
             if (value[name] is None) != (getattr(self, name) is None):
                 raise ValueError(
@@ -432,10 +432,10 @@ class Trainer:
             self._scaler.load_state_dict(value["scaler"])
         for name, one in value["place"].items():
             setattr(self, name, one)
-        self._saved_rng, self._epoch_rng = value["rng"][rank]
+        self._saved_rng, self._epoch_rng, self._sum, self._rows_seen = value["own"][rank]
 
 
-_PLACE = ("epoch", "step", "_batch", "_bad", "rows", "best", "stop", "_sum", "_rows_seen", "_norm")
+_PLACE = ("epoch", "step", "_batch", "_bad", "rows", "best", "stop", "_norm")
 
 
 def fit(
