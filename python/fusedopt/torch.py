@@ -669,7 +669,7 @@ for _rule in RULES.values():
     __all__.append(_rule.name)
 
 
-_ELSEWHERE = {"ScheduledLR": "torch_schedule", "Callback": "training", "Trainer": "training", "fit": "training"}
+_ELSEWHERE = {"ScheduledLR": "torch_schedule", "Callback": "training_log", "Trainer": "training", "fit": "training"}
 """What is reached from here and loaded when it is asked for."""
 
 

@@ -7,9 +7,9 @@ import torch
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from .torch_schedule import ScheduledLR as ScheduledLR
-from .training import Callback as Callback
 from .training import Trainer as Trainer
 from .training import fit as fit
+from .training_log import Callback as Callback
 
 __all__ = [
     "SGD",

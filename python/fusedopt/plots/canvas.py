@@ -47,3 +47,8 @@ def finish(figure: Figure, path: PathLike | None) -> Figure:
     if path is not None:
         figure.savefig(path, dpi=150, facecolor="white")
     return figure
+
+
+def legend(figure: Figure, columns: int = 4) -> None:
+    """The legend of all axes, below the picture, where it hides nothing."""
+    figure.legend(frameon=False, loc="outside lower left", ncols=columns, fontsize=9)
