@@ -6,6 +6,8 @@ import io
 import itertools
 import math
 import pickle
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -196,6 +198,12 @@ def test_a_schedule_can_be_pickled_copied_and_compared(schedule: Schedule) -> No
     before = [schedule(t) for t in range(60)]
     schedule.observe(1.0)
     assert [schedule(t) for t in range(60)] == before
+
+
+def test_importing_schedules_loads_nothing_heavy() -> None:
+    code = "import fusedopt.schedules, sys; print([m for m in ('torch', 'matplotlib', 'sklearn') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    assert done.stdout == "[]\n"
 
 
 def test_every_schedule_is_tested() -> None:

@@ -5,7 +5,7 @@ is asked for.
 """
 
 from .benchmarks import bandwidth, save_all, sizes, speedups
-from .results import confusion_matrix, fit, predictions, roc
+from .results import confusion_matrix, fit, grid, predictions, roc
 from .training import compare, history, losses, schedule, surface
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "compare",
     "confusion_matrix",
     "fit",
+    "grid",
     "history",
     "losses",
     "predictions",

@@ -89,7 +89,6 @@ def confusion_matrix(
         labels: the classes, in the order in which they are drawn.
         title: its title.
     """
-    from matplotlib.colors import LinearSegmentedColormap
     from sklearn.metrics import ConfusionMatrixDisplay  # type: ignore[import-untyped, unused-ignore]
 
     n = len(np.unique(np.asarray(y_true))) if labels is None else len(labels)
@@ -97,7 +96,7 @@ def confusion_matrix(
     axes = plain(figure.add_subplot())
     ConfusionMatrixDisplay.from_predictions(
         y_true, y_pred, labels=labels, ax=axes, colorbar=False,
-        cmap=LinearSegmentedColormap.from_list("ours", ["#ffffff", OURS]), text_kw={"fontsize": 9},
+        cmap=_shades(), text_kw={"fontsize": 9},
     )  # fmt: skip
     axes.spines[:].set_visible(False)
     return finish(figure, path)
@@ -123,3 +122,42 @@ def roc(curves: Any, path: PathLike | None = None, *, title: str = "Receiver ope
     axes.grid(color=GRID)
     axes.legend(frameon=False, loc="lower right")
     return finish(figure, path)
+
+
+def grid(
+    values: Any,
+    rows: Sequence[str],
+    columns: Sequence[str],
+    path: PathLike | None = None,
+    *,
+    title: str = "Accuracy",
+    xlabel: str = "",
+) -> Figure:
+    """A table of numbers, such as the scores of a search over two settings; the higher, the darker.
+
+    Args:
+        values: shape (rows, columns).
+        rows: what stands for each row.
+        columns: what stands for each column; ``xlabel`` is their name.
+        path: where the picture is saved, if it is.
+        title: its title.
+    """
+    table = np.asarray(values, float)
+    figure = sheet(title, 1.8 + 0.55 * len(rows), 2.6 + 1.1 * len(columns))
+    axes = plain(figure.add_subplot())
+    least, most = np.nanquantile(table, 0.25), np.nanmax(table)  # the best differ by little: show them apart
+    axes.imshow(table, cmap=_shades(), aspect="auto", vmin=least, vmax=most)
+    middle = (least + most) / 2
+    for (i, j), value in np.ndenumerate(table):
+        axes.text(j, i, f"{value:.3f}", ha="center", va="center", color="white" if value > middle else INK)
+    axes.set_xticks(range(len(columns)), columns)
+    axes.set_yticks(range(len(rows)), rows)
+    axes.set_xlabel(xlabel)
+    axes.spines[:].set_visible(False)
+    return finish(figure, path)
+
+
+def _shades() -> Any:
+    from matplotlib.colors import LinearSegmentedColormap
+
+    return LinearSegmentedColormap.from_list("ours", ["#ffffff", OURS])

@@ -96,6 +96,8 @@ def _curves(axes: Axes, label: str, columns: Columns, names: Sequence[str]) -> N
         axes.legend(frameon=False, fontsize=9)
     finite = np.concatenate([np.asarray(columns[name], float) for name in names])
     finite = finite[np.isfinite(finite)]
+    if label == "learning rate":
+        axes.set_ylim(bottom=0)
     if label == "loss" and len(finite) and finite.min() > 0 and finite.max() > 20 * finite.min():
         axes.set_yscale("log")
 
