@@ -1,6 +1,7 @@
 """The torch training loop in one process: against a loop by hand, resumed to the same bits, stopped, logged, refused.
 Processes that are killed, and several at once: test_training_processes.py."""
 
+import contextlib
 import csv
 import json
 import math
@@ -167,6 +168,25 @@ def test_the_moving_average_is_kept_and_validated() -> None:
     assert trainer.history["val_loss"][-1] == pytest.approx(expected)
 
 
+def test_an_average_inside_the_step_is_validated_and_restored() -> None:
+    model, data = network(), plain_data()
+    opt = optim.SGD(model.parameters(), lr=0.1, momentum=0.9, ema_decay=0.9)
+    trainer = Trainer(model, CROSS_ENTROPY, opt).fit(data, data, epochs=4)
+    with opt.ema_parameters(), torch.no_grad():
+        model.eval()
+        expected = np.mean([float(CROSS_ENTROPY(model(x), y)) for x, y in data])
+        averages = {k: v.clone() for k, v in model.state_dict().items()}
+    assert trainer.history["val_loss"][-1] == pytest.approx(expected)
+    assert not torch.equal(model[0].weight, averages["0.weight"])
+    other = network()
+    opt = optim.SGD(other.parameters(), lr=0.1, momentum=0.9, ema_decay=0.9)
+    score = iter([1.0, 2.0, 3.0, 4.0])
+    metrics = {"m": lambda output, target: next(score)}
+    options: dict[str, Any] = {"metrics": metrics, "monitor": "val_m", "mode": "max", "restore_best": True}
+    Trainer(other, CROSS_ENTROPY, opt, **options).fit(data, data, epochs=4)
+    assert_same_state(other.state_dict(), averages)
+
+
 @pytest.mark.parametrize("precision", ["bfloat16", "float16"])
 def test_mixed_precision_computes_in_16_bits_and_learns(precision: str) -> None:
     seen = set()
@@ -219,7 +239,7 @@ def test_early_stopping_and_the_best_weights(restore: bool) -> None:
     scores = iter([0.5, 0.7, 0.6, 0.69, 0.71, 0.1, 0.2, 0.705, 0.3])
     model, seen = network(), []
     trainer = trainer_of(
-        model, metrics={"score": lambda output, target: next(scores)}, monitor="val_score", mode="max", patience=2,
+        model, metrics={"score": lambda output, target: next(scores)}, monitor="val_score", mode="max", patience=3,
         restore_best=restore, callbacks=[lambda trainer, row: seen.append(trainer.model[0].weight.clone())],
     )  # fmt: skip
     trainer.fit(plain_data(), plain_data(), epochs=100)
@@ -231,7 +251,7 @@ def test_early_stopping_and_the_best_weights(restore: bool) -> None:
 def test_a_minimal_improvement_may_be_asked_for() -> None:
     scores = iter([1.0, 0.95, 0.91, 0.85, 0.8])
     trainer = trainer_of(
-        network(), metrics={"m": lambda o, t: next(scores)}, monitor="val_m", patience=1, min_delta=0.1
+        network(), metrics={"m": lambda o, t: next(scores)}, monitor="val_m", patience=2, min_delta=0.1
     )
     trainer.fit(plain_data(), plain_data(), epochs=5)
     assert trainer.history["val_m"] == [1.0, 0.95, 0.91]
@@ -374,6 +394,36 @@ def test_a_training_that_was_interrupted_ends_with_the_same_bits(tmp_path: Path,
     with open(tmp_path / "part.csv") as part, open(tmp_path / "whole.csv") as file:
         strip = [[{**row, "seconds": ""} for row in csv.DictReader(lines)] for lines in (part, file)]
     assert strip[0] == strip[1]
+
+
+@pytest.mark.parametrize("name", ["StepLR", "OneCycleLR", "ReduceLROnPlateau", "SequentialLR", "LambdaLR"])
+def test_torchs_schedulers_are_resumed_with_the_training(tmp_path: Path, name: str) -> None:
+    lr = torch.optim.lr_scheduler
+    makers: dict[str, Callable[[Any], Any]] = {
+        "StepLR": lambda opt: lr.StepLR(opt, 3, 0.5),
+        "OneCycleLR": lambda opt: lr.OneCycleLR(opt, 0.1, total_steps=21),
+        "ReduceLROnPlateau": lambda opt: lr.ReduceLROnPlateau(opt, factor=0.5, patience=0),
+        "SequentialLR": lambda opt: lr.SequentialLR(opt, [lr.ConstantLR(opt, 1.0), lr.ExponentialLR(opt, 0.9)], [5]),
+        "LambdaLR": lambda opt: lr.LambdaLR(opt, lambda step: 1 / (step + 1)),
+    }
+
+    def train(path: Path, stop: int | None, resume: bool) -> Trainer:
+        model = network()
+        opt = optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        callbacks = [] if stop is None else [StopAt(stop)]
+        trainer = Trainer(
+            model, CROSS_ENTROPY, opt, schedule=makers[name](opt), checkpoint=path, checkpoint_every=1,
+            callbacks=callbacks,
+        )  # fmt: skip
+        with pytest.raises(Stopped) if stop is not None else contextlib.nullcontext():
+            trainer.fit(plain_data(), plain_data(), epochs=5, resume=resume)
+        return trainer
+
+    whole = train(tmp_path / "whole.pt", None, False)
+    train(tmp_path / "part.pt", 7, False)
+    part = train(tmp_path / "part.pt", None, True)
+    assert part.history["lr"] == whole.history["lr"]
+    assert_same_state(part.model.state_dict(), whole.model.state_dict())
 
 
 def test_a_training_with_workers_ends_with_the_same_bits(tmp_path: Path) -> None:
@@ -562,7 +612,7 @@ def test_a_loss_that_is_not_finite_stops_with_advice(tmp_path: Path) -> None:
         ({"accumulate": 1.5}, "accumulate"),
         ({"every": 0}, "every"),
         ({"checkpoint_every": True}, "checkpoint_every"),
-        ({"patience": -1}, "patience"),
+        ({"patience": 0}, "patience"),
         ({"max_grad_norm": 0.0}, "max_grad_norm"),
         ({"ema_decay": 1.0}, "ema_decay"),
         ({"schedule": 0.1}, "schedule"),

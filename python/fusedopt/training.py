@@ -60,6 +60,8 @@ class Trainer:
         accumulate: batches for one step; their gradients are those of one large batch.
         max_grad_norm: gradients are clipped to this global norm; inside the step where the optimizer is ours.
         ema_decay: keep an exponential moving average of weights and buffers, ``trainer.ema.module``, and validate it.
+            An optimizer of ours with ``ema_decay`` averages the weights inside its step: they are validated, too, and
+            are what ``restore_best`` puts back.
         every: steps from one row to the next; None for an epoch.
         monitor: what early stopping and schedules listen to; by default ``val_loss``, or ``loss`` without validation.
         mode: ``"min"`` or ``"max"``: which is better.
@@ -321,7 +323,7 @@ class Trainer:
         was_training, total, rows = net.training, 0.0, 0
         outputs: list[Any] = []
         net.eval()
-        with torch.no_grad():
+        with self._averaged(), torch.no_grad():
             for batch in share(data, train=False):
                 with self._autocast():
                     loss, output, target = self.forward(net, self._moved(batch))
@@ -335,11 +337,16 @@ class Trainer:
             raise ValueError("validation: no batch; expected data that can be iterated over again")
         values = {"loss": sum(part[0] for part in parts) / rows}
         if self.metrics:
-            output, target = (
-                torch.cat(each) for each in zip(*(pair for part in parts for pair in part[2]), strict=True)
-            )
+            pairs = [pair for part in parts for pair in part[2]]
+            output, target = (torch.cat(each) for each in zip(*pairs, strict=True))
             values.update({name: float(metric(output, target)) for name, metric in self.metrics.items()})
         return values
+
+    def _averaged(self) -> contextlib.AbstractContextManager[Any]:
+        """Puts the averages that the optimizer keeps inside its step, if it does, into the model."""
+        if any(group.get("ema_decay") is not None for group in self.optimizer.param_groups):
+            return self.optimizer.ema_parameters()  # type: ignore[attr-defined, no-any-return]
+        return contextlib.nullcontext()
 
     def _row(self, validation: Iterable[Any] | None, lr: float | None = None) -> None:
         """A new row of the history, and who listens to it."""
@@ -367,11 +374,12 @@ class Trainer:
         if self._sign * row[monitor] < self._sign * self.best.get("value", self._sign * math.inf) - self._min_delta:
             self.best, self._bad = {"value": row[monitor], "step": self.step}, 0
             if self._restore:
-                self.best["model"] = copy.deepcopy(self.model.state_dict())
+                with self._averaged():
+                    self.best["model"] = copy.deepcopy(self.model.state_dict())
                 self.best["ema"] = None if self.ema is None else copy.deepcopy(self.ema.state_dict())
         else:
             self._bad += 1
-            self.stop |= self._patience is not None and self._bad > self._patience
+            self.stop |= self._patience is not None and self._bad >= self._patience
         for logger in self._loggers if processes()[0] == 0 else ():
             logger.add(row)
         self._tell("on_log", row)
@@ -421,9 +429,8 @@ class Trainer:
             raise ValueError(f"checkpoint: written by {len(value['own'])} processes; this is one of {world}")
         for name in ("schedule", "ema"):
             if (value[name] is None) != (getattr(self, name) is None):
-                raise ValueError(
-                    f"checkpoint: {name} is {'not ' * (value[name] is None)}in it; expected the same options"
-                )
+                there = "no " if value[name] is None else "a "
+                raise ValueError(f"checkpoint: there is {there}{name} in it; expected a Trainer with the same options")
         self.model.load_state_dict(value["model"])
         for name in ("optimizer", "schedule", "ema"):
             if value[name] is not None:

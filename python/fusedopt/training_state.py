@@ -35,8 +35,7 @@ def check_options(given: dict[str, Any]) -> None:
     for name, values in known.items():
         if given[name] not in values:
             raise ValueError(f"{name}: expected one of {', '.join(map(str, values))}, got {given[name]!r}")
-    check_counts({name: given[name] for name in ("accumulate", "every", "checkpoint_every")})
-    check_counts({"patience": given["patience"]}, least=0)
+    check_counts({name: given[name] for name in ("accumulate", "every", "checkpoint_every", "patience")})
     norm, decay = given["max_grad_norm"], given["ema_decay"]
     if norm is not None and not 0 < norm < math.inf:
         raise ValueError(f"max_grad_norm: expected a positive number or None, got {norm!r}")
@@ -44,11 +43,11 @@ def check_options(given: dict[str, Any]) -> None:
         raise ValueError(f"ema_decay: expected a number in [0, 1) or None, got {decay!r}")
 
 
-def check_counts(given: dict[str, Any], least: int = 1) -> None:
-    """Refuses what is neither None nor an integer that large."""
+def check_counts(given: dict[str, Any]) -> None:
+    """Refuses what is neither None nor a positive integer."""
     for name, value in given.items():
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
-            raise ValueError(f"{name}: expected an integer, {least} or more, got {value!r}")
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            raise ValueError(f"{name}: expected an integer, 1 or more, got {value!r}")
 
 
 def length_of(data: Any) -> int | None:
