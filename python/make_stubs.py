@@ -37,6 +37,7 @@ class _SupportsDLPack(Protocol):
 _Array: TypeAlias = NDArray[Any] | _SupportsDLPack
 _Arrays: TypeAlias = _Array | Sequence[_Array]
 _Steps: TypeAlias = SupportsIndex | Sequence[SupportsIndex]
+_Timed: TypeAlias = float | Callable[[int], float]
 _Params: TypeAlias = NDArray[Any] | Sequence[NDArray[Any]] | Mapping[Any, NDArray[Any]] | Sequence[Mapping[str, Any]]
 _Grads: TypeAlias = _Array | Sequence[_Array | Sequence[_Array | None] | None] | Mapping[Any, _Array | None]
 
@@ -62,6 +63,11 @@ from typing import Any, overload
 
 import torch
 from torch.optim.optimizer import Optimizer, ParamsT
+
+from .torch_schedule import ScheduledLR as ScheduledLR
+from .training import Trainer as Trainer
+from .training import fit as fit
+from .training_log import Callback as Callback
 
 {all}
 
@@ -152,7 +158,8 @@ def _class(rule: Rule, bases: str, init: Any, kinds: dict[str, str]) -> str:
 
 def numpy_stub() -> str:
     """fusedopt/numpy.pyi."""
-    kinds = KINDS | {"params": "_Params", "lr": "float | Callable[[int], float]"}
+    kinds = KINDS | {"params": "_Params", "betas": "tuple[_Timed, _Timed]"}
+    kinds |= dict.fromkeys(("lr", "momentum", "weight_decay"), "_Timed")
     parts = [NUMPY.replace("{all}", _all(importlib.import_module("fusedopt.numpy").__all__))]
     for rule in RULES.values():
         parameters = _parameters(getattr(fusedopt, rule.function), {"step": "_Steps"})

@@ -1,12 +1,17 @@
-"""The command line: ``fusedopt info`` says what was found, ``fusedopt bench`` measures this machine."""
+"""The command line: ``fusedopt info`` says what was found, ``fusedopt bench`` measures this machine, ``fusedopt train``
+and ``fusedopt compare`` train models on data from files. Arguments alone; the work is done elsewhere."""
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
+
+from .rules import RULES
 
 SUITES = {
     "bars": "the promised ratios, each with what was measured",
@@ -45,7 +50,101 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--compile", action="store_true", help="torch.compile(opt.step), too: minutes of compilation")
     bench.add_argument("--peers", action="store_true", help="other projects' optimizers, too, where installed")
     bench.add_argument("--quiet", action="store_true", help="no progress bar")
+    _training(commands)
     return parser
+
+
+OPTIMIZERS = tuple(name.lower() for name in RULES)
+SCHEDULES = (
+    "constant",
+    "linear",
+    "polynomial",
+    "exponential",
+    "step",
+    "cosine",
+    "restarts",
+    "onecycle",
+    "plateau",
+    "wsd",
+)
+
+
+def _training(commands: Any) -> None:
+    common = argparse.ArgumentParser(add_help=False)
+    data = common.add_argument_group("data")
+    data.add_argument(
+        "--data", required=True, metavar="SOURCE",
+        help="digits, breast_cancer, iris, wine, diabetes; FILE.csv; FILE.npz with x and y; a folder of MNIST's files",
+    )  # fmt: skip
+    data.add_argument("--target", metavar="NAME", help="column or array to predict (default: the last column; y)")
+    data.add_argument("--task", choices=["classification", "regression"], help="default: by the target's values")
+    data.add_argument("--test-size", type=_fraction, default=0.2, metavar="PART", help="held out, default 0.2")
+    model = common.add_argument_group("model")
+    model.add_argument("--model", choices=["linear", "mlp"], default="mlp")
+    model.add_argument("--loss", choices=["log", "hinge"], default="log", help="of a linear classifier")
+    model.add_argument("--hidden", type=_count, nargs="+", default=[100], metavar="N", help="widths, default 100")
+    model.add_argument("--activation", choices=["relu", "tanh", "logistic", "gelu", "identity"], default="relu")
+    model.add_argument("--dropout", type=float, default=0.0, metavar="P")
+    model.add_argument("--batch-norm", action="store_true")
+    model.add_argument("--l1", type=float, default=0.0, metavar="WEIGHT")
+    model.add_argument("--l2", type=float, default=1e-4, metavar="WEIGHT", help="default 1e-4")
+    fit = common.add_argument_group("training")
+    fit.add_argument("--schedule", choices=SCHEDULES, default="constant", help="of the learning rate")
+    fit.add_argument("--epochs", type=_count, default=30, metavar="N", help="default 30")
+    fit.add_argument("--batch-size", type=_count, default=32, metavar="N", help="default 32")
+    fit.add_argument("--max-grad-norm", type=float, metavar="NORM", help="clip gradients")
+    fit.add_argument("--ema-decay", type=float, metavar="DECAY", help="average the weights")
+    fit.add_argument("--early-stopping", action="store_true", help="stop by a tenth of the training part")
+    fit.add_argument("--seed", type=int, default=0, metavar="N")
+    train = commands.add_parser("train", parents=[common], help="train a model, evaluate it, save it with its pictures")
+    train.add_argument("--optimizer", choices=OPTIMIZERS, default="adam")
+    train.add_argument("--lr", type=_rate, metavar="LR", help="learning rate (default: the optimizer's)")
+    train.add_argument(
+        "--checkpoint", type=Path, metavar="FILE", help="go on from this file if it is there, and keep it"
+    )
+    train.add_argument("--output", type=Path, default=Path("train-output"), metavar="DIR", help="default train-output")
+    train.add_argument("--quiet", action="store_true", help="no progress bar")
+    compare = commands.add_parser("compare", parents=[common], help="train one model with every optimizer")
+    compare.add_argument("--optimizers", nargs="+", choices=OPTIMIZERS, default=list(OPTIMIZERS), metavar="NAME")
+    compare.add_argument("--lrs", type=_rate, nargs="+", metavar="LR", help="rates to try, default 1e-4 1e-3 ... 1")
+    compare.add_argument(
+        "--output", type=Path, default=Path("compare-output"), metavar="DIR", help="default compare-output"
+    )
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected 1 or more, got {text}")
+    return value
+
+
+def _rate(text: str) -> float:
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"expected a positive number, got {text}")
+    return value
+
+
+def _fraction(text: str) -> float:
+    value = float(text)
+    if not 0 < value < 1:
+        raise argparse.ArgumentTypeError(f"expected a number between 0 and 1, got {text}")
+    return value
+
+
+def _train(args: argparse.Namespace) -> int:
+    if missing := _missing(["sklearn", "matplotlib"]):
+        print(f"fusedopt {args.command} needs {' and '.join(missing)}: pip install fusedopt[train]", file=sys.stderr)
+        return 2
+    from fusedopt import train_cli
+
+    try:
+        (train_cli.train if args.command == "train" else train_cli.compare)(args)
+    except (ValueError, TypeError, OSError) as e:
+        print(f"fusedopt {args.command}: {e}", file=sys.stderr)
+        return 2
+    return 0
 
 
 def _missing(modules: Sequence[str]) -> list[str]:
@@ -87,6 +186,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     if args.command == "bench":
         return _bench(args)
+    if args.command in ("train", "compare"):
+        return _train(args)
     import fusedopt
 
     fusedopt.show_config()

@@ -155,6 +155,11 @@ def _fill(text: str, values: dict[str, str]) -> str:
 LearningRate = float | Callable[[int], float]
 
 
+def _is_timed(value: Any) -> bool:
+    """Whether an option is a function of the step, or has one in it, as betas may."""
+    return callable(value) or (type(value) is tuple and any(map(callable, value)))
+
+
 class Optimizer:
     """The optimizer objects of the NumPy front end; see a subclass, such as :class:`fusedopt.Adam`.
 
@@ -166,6 +171,8 @@ class Optimizer:
     """
 
     _rule: ClassVar[Rule]
+    _timed: ClassVar[tuple[str, ...]]
+    """The options that may be functions of the step."""
 
     def _setup(self, params: Any, options: dict[str, Any], max_grad_norm: float | None, kept: dict[str, Any]) -> None:
         self.defaults = {**options, **kept}
@@ -221,8 +228,9 @@ class Optimizer:
 
     def _check(self, group: dict[str, Any], step: int) -> dict[str, Any]:
         options = {k: group[k] for k in self.defaults}
-        if callable(options["lr"]):
-            options["lr"] = options["lr"](step)
+        for name in self._timed:
+            if _is_timed(value := options[name]):
+                options[name] = value(step) if callable(value) else [v(step) if callable(v) else v for v in value]
         self._rule.check(options)
         forms.check(options)
         return options
@@ -405,13 +413,13 @@ class Optimizer:
     def state_dict(self) -> dict[str, Any]:
         """A flat dict of copies, fit for ``np.savez(path, **opt.state_dict())``.
 
-        Keys: ``state.<i>.<name>`` for every parameter, ``group.<i>.<option>`` for every group. A learning rate that is
-        a function is left out: it is code, and belongs to the program that loads.
+        Keys: ``state.<i>.<name>`` for every parameter, ``group.<i>.<option>`` for every group. An option that is a
+        function of the step is left out: it is code, and belongs to the program that loads.
         """
         return {
             key: holder[name].copy() if isinstance(holder[name], np.ndarray) else holder[name]
             for key, holder, name in self._entries()
-            if not callable(holder[name]) and holder[name] is not None
+            if not _is_timed(holder[name]) and holder[name] is not None
         }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -443,7 +451,7 @@ class Optimizer:
                 if key in state_dict:
                     value = np.asarray(state_dict[key]).tolist()
                     new[name] = tuple(value) if isinstance(default, tuple) else value
-                elif not callable(group[name]) and name not in forms.OPTIONS:
+                elif not _is_timed(group[name]) and name not in forms.OPTIONS:
                     raise KeyError(f"state_dict: missing {key}")
             for name in forms.OURS:  # how to keep things is ours to say, not the checkpoint's
                 new[name] = group[name]
@@ -521,7 +529,8 @@ _CLASS_DOC = """
     Args:
         params: a float array, a sequence or dict of arrays, or a sequence of groups (dicts with ``params`` and
             options). They are updated in place; 16-bit parameters get float32 state.
-        lr: a number, or a function of the step, counted from 0.
+        lr: a number, or a function of the step, counted from 0 (see :mod:`fusedopt.schedules`); so may be weight_decay,
+            momentum, and either of betas.
         max_grad_norm: clip the gradients of all groups together to this global norm, inside the step.
         state_dtype: dtype of the states, by name: float64, float32, bfloat16, float16, or int8 (codes in blocks of 64).
         master: for 16-bit parameters, what the step keeps of them beside: "split16", "split8" or "float32".
@@ -549,7 +558,9 @@ def _make_class(rule: Rule) -> type[Optimizer]:
         "__init__", signature, f"self._setup(params, {option_dict(rule)}, max_grad_norm, {given})", {}
     )
     doc = _fill(rule_doc(rule, _CLASS_DOC), {"{name}": rule.name})
-    return type(rule.name, (Optimizer,), {"__init__": init, "__doc__": doc, "__module__": "fusedopt", "_rule": rule})
+    timed = tuple(k for k in ("lr", "betas", "momentum", "weight_decay") if k in rule.defaults)
+    names = {"__init__": init, "__doc__": doc, "__module__": "fusedopt", "_rule": rule, "_timed": timed}
+    return type(rule.name, (Optimizer,), names)
 
 
 for _rule in RULES.values():

@@ -7,6 +7,11 @@ from typing import Any, overload
 import torch
 from torch.optim.optimizer import Optimizer, ParamsT
 
+from .torch_schedule import ScheduledLR as ScheduledLR
+from .training import Trainer as Trainer
+from .training import fit as fit
+from .training_log import Callback as Callback
+
 __all__ = [
     "SGD",
     "Adadelta",

@@ -1,15 +1,12 @@
-"""Pictures of benchmark results and of training, with matplotlib's object interface: no window, no global state.
-
-Every function takes rows and an optional path, and returns the Figure; ``save_all`` draws what the rows allow.
-matplotlib is imported when a picture is asked for.
-"""
+"""Pictures of benchmark results; ``save_all`` draws what the results allow."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from .canvas import COLOURS, GRID, INK, OURS, SPARE, PathLike, canvas, finish
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -17,11 +14,6 @@ if TYPE_CHECKING:
 
     from fusedopt.bench import Result
 
-PathLike = str | os.PathLike[str]
-
-INK, QUIET, OURS = "#22252b", "#8b929e", "#0f8b6d"
-COLOURS = {"default": "#f2a541", "fused": "#4c6fbf", "foreach": "#b86bb0", "compiled": "#7d8aa3"}
-SPARE = ("#c8553d", "#588b8b", "#9a7aa0", "#b5a642")
 NAMES = {
     "ours": "fusedopt",
     "default": "torch (default)",
@@ -29,27 +21,6 @@ NAMES = {
     "foreach": "torch (foreach=True)",
     "compiled": "torch.compile",
 }
-
-
-def _canvas(title: str, lines: int, subtitle: str = "") -> tuple[Figure, Axes]:
-    from matplotlib.figure import Figure
-
-    height = 1.9 + 0.46 * lines
-    figure = Figure(figsize=(9.5, height), layout="constrained")
-    axes = figure.add_subplot()
-    figure.suptitle(title, x=0.01, ha="left", fontsize=14, fontweight="bold", color=INK)
-    axes.set_title(subtitle, loc="left", fontsize=9, color=QUIET)
-    axes.spines[["top", "right", "left"]].set_visible(False)
-    axes.spines["bottom"].set_color("#d5d8de")
-    axes.tick_params(length=0, colors=INK)
-    axes.set_axisbelow(True)
-    return figure, axes
-
-
-def _finish(figure: Figure, path: PathLike | None) -> Figure:
-    if path is not None:
-        figure.savefig(path, dpi=150, facecolor="white")
-    return figure
 
 
 def _colour(name: str, others: Sequence[str]) -> str:
@@ -68,7 +39,7 @@ def speedups(
     """Bars to the right of 1 where ours is faster: the others' time over ours, on a logarithmic axis."""
     rows = [r for r in results if len(_others(r)) > 0]
     others = list(dict.fromkeys(n for r in rows for n in _others(r)))
-    figure, axes = _canvas(
+    figure, axes = canvas(
         title, len(rows), "how many times faster fusedopt is; ratio of medians, turn by turn in one run"
     )
     ratios = [{n: v for n in others if (v := r.ratio(n)) is not None} for r in rows]
@@ -90,18 +61,18 @@ def speedups(
     ticks = [t for t in (0.25, 0.5, 1, 2, 5, 10, 20, 50, 100) if least * 0.8 <= t <= most * 1.35]
     axes.set_xticks(ticks, [f"{t:g}x" for t in ticks])
     axes.minorticks_off()
-    axes.grid(axis="x", color="#eceef2")
+    axes.grid(axis="x", color=GRID)
     axes.axvline(1, color=INK, linewidth=1)
     _labels(axes, rows)
     if others:
         figure.legend(frameon=False, loc="outside lower left", ncols=5, fontsize=9)
-    return _finish(figure, path)
+    return finish(figure, path)
 
 
 def bandwidth(results: Sequence[Result], path: PathLike | None = None) -> Figure:
     """GB/s of ours as bars, of the others as dots, and the ceiling that ``mul_`` reached beside each as a line."""
     rows = [r for r in results if r.bandwidth() is not None]
-    figure, axes = _canvas(
+    figure, axes = canvas(
         "How close to the speed of memory",
         len(rows),
         "bytes a step has to move / its time, GB/s; to the right: the share of the ceiling",
@@ -121,16 +92,16 @@ def bandwidth(results: Sequence[Result], path: PathLike | None = None) -> Figure
     for name in others:
         axes.plot([], [], "o", color=_colour(name, others), label=NAMES.get(name, name))
     axes.set_xlim(left=0)
-    axes.grid(axis="x", color="#eceef2")
+    axes.grid(axis="x", color=GRID)
     _labels(axes, rows)
     if rows:
         figure.legend(frameon=False, loc="outside lower left", ncols=5, fontsize=9)
-    return _finish(figure, path)
+    return finish(figure, path)
 
 
 def sizes(results: Sequence[Result], path: PathLike | None = None) -> Figure:
     """Time per parameter over the number of parameters, one line per format."""
-    figure, axes = _canvas("Adam from the first cache to main memory", 9, "ns per parameter, fusedopt")
+    figure, axes = canvas("Adam from the first cache to main memory", 9, "ns per parameter, fusedopt")
     for form in dict.fromkeys(str(r.case.format) for r in results):
         line = [
             (r.case.elements, (r.seconds() or 0.0) / r.case.elements * 1e9)
@@ -141,24 +112,9 @@ def sizes(results: Sequence[Result], path: PathLike | None = None) -> Figure:
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.set_xlabel("parameters")
-    axes.grid(color="#eceef2")
+    axes.grid(color=GRID)
     axes.legend(frameon=False, fontsize=8, ncols=2)
-    return _finish(figure, path)
-
-
-def losses(
-    curves: Mapping[str, Sequence[float]], path: PathLike | None = None, *, title: str = "The same losses"
-) -> Figure:
-    """Training losses by step; later curves are drawn dashed, so that equal ones can be seen to coincide."""
-    figure, axes = _canvas(title, 7, "training loss by step")
-    styles = ((OURS, "-", 3.2), (COLOURS["default"], (0, (4, 3)), 1.8), (COLOURS["fused"], (0, (1, 3)), 1.8))
-    for (name, values), (colour, dashes, width) in zip(curves.items(), styles, strict=False):
-        axes.plot(values, color=colour, linestyle=dashes, linewidth=width, label=name)
-    axes.set_yscale("log")
-    axes.set_xlabel("step")
-    axes.grid(color="#eceef2")
-    axes.legend(frameon=False)
-    return _finish(figure, path)
+    return finish(figure, path)
 
 
 def _others(result: Result) -> list[str]:

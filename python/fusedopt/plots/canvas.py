@@ -1,0 +1,54 @@
+"""What all pictures share: colours, an empty canvas, saving; matplotlib's objects alone, no window, no global state."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+PathLike = str | os.PathLike[str]
+
+INK, QUIET, GRID, OURS = "#22252b", "#8b929e", "#eceef2", "#0f8b6d"
+COLOURS = {"default": "#f2a541", "fused": "#4c6fbf", "foreach": "#b86bb0", "compiled": "#7d8aa3"}
+SPARE = ("#c8553d", "#588b8b", "#9a7aa0", "#b5a642")
+CYCLE = (OURS, "#f2a541", "#4c6fbf", "#c8553d", "#b86bb0", "#588b8b", "#22252b", "#b5a642", "#7d8aa3", "#e07fa0")
+
+
+def sheet(title: str, height: float, width: float = 9.5) -> Figure:
+    """An empty figure with a title, in inches."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    figure.suptitle(title, x=0.01, ha="left", fontsize=14, fontweight="bold", color=INK)
+    return figure
+
+
+def plain(axes: Axes, subtitle: str = "") -> Axes:
+    """The axes with no more ink than they need, and a line of text above."""
+    axes.set_title(subtitle, loc="left", fontsize=9, color=QUIET)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.spines["bottom"].set_color("#d5d8de")
+    axes.tick_params(length=0, colors=INK)
+    axes.set_axisbelow(True)
+    return axes
+
+
+def canvas(title: str, lines: int, subtitle: str = "") -> tuple[Figure, Axes]:
+    """A figure that has room for so many lines, and its axes."""
+    figure = sheet(title, 1.9 + 0.46 * lines)
+    return figure, plain(figure.add_subplot(), subtitle)
+
+
+def finish(figure: Figure, path: PathLike | None) -> Figure:
+    """The figure, saved if there is a path."""
+    if path is not None:
+        figure.savefig(path, dpi=150, facecolor="white")
+    return figure
+
+
+def legend(figure: Figure, columns: int = 4) -> None:
+    """The legend of all axes, below the picture, where it hides nothing."""
+    figure.legend(frameon=False, loc="outside lower left", ncols=columns, fontsize=9)

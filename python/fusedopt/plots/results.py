@@ -1,0 +1,163 @@
+"""Pictures of what a trained model says: a line against data, predictions against truth, a confusion matrix."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .canvas import CYCLE, GRID, INK, OURS, QUIET, PathLike, canvas, finish, legend, plain, sheet
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+def fit(
+    x: Any,
+    y: Any,
+    predict: Callable[[np.ndarray[Any, Any]], Any],
+    path: PathLike | None = None,
+    *,
+    title: str = "The fit against the data",
+    xlabel: str = "x",
+    ylabel: str = "y",
+) -> Figure:
+    """Data with one feature, and what a model predicts over their range.
+
+    Args:
+        x: the feature, shape (n,) or (n, 1).
+        y: the target, shape (n,).
+        predict: a function of an array (m, 1) that gives m predictions, such as ``estimator.predict``.
+        path: where the picture is saved, if it is.
+        title: its title; ``xlabel`` and ``ylabel`` name feature and target.
+
+    Raises:
+        ValueError: for more than one feature.
+    """
+    x, y = np.asarray(x, float), np.asarray(y, float)
+    if x.size != len(x) or x.size != y.size:
+        raise ValueError(f"x, y: expected one feature and as many targets, got shapes {x.shape} and {y.shape}")
+    figure, axes = canvas(title, 7, f"{ylabel} by {xlabel}")
+    axes.plot(x.ravel(), y.ravel(), "o", color=QUIET, markersize=4, alpha=0.6, markeredgewidth=0, label="data")
+    grid = np.linspace(x.min(), x.max(), 200)
+    axes.plot(grid, np.asarray(predict(grid[:, None]), float).ravel(), color=OURS, linewidth=2.4, label="fit")
+    axes.set_xlabel(xlabel)
+    axes.grid(color=GRID)
+    legend(figure)
+    return finish(figure, path)
+
+
+def predictions(
+    y_true: Any, y_pred: Any, path: PathLike | None = None, *, title: str = "Predictions against truth"
+) -> Figure:
+    """What a regression predicts for each true value; on the line they are equal.
+
+    Args:
+        y_true: true values, shape (n,).
+        y_pred: predictions, shape (n,).
+        path: where the picture is saved, if it is.
+        title: its title.
+    """
+    true, predicted = np.asarray(y_true, float).ravel(), np.asarray(y_pred, float).ravel()
+    figure = sheet(title, 5.6, 5.8)
+    axes = plain(figure.add_subplot(), "prediction by true value")
+    ends = [min(true.min(), predicted.min()), max(true.max(), predicted.max())]
+    axes.plot(ends, ends, color=INK, linewidth=1, zorder=1)
+    axes.plot(true, predicted, "o", color=OURS, markersize=5, alpha=0.55, markeredgewidth=0)
+    axes.set_xlabel("true")
+    axes.set_ylabel("predicted")
+    axes.set_aspect("equal")
+    axes.grid(color=GRID)
+    return finish(figure, path)
+
+
+def confusion_matrix(
+    y_true: Any,
+    y_pred: Any,
+    path: PathLike | None = None,
+    *,
+    labels: Sequence[Any] | None = None,
+    title: str = "Confusion matrix",
+) -> Figure:
+    """How often each class is taken for which: scikit-learn's display.
+
+    Args:
+        y_true: true classes.
+        y_pred: predicted classes.
+        path: where the picture is saved, if it is.
+        labels: the classes, in the order in which they are drawn.
+        title: its title.
+    """
+    from sklearn.metrics import ConfusionMatrixDisplay  # type: ignore[import-untyped, unused-ignore]
+
+    n = len(np.unique(np.asarray(y_true))) if labels is None else len(labels)
+    figure = sheet(title, 2.4 + 0.42 * max(n, 5), 2.2 + 0.46 * max(n, 5))
+    axes = plain(figure.add_subplot())
+    ConfusionMatrixDisplay.from_predictions(
+        y_true, y_pred, labels=labels, ax=axes, colorbar=False,
+        cmap=_shades(), text_kw={"fontsize": 9},
+    )  # fmt: skip
+    axes.spines[:].set_visible(False)
+    return finish(figure, path)
+
+
+def roc(curves: Any, path: PathLike | None = None, *, title: str = "Receiver operating characteristic") -> Figure:
+    """True positives by false positives, for every threshold of a score.
+
+    Args:
+        curves: by name, pairs of true classes (0 or 1) and scores.
+        path: where the picture is saved, if it is.
+        title: its title.
+    """
+    from sklearn.metrics import auc, roc_curve  # type: ignore[import-untyped, unused-ignore]
+
+    figure = sheet(title, 5.6, 5.8)
+    axes = plain(figure.add_subplot(), "true positive rate by false positive rate")
+    axes.plot([0, 1], [0, 1], color=QUIET, linewidth=1, linestyle=(0, (4, 3)))
+    for i, (name, (truth, score)) in enumerate(curves.items()):
+        false, true, _ = roc_curve(truth, score)
+        axes.plot(false, true, color=CYCLE[i % len(CYCLE)], linewidth=2, label=f"{name}: area {auc(false, true):.4f}")
+    axes.set_aspect("equal")
+    axes.grid(color=GRID)
+    axes.legend(frameon=False, loc="lower right")
+    return finish(figure, path)
+
+
+def grid(
+    values: Any,
+    rows: Sequence[str],
+    columns: Sequence[str],
+    path: PathLike | None = None,
+    *,
+    title: str = "Accuracy",
+    xlabel: str = "",
+) -> Figure:
+    """A table of numbers, such as the scores of a search over two settings; the higher, the darker.
+
+    Args:
+        values: shape (rows, columns).
+        rows: what stands for each row.
+        columns: what stands for each column; ``xlabel`` is their name.
+        path: where the picture is saved, if it is.
+        title: its title.
+    """
+    table = np.asarray(values, float)
+    figure = sheet(title, 1.8 + 0.55 * len(rows), 2.6 + 1.1 * len(columns))
+    axes = plain(figure.add_subplot())
+    least, most = np.nanquantile(table, 0.25), np.nanmax(table)  # the best differ by little: show them apart
+    axes.imshow(table, cmap=_shades(), aspect="auto", vmin=least, vmax=most)
+    middle = (least + most) / 2
+    for (i, j), value in np.ndenumerate(table):
+        axes.text(j, i, f"{value:.3f}", ha="center", va="center", color="white" if value > middle else INK)
+    axes.set_xticks(range(len(columns)), columns)
+    axes.set_yticks(range(len(rows)), rows)
+    axes.set_xlabel(xlabel)
+    axes.spines[:].set_visible(False)
+    return finish(figure, path)
+
+
+def _shades() -> Any:
+    from matplotlib.colors import LinearSegmentedColormap
+
+    return LinearSegmentedColormap.from_list("ours", ["#ffffff", OURS])

@@ -1,0 +1,473 @@
+"""``fusedopt.torch.fit`` and ``fusedopt.torch.Trainer``: a training loop for torch models, to be read in one sitting.
+
+Random generators, files and shares of the data are in ``training_state.py``; logs, callbacks and the progress bar in
+``training_log.py``. What Lightning or Accelerate do better (sharded models, many devices) is left to them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import itertools
+import math
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import distributed, nn
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from .torch_schedule import ScheduledLR
+from .training_log import Callback, Logger, loggers, progress_bar
+from .training_state import (
+    PRECISIONS,
+    PathLike,
+    check_counts,
+    check_options,
+    distribute,
+    gathered,
+    length_of,
+    processes,
+    read_checkpoint,
+    rng_state,
+    scheduler_of,
+    set_rng_state,
+    share,
+    size_of,
+    write_checkpoint,
+)
+
+
+class Trainer:
+    """Trains a torch model: batches to losses, losses to steps, and everything that is kept on the way.
+
+    A row of the history is made at the end of each epoch, or every ``every`` steps: training loss, learning rate, and
+    on the validation data the loss and the metrics. Then the schedule and early stopping listen, the log is written,
+    the checkpoint saved. Under ``torchrun`` every process trains on its share of the data, on gradients averaged by
+    DistributedDataParallel, and rows are those of all processes; logs and checkpoints are written by the first.
+
+    Args:
+        model: gives outputs for a batch's inputs.
+        loss: a function of outputs and targets; the mean over a batch.
+        optimizer: of torch or of ours, over the model's parameters.
+        schedule: the learning rate: a schedule of ours, another function of the step, or a torch scheduler.
+        schedule_by: ``"step"`` or ``"epoch"``: what the schedule counts.
+        metrics: by name, functions of all outputs and all targets of the validation data, as tensors on the CPU.
+        precision: ``"bfloat16"`` or ``"float16"``: autocast, with a GradScaler for the latter; None for neither.
+        accumulate: batches for one step; their gradients are those of one large batch.
+        max_grad_norm: gradients are clipped to this global norm; inside the step where the optimizer is ours.
+        ema_decay: keep an exponential moving average of weights and buffers, ``trainer.ema.module``, and validate it.
+            An optimizer of ours with ``ema_decay`` averages the weights inside its step: they are validated, too, and
+            are what ``restore_best`` puts back.
+        every: steps from one row to the next; None for an epoch.
+        monitor: what early stopping and schedules listen to; by default ``val_loss``, or ``loss`` without validation.
+        mode: ``"min"`` or ``"max"``: which is better.
+        patience: stop after so many rows in a row without a better one; None never stops.
+        min_delta: how much better is better.
+        restore_best: at the end, put back the weights of the best row; by default if there is a patience.
+        checkpoint: a file, written whole or not at all, at every row.
+        checkpoint_every: and every so many steps.
+        log: ``.csv`` or ``.jsonl`` files or a folder for TensorBoard, one or several.
+        callbacks: :class:`Callback` objects, or functions of the trainer and a row.
+        progress: a progress bar; None shows one where tqdm is installed and a terminal watches.
+
+    For batches that are no pair of inputs and targets override :meth:`forward`.
+
+    Attributes:
+        epoch, step: how many are done.
+        history: a list for each column of the rows.
+        best: value and step of the best row, and its weights where they are to be restored.
+        stop: set it to end the training.
+
+    Raises:
+        ValueError, TypeError: for an argument out of its range.
+
+    Example:
+        >>> import torch
+        >>> from fusedopt.schedules import Cosine
+        >>> from fusedopt.torch import AdamW, Trainer
+        >>> data = [(torch.randn(32, 8), torch.randn(32, 1)) for _ in range(10)]
+        >>> model = torch.nn.Linear(8, 1)
+        >>> trainer = Trainer(model, torch.nn.MSELoss(), AdamW(model.parameters()), schedule=Cosine(1e-2, 50))
+        >>> trainer.fit(data, epochs=5).step
+        50
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: Callable[[Any, Any], torch.Tensor],
+        optimizer: torch.optim.Optimizer,
+        *,
+        schedule: Callable[[int], float] | LRScheduler | None = None,
+        schedule_by: str = "step",
+        metrics: Mapping[str, Callable[[Any, Any], Any]] | None = None,
+        precision: str | None = None,
+        accumulate: int = 1,
+        max_grad_norm: float | None = None,
+        ema_decay: float | None = None,
+        every: int | None = None,
+        monitor: str | None = None,
+        mode: str = "min",
+        patience: int | None = None,
+        min_delta: float = 0.0,
+        restore_best: bool | None = None,
+        checkpoint: PathLike | None = None,
+        checkpoint_every: int | None = None,
+        log: PathLike | Logger | Sequence[PathLike | Logger] | None = None,
+        callbacks: Sequence[Callback | Callable[[Trainer, dict[str, float]], Any]] = (),
+        progress: bool | None = None,
+    ) -> None:
+        check_options(locals())
+        self.model, self.loss, self.optimizer, self.metrics = model, loss, optimizer, dict(metrics or {})
+        self.device = next((p.device for p in model.parameters()), torch.device("cpu"))
+        self.schedule = scheduler_of(schedule, optimizer)
+        self.ema: AveragedModel | None = None
+        if ema_decay is not None:
+            average = get_ema_multi_avg_fn(ema_decay)  # type: ignore[no-untyped-call, unused-ignore]
+            self.ema = AveragedModel(model, multi_avg_fn=average, use_buffers=True)
+        self._net = distribute(model, self.device)
+        self._dtype = PRECISIONS[precision]
+        self._scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "float16")
+        self._clip = max_grad_norm
+        if max_grad_norm is not None and hasattr(optimizer, "max_grad_norm"):
+            optimizer.max_grad_norm, self._clip = max_grad_norm, None
+        self._by, self._accumulate, self._every, self._save_every = schedule_by, accumulate, every, checkpoint_every
+        self._monitor, self._sign, self._patience = monitor, 1 if mode == "min" else -1, patience
+        self._min_delta = min_delta
+        self._restore = patience is not None if restore_best is None else restore_best
+        self._checkpoint, self._loggers, self._callbacks = checkpoint, loggers(log), list(callbacks)
+        self._progress = progress
+        self.epoch = self.step = self._batch = self._bad = 0
+        self.rows: list[dict[str, float]] = []
+        self.best: dict[str, Any] = {}
+        self.stop = False
+        self._sum = self._rows_seen = 0.0  # the training loss since the last row, and over how many samples
+        self._norm = math.nan
+        self._epoch_rng: dict[str, Any] = {}
+        self._saved_rng: dict[str, Any] = {}
+
+    @property
+    def history(self) -> dict[str, list[float]]:
+        """The rows as columns: epoch, step, loss, lr, ...; NaN where a row lacks one."""
+        names = dict.fromkeys(name for row in self.rows for name in row)
+        return {name: [row.get(name, math.nan) for row in self.rows] for name in names}
+
+    def forward(self, net: nn.Module, batch: Any) -> tuple[torch.Tensor, Any, Any]:
+        """Loss, outputs and targets of a batch ``(input, ..., target)``. Override it for batches of another kind."""
+        *inputs, target = batch
+        output = net(*inputs)
+        return self.loss(output, target), output, target
+
+    # --- training ---
+
+    def fit(
+        self,
+        train: Iterable[Any],
+        validation: Iterable[Any] | None = None,
+        *,
+        epochs: int | None = None,
+        steps: int | None = None,
+        resume: bool = False,
+    ) -> Trainer:
+        """Trains until so many epochs or steps are done, counted from the very first; whichever comes first.
+
+        Args:
+            train: a DataLoader, or anything that can be iterated over again for each epoch.
+            validation: likewise, for the columns ``val_...``.
+            epochs: of the whole training, what is done already included.
+            steps: of the optimizer, likewise.
+            resume: go on from the file ``checkpoint``, if there is one: with the same bits as if nothing had
+                happened, given the same data. Batches of the begun epoch are drawn again and skipped.
+
+        Returns:
+            The trainer itself.
+
+        Raises:
+            FloatingPointError: a loss that is not finite; the message says what to try.
+            ValueError: a damaged or foreign checkpoint, no batches, or neither epochs nor steps.
+        """
+        if epochs is None and steps is None:
+            raise ValueError("epochs, steps: expected at least one of the two")
+        check_counts({"epochs": epochs, "steps": steps})
+        self.stop = False
+        if resume:
+            self._resume()
+        self._began = time.perf_counter() - (self.rows[-1]["seconds"] if self.rows else 0.0)
+        train = share(train, train=True)
+        validation = None if validation is None else share(validation, train=False)
+        first = processes()[0] == 0
+        for logger in self._loggers if first else ():
+            logger.begin(self.rows)
+        self._tell("on_fit_start")
+        length = length_of(train)
+        totals = [steps] if length is None or epochs is None else [steps, epochs * math.ceil(length / self._accumulate)]
+        total = min((n for n in totals if n is not None), default=None)
+        with progress_bar(self._progress if first else False, total, self.step) as self._bar:
+            while not self._done(epochs, steps):
+                self._epoch(train, validation, length, lambda: self._done(epochs, steps))
+            if self._rows_seen:
+                self._row(validation)
+                self._save(train)
+        if self._restore and "model" in self.best:
+            self.model.load_state_dict(self.best["model"])
+            if self.ema is not None:
+                self.ema.load_state_dict(self.best["ema"])
+        self._tell("on_fit_end")
+        return self
+
+    def _done(self, epochs: int | None, steps: int | None) -> bool:
+        return self.stop or self.epoch >= (epochs or math.inf) or self.step >= (steps or math.inf)
+
+    def _epoch(self, train: Any, validation: Any, length: int | None, done: Callable[[], bool]) -> None:
+        """The rest of the epoch, or less; batches of an epoch that has begun are drawn again to find the place."""
+        now, self._saved_rng = self._saved_rng or rng_state(train), {}
+        set_rng_state(self._epoch_rng if self._batch else now, train)
+        self._epoch_rng = rng_state(train)
+        sampler: Any = getattr(train, "sampler", None)
+        if hasattr(sampler, "set_epoch"):
+            sampler.set_epoch(self.epoch)
+        batches = iter(train)
+        if self._batch:
+            if sum(1 for _ in itertools.islice(batches, self._batch)) < self._batch:
+                raise ValueError(f"train: expected more than {self._batch} batches, as in the checkpoint")
+            set_rng_state(now, train)
+        self._net.train()
+        while group := list(itertools.islice(batches, self._accumulate)):
+            lr = float(self.optimizer.param_groups[0]["lr"])
+            loss = self._step(group)
+            self.step, self._batch = self.step + 1, self._batch + len(group)
+            self._bar.update(1)
+            self._bar.set_postfix({"loss": f"{loss:.4g}", "lr": f"{lr:.3g}", **self._shown()}, refresh=False)
+            self._tell("on_step_end", loss)
+            ended = self._batch == length
+            if ended:
+                self.epoch, self._batch = self.epoch + 1, 0
+            if self.step % self._every == 0 if self._every else ended:
+                self._row(validation, lr)
+                self._after(ended, train, True)
+            else:
+                self._after(ended, train, self._save_every is not None and self.step % self._save_every == 0)
+            if ended or done():
+                return
+        if not self._batch:
+            raise ValueError("train: no batch in this epoch; expected data that can be iterated over again")
+        self.epoch, self._batch = self.epoch + 1, 0
+        if not self._every:
+            self._row(validation)
+        self._after(True, train, True)
+
+    def _after(self, ended: bool, train: Any, save: bool) -> None:
+        if ended and self._by == "epoch" and not isinstance(self.schedule, ReduceLROnPlateau | None):
+            self.schedule.step()
+        if save:
+            self._save(train)
+
+    def _step(self, group: list[Any]) -> float:
+        """Forward and backward for each batch, then one step; the loss."""
+        sizes = [size_of(batch) for batch in group]
+        total = 0.0
+        self.optimizer.zero_grad()
+        for i, (batch, size) in enumerate(zip(group, sizes, strict=True)):
+            quiet = self._net is not self.model and i < len(group) - 1  # gradients are averaged with the last batch
+            with self._net.no_sync() if quiet else contextlib.nullcontext():  # type: ignore[operator]
+                batch = self._moved(batch)
+                with self._autocast():
+                    loss = self.forward(self._net, batch)[0]
+                value = float(loss.detach())
+                if not math.isfinite(value):
+                    raise FloatingPointError(self._advice(value, batch))
+                loss = self._scaler.scale(loss * (size / sum(sizes)) if len(group) > 1 else loss)
+                loss.backward()  # type: ignore[no-untyped-call, unused-ignore]
+            total += value * size
+        if self._clip is not None:
+            self._scaler.unscale_(self.optimizer)
+            self._norm = float(nn.utils.clip_grad_norm_(self.model.parameters(), self._clip))
+        scale = self._scaler.get_scale()
+        self._scaler.step(self.optimizer)
+        self._scaler.update()
+        if getattr(self.optimizer, "last_grad_norm", None) is not None:
+            self._norm = float(self.optimizer.last_grad_norm)  # type: ignore[attr-defined]
+        if self._scaler.get_scale() >= scale:  # else the step was skipped
+            if self._by == "step" and not isinstance(self.schedule, ReduceLROnPlateau | None):
+                self.schedule.step()
+            if self.ema is not None:
+                self.ema.update_parameters(self.model)
+        self._sum, self._rows_seen = self._sum + total, self._rows_seen + sum(sizes)
+        return total / sum(sizes)
+
+    def _advice(self, value: float, batch: Any) -> str:
+        lr = float(self.optimizer.param_groups[0]["lr"])
+        text = f"the loss is {value} at step {self.step} (lr {lr:g}); "
+        if not all(t.isfinite().all() for t in tree_leaves(batch) if isinstance(t, torch.Tensor)):
+            return text + "the batch holds NaN or infinity: look at the data"
+        half = ", precision='bfloat16'" if self._dtype == torch.float16 else ""
+        return text + f"try a smaller lr, a warm-up (fusedopt.schedules.LinearWarmup), max_grad_norm=1.0{half}"
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, self._dtype, enabled=self._dtype is not None)
+
+    def _moved(self, batch: Any) -> Any:
+        if self.device.type == "cpu":
+            return batch
+        return tree_map_only(torch.Tensor, lambda t: t.to(self.device, non_blocking=True), batch)
+
+    # --- rows ---
+
+    def evaluate(self, data: Iterable[Any]) -> dict[str, float]:
+        """``loss`` and the metrics over all of this data, of the averaged weights if there are any."""
+        net: nn.Module = self.model if self.ema is None else self.ema.module
+        was_training, total, rows = net.training, 0.0, 0
+        outputs: list[Any] = []
+        net.eval()
+        with self._averaged(), torch.no_grad():
+            for batch in share(data, train=False):
+                with self._autocast():
+                    loss, output, target = self.forward(net, self._moved(batch))
+                total, rows = total + float(loss) * size_of(batch), rows + size_of(batch)
+                if self.metrics:
+                    outputs.append((output.float().cpu(), target.cpu()))
+        net.train(was_training)
+        parts = gathered((total, rows, outputs))
+        rows = sum(part[1] for part in parts)
+        if not rows:
+            raise ValueError("validation: no batch; expected data that can be iterated over again")
+        values = {"loss": sum(part[0] for part in parts) / rows}
+        if self.metrics:
+            pairs = [pair for part in parts for pair in part[2]]
+            output, target = (torch.cat(each) for each in zip(*pairs, strict=True))
+            values.update({name: float(metric(output, target)) for name, metric in self.metrics.items()})
+        return values
+
+    def _averaged(self) -> contextlib.AbstractContextManager[Any]:
+        """Puts the averages that the optimizer keeps inside its step, if it does, into the model."""
+        if any(group.get("ema_decay") is not None for group in self.optimizer.param_groups):
+            return self.optimizer.ema_parameters()  # type: ignore[attr-defined, no-any-return]
+        return contextlib.nullcontext()
+
+    def _row(self, validation: Iterable[Any] | None, lr: float | None = None) -> None:
+        """A new row of the history, and who listens to it."""
+        parts = gathered((self._sum, self._rows_seen))
+        row: dict[str, float] = {
+            "epoch": self.epoch,
+            "step": self.step,
+            "loss": sum(part[0] for part in parts) / sum(part[1] for part in parts),
+            "lr": float(self.optimizer.param_groups[0]["lr"]) if lr is None else lr,
+        }
+        self._sum = self._rows_seen = 0.0
+        if not math.isnan(self._norm):
+            row["grad_norm"] = self._norm
+        if validation is not None:
+            row.update({f"val_{name}": value for name, value in self.evaluate(validation).items()})
+        row["seconds"] = time.perf_counter() - self._began
+        self.rows.append(row)
+        monitor = self._monitor or ("loss" if validation is None else "val_loss")
+        if monitor not in row:
+            raise ValueError(f"monitor: expected one of {', '.join(row)}, got {monitor!r}")
+        if isinstance(self.schedule, ScheduledLR):
+            self.schedule.observe(row[monitor])
+        elif isinstance(self.schedule, ReduceLROnPlateau):
+            self.schedule.step(row[monitor])
+        if self._sign * row[monitor] < self._sign * self.best.get("value", self._sign * math.inf) - self._min_delta:
+            self.best, self._bad = {"value": row[monitor], "step": self.step}, 0
+            if self._restore:
+                with self._averaged():
+                    self.best["model"] = copy.deepcopy(self.model.state_dict())
+                self.best["ema"] = None if self.ema is None else copy.deepcopy(self.ema.state_dict())
+        else:
+            self._bad += 1
+            self.stop |= self._patience is not None and self._bad >= self._patience
+        for logger in self._loggers if processes()[0] == 0 else ():
+            logger.add(row)
+        self._tell("on_log", row)
+
+    def _shown(self) -> dict[str, str]:
+        last = self.rows[-1] if self.rows else {}
+        return {name: f"{value:.4g}" for name, value in last.items() if name.startswith("val_")}
+
+    def _tell(self, event: str, *what: Any) -> None:
+        for callback in self._callbacks:
+            if isinstance(callback, Callback):
+                getattr(callback, event)(self, *what)
+            elif event == "on_log":
+                callback(self, *what)
+
+    # --- checkpoints ---
+
+    def _save(self, train: Any) -> None:
+        if self._checkpoint is None:
+            return
+        own = gathered((rng_state(train), self._epoch_rng, self._sum, self._rows_seen))
+        if processes()[0] == 0:
+            parts = {"model": self.model, "optimizer": self.optimizer, "schedule": self.schedule, "ema": self.ema}
+            place = {name: getattr(self, name) for name in _PLACE}
+            value = {name: None if part is None else part.state_dict() for name, part in parts.items()}
+            value |= {"format": "fusedopt.Trainer 1", "scaler": self._scaler.state_dict(), "place": place, "own": own}
+            write_checkpoint(value, self._checkpoint)
+        if processes()[1] > 1:
+            distributed.barrier()
+
+    def _resume(self) -> None:
+        """Takes over the file, if there is one; read by the first process for all."""
+        if self._checkpoint is None:
+            raise ValueError("resume: expected a checkpoint= to go on from")
+        rank, world = processes()
+        value: Any = None
+        try:
+            value = read_checkpoint(self._checkpoint) if rank == 0 else None
+        except ValueError as e:
+            value = e
+        value = gathered(value)[0]
+        if isinstance(value, Exception):
+            raise value
+        if value is None:
+            return
+        if len(value["own"]) != world:
+            raise ValueError(f"checkpoint: written by {len(value['own'])} processes; this is one of {world}")
+        for name in ("schedule", "ema"):
+            if (value[name] is None) != (getattr(self, name) is None):
+                there = "no " if value[name] is None else "a "
+                raise ValueError(f"checkpoint: there is {there}{name} in it; expected a Trainer with the same options")
+        self.model.load_state_dict(value["model"])
+        for name in ("optimizer", "schedule", "ema"):
+            if value[name] is not None:
+                getattr(self, name).load_state_dict(value[name])
+        if value["scaler"]:
+            self._scaler.load_state_dict(value["scaler"])
+        for name, one in value["place"].items():
+            setattr(self, name, one)
+        self._saved_rng, self._epoch_rng, self._sum, self._rows_seen = value["own"][rank]
+
+
+_PLACE = ("epoch", "step", "_batch", "_bad", "rows", "best", "stop", "_norm")
+
+
+def fit(
+    model: nn.Module,
+    train: Iterable[Any],
+    validation: Iterable[Any] | None = None,
+    *,
+    loss: Callable[[Any, Any], torch.Tensor],
+    optimizer: torch.optim.Optimizer,
+    epochs: int | None = None,
+    steps: int | None = None,
+    resume: bool = False,
+    **options: Any,
+) -> Trainer:
+    """Makes a :class:`Trainer` with these options, and lets it :meth:`~Trainer.fit`.
+
+    Args:
+        model: as in :class:`Trainer`; so are loss, optimizer and all further options.
+        train: as in :meth:`Trainer.fit`; so are validation, epochs, steps and resume.
+
+    Returns:
+        The trainer.
+
+    Raises:
+        As both of them do.
+    """
+    trainer = Trainer(model, loss, optimizer, **options)
+    return trainer.fit(train, validation, epochs=epochs, steps=steps, resume=resume)
