@@ -60,6 +60,11 @@ from typing import Any, overload
 import torch
 from torch.optim.optimizer import Optimizer, ParamsT
 
+from .torch_install import convert as convert
+from .torch_install import install as install
+from .torch_install import installed as installed
+from .torch_install import uninstall as uninstall
+
 {all}
 
 class FallbackWarning(UserWarning):

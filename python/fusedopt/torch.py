@@ -20,6 +20,7 @@ why; together with an option of ours, or with gradients still scaled, it raises 
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import inspect
 import sys
 import warnings
@@ -668,9 +669,14 @@ for _rule in RULES.values():
     __all__.append(_rule.name)
 
 
+_ELSEWHERE = dict.fromkeys(("convert", "install", "installed", "uninstall"), "torch_install")
+
+
 def __getattr__(name: str) -> Any:
+    if name in _ELSEWHERE:
+        return getattr(importlib.import_module("." + _ELSEWHERE[name], __package__), name)
     return getattr(torch.optim, name)
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *dir(torch.optim)})
+    return sorted({*globals(), *_ELSEWHERE, *dir(torch.optim)})
