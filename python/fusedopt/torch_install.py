@@ -16,11 +16,12 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
-from . import torch as ours
+from . import torch as _torch
 from .rules import RULES
 
 __all__ = ["convert", "install", "installed", "uninstall"]
 
+ours: Any = _torch  # its stub names this module in turn, and has no private names
 _THEIRS: dict[type[Optimizer], type[Optimizer]] = {
     getattr(torch.optim, name): getattr(ours, name) for name in RULES if hasattr(torch.optim, name)
 }
