@@ -22,14 +22,17 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import inspect
+import itertools
 import sys
 import warnings
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
+from torch.compiler import is_dynamo_compiling
 from torch.optim import Optimizer
 from torch.optim import optimizer as _torch_optimizer
 
@@ -51,6 +54,8 @@ _GRADS = {(f[0], f[1]) for kernel in _core.formats().values() for f in kernel}
 _WIDE = (torch.float32, torch.float64)
 _INTEGERS = {"int8": torch.int8, "uint8": torch.uint8, "int16": torch.int16, "float32": torch.float32}
 _NEW_OPTIONS: dict[str, Any] = {**forms.OPTIONS, "max_grad_norm": None}
+_numbers = itertools.count(1)
+_optimizers: weakref.WeakValueDictionary[str, Any] = weakref.WeakValueDictionary()  # by a number, for torch_compile
 
 
 class FallbackWarning(UserWarning):
@@ -171,6 +176,10 @@ class _Fused(Optimizer):
         self._plan: Any = None
         self._foreign: dict[str, list[tuple[int, torch.Tensor]]] = {}
         self._said: set[str] = self.__dict__.get("_said", set())
+        self._number = str(next(_numbers))  # a compiler takes an int that differs for a variable
+        self._every: list[torch.Tensor] | None = None  # torch_compile's
+        self._views: dict[tuple[int, ...], Any] = {}
+        _optimizers[self._number] = self
         self.last_grad_norm = None
         self.last_step_skipped = False
 
@@ -200,7 +209,8 @@ class _Fused(Optimizer):
             if reason:
                 self.param_groups.pop()
                 raise ValueError(reason)
-        self._plan = None
+        self._plan = self._every = None
+        self._views = {}
 
     @property
     def max_grad_norm(self) -> float | None:
@@ -218,6 +228,10 @@ class _Fused(Optimizer):
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Performs one step; ``closure`` reevaluates the model and returns the loss, which is returned."""
+        if is_dynamo_compiling():
+            from .torch_compile import step
+
+            return step(self, closure)
         if (
             self._optimizer_step_pre_hooks
             or self._optimizer_step_post_hooks
