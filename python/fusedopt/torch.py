@@ -174,6 +174,7 @@ class _Fused(Optimizer):
 
     def _reset(self) -> None:
         self._plan: Any = None
+        self._shards: Any = None  # of torch_dtensor
         self._foreign: dict[str, list[tuple[int, torch.Tensor]]] = {}
         self._said: set[str] = self.__dict__.get("_said", set())
         self._number = str(next(_numbers))  # a compiler takes an int that differs for a variable
@@ -259,16 +260,33 @@ class _Fused(Optimizer):
         groups = self.param_groups
         max_norm = groups[0]["max_grad_norm"] or 0.0 if groups else 0.0
         plan = self._plan
+        if plan is None and self._sharded():
+            norm = self._shards.step(unscale, max_norm)
+            if max_norm:
+                self.last_grad_norm = norm.to(self._norm_dtype())
+            return loss
         if self._foreign:
             self._refuse_foreign(unscale, max_norm)
         if plan is None or not plan.step(self.state, groups, unscale, max_norm, get_num_threads()):
             plan = self._replan(unscale, max_norm)
         if max_norm:
-            wide = any(p.dtype == torch.float64 for group in groups for p in group["params"])
-            self.last_grad_norm = torch.tensor(plan.norm, dtype=torch.float64 if wide else torch.float32)
+            self.last_grad_norm = torch.tensor(plan.norm, dtype=self._norm_dtype())
         if self._foreign:
             self._step_foreign()
         return loss
+
+    def _norm_dtype(self) -> torch.dtype:
+        wide = any(p.dtype == torch.float64 for group in self.param_groups for p in group["params"])
+        return torch.float64 if wide else torch.float32
+
+    def _sharded(self) -> bool:
+        """Whether parameters are DTensors, whose local parts are then stepped by ``_shards``."""
+        if self._shards is None and "torch.distributed.tensor" in sys.modules:
+            from .torch_dtensor import Shards, any_dtensor
+
+            if any_dtensor(self.param_groups):
+                self._shards = Shards(self)
+        return self._shards is not None
 
     def _replan(self, unscale: float, max_norm: float) -> Any:
         """Sorts the parameters, creates missing state, and does the step by a new plan."""

@@ -19,7 +19,7 @@ from .torch import _DTYPES, _TYPES, _optimizers
 
 Tensors = Sequence[torch.Tensor]
 
-_library = torch.library.Library("fusedopt", "DEF")
+_library: Any = torch.library.Library("fusedopt", "DEF")  # type: ignore[no-untyped-call]
 _library.define("step(str number, int[] chosen, Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] states) -> ()")
 
 
@@ -97,7 +97,7 @@ def _prepare(number: str, chosen: tuple[int, ...]) -> bool:
 _NAMES = frozenset(_DTYPES.values())
 
 
-@torch.compiler.disable
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def _outside(opt: Any, closure: Any) -> Any:
     return opt.step(closure)
 

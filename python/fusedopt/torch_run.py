@@ -42,17 +42,18 @@ class Record:
 
     def look(self, optimizer: Any) -> None:
         """Notes who updates what; called after a step."""
-        while (inner := getattr(optimizer, "_inner", None)) is not None:  # sharded: the work is done on local tensors
-            optimizer = inner
+        params = _params(optimizer)
+        optimizer = getattr(getattr(optimizer, "_shards", None), "inner", optimizer)  # the local side of DTensors
         if not isinstance(optimizer, ours._Fused):
-            self.reasons[_why_not(optimizer)] = sum(len(group["params"]) for group in optimizer.param_groups)
+            self.reasons[_why_not(optimizer)] = len(params)
             return
         if optimizer._plan is self._plan and not optimizer._foreign:
             return
         self._plan = optimizer._plan
-        everything = sum(p.grad is not None for group in optimizer.param_groups for p in group["params"])
+        given = {local: p.grad is not None for p, local in zip(params, _params(optimizer), strict=True)}
+        everything = sum(given.values())
         for reason, places in optimizer._foreign.items():
-            n = sum(p.grad is not None for _, p in places)
+            n = sum(given[p] for _, p in places)
             everything -= n
             if n:
                 self.reasons[reason] = max(n, self.reasons.get(reason, 0))
@@ -78,6 +79,10 @@ class Record:
         for reason, tensors in self.reasons.items():
             text += f"\n    torch's own step for {_tensors(tensors)}: {reason}"
         return text
+
+
+def _params(optimizer: Optimizer) -> list[torch.Tensor]:
+    return [p for group in optimizer.param_groups for p in group["params"]]
 
 
 def _human(seconds: float) -> str:
