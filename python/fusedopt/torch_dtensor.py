@@ -145,7 +145,7 @@ class Shards:
         return total.sqrt()
 
 
-def _like(value: Any, p: DTensor) -> Any:
+def _like(value: Any, p: Any) -> Any:
     """A local state tensor as a DTensor that is laid out like its parameter."""
     if not isinstance(value, torch.Tensor):
         return value
