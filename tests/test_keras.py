@@ -54,7 +54,7 @@ def compiled(opt: Any, inputs: int = 784) -> Any:
 @pytest.mark.parametrize("name", NAMES)
 def test_the_784_10_10_network_learns(name: str) -> None:
     x, y = digits()
-    rates = {"SGD": 0.05, "Adadelta": 1.0, "Lion": 1e-3}
+    rates = {"SGD": 0.05, "Adadelta": 1.0, "Lion": 1e-3, "Adagrad": 0.05}
     opt = getattr(ours, name)(learning_rate=rates.get(name, 0.01))
     model = compiled(opt)
     model.fit(x, y, batch_size=32, epochs=4, verbose=0)
