@@ -64,6 +64,7 @@ from .torch_install import convert as convert
 from .torch_install import install as install
 from .torch_install import installed as installed
 from .torch_install import uninstall as uninstall
+from .torch_offload import Offload as Offload
 
 {all}
 

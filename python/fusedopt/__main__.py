@@ -18,6 +18,7 @@ SUITES = {
     "numpy": "the NumPy functions against the best in-place NumPy",
     "training": "whole iterations of small networks",
     "denormals": "what denormal moments cost",
+    "integrations": "DDP and FSDP2 in two processes, compiled iterations",
     "short": "every rule at 4M parameters, in less than a minute",
 }
 

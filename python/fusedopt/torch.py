@@ -702,6 +702,7 @@ for _rule in RULES.values():
 
 
 _ELSEWHERE = dict.fromkeys(("convert", "install", "installed", "uninstall"), "torch_install")
+_ELSEWHERE["Offload"] = "torch_offload"
 
 
 def __getattr__(name: str) -> Any:

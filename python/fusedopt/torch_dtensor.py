@@ -146,8 +146,8 @@ class Shards:
 
 
 def _like(value: Any, p: Any) -> Any:
-    """A local state tensor as a DTensor that is laid out like its parameter."""
-    if not isinstance(value, torch.Tensor):
+    """A local state tensor as a DTensor that is laid out like its parameter; block scales are local."""
+    if not isinstance(value, torch.Tensor) or value.shape != p._local_tensor.shape:
         return value
     mesh, places = p.device_mesh, p.placements
     return DTensor.from_local(value, mesh, places, run_check=False, shape=p.shape, stride=p.stride())

@@ -26,7 +26,7 @@ _THEIRS: dict[type[Optimizer], type[Optimizer]] = {
     getattr(torch.optim, name): getattr(ours, name) for name in RULES if hasattr(torch.optim, name)
 }
 """torch's class -> ours."""
-_OPTIONS = ours._NEW_OPTIONS
+_CASTABLE = ("state_dtype", "seed")  # options of ours that a way back can leave behind
 _active = False
 
 
@@ -123,8 +123,8 @@ def convert(optimizer: Optimizer, *, back: bool = False, max_grad_norm: float | 
         for change in changes:
             change()
         if not back:
-            for key in _OPTIONS:
-                optimizer.defaults.setdefault(key, None)
+            for key, default in ours._NEW_OPTIONS.items():
+                optimizer.defaults.setdefault(key, default)
             optimizer.__setstate__({})
     if norm is not None:
         optimizer.max_grad_norm = norm  # type: ignore[attr-defined]
@@ -179,23 +179,26 @@ def _redirections(
 
 def _check_options(optimizer: Optimizer) -> None:
     for group in optimizer.param_groups:
-        for key in _OPTIONS:
-            if key != "state_dtype" and group.get(key):
-                raise ValueError(f"{key}: torch's class does not have it; set it to None before converting back")
+        for key, default in ours._NEW_OPTIONS.items():
+            if key not in _CASTABLE and group.get(key, default) != default:
+                raise ValueError(f"{key}: torch's class does not have it; set it to {default!r} before converting back")
 
 
 def _drop_options(optimizer: Optimizer) -> None:
     """Leaves what torch's own class would have made."""
     for group in optimizer.param_groups:
         if group.get("state_dtype"):
+            names = optimizer._rule.states(group)  # type: ignore[attr-defined]
             for p in group["params"]:
                 state = optimizer.state.get(p, {})
-                for name in optimizer._rule.states(group):  # type: ignore[attr-defined]
+                ours._recode(p, state, names, ours._form(p, {**group, **ours._NEW_OPTIONS}))
+                state.pop("stream", None)
+                for name in names:
                     if isinstance(state.get(name), torch.Tensor):
                         state[name] = state[name].to(p.dtype)
-        for key in _OPTIONS:
+        for key in ours._NEW_OPTIONS:
             group.pop(key, None)
-    for key in _OPTIONS:
+    for key in ours._NEW_OPTIONS:
         optimizer.defaults.pop(key, None)
     probe: Any = object.__new__(ours.SGD)
     probe._reset()

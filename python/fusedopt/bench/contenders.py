@@ -30,14 +30,17 @@ COMPILING_CALLS = 3
 
 def builder(case: Case) -> Builder:
     """What makes the contenders of a case, by name; the data they share is made here."""
-    return {"torch": _torch, "denormals": _torch, "training": _training, "numpy": _numpy}[case.kind](case)
+    return {
+        "torch": _torch, "denormals": _torch, "training": _training, "compiled": _training, "numpy": _numpy,
+        "ddp": _pair, "fsdp": _pair,
+    }[case.kind](case)  # fmt: skip
 
 
 def contender_names(case: Case, *, compiled: bool = False, with_peers: bool = False) -> list[str]:
     """Ours first; compilation takes minutes and peers may be missing, so both are asked for."""
     names = [OURS, *(n for n in case.against if compiled or n != COMPILED)]
     if with_peers:
-        names += [n for n in peers.PEERS[case.kind] if n not in names]
+        names += [n for n in peers.PEERS.get(case.kind, {}) if n not in names]
     if case.kind == "denormals":
         names += [n + DENORMAL for n in names]
     return names
@@ -54,10 +57,16 @@ def ceiling() -> Contender:
 def _dtype(word: str) -> torch.dtype:
     import torch
 
-    return {"f64": torch.float64, "f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16, "int8": torch.int8}[word]
+    return {
+        "f64": torch.float64,
+        "f32": torch.float32,
+        "bf16": torch.bfloat16,
+        "f16": torch.float16,
+        "int8": torch.int8,
+    }[word]
 
 
-def _optimizer(name: str, case: Case, params: Any) -> torch.optim.Optimizer | None:
+def optimizer(name: str, case: Case, params: Any) -> torch.optim.Optimizer | None:
     """Ours or torch's by the name of its path."""
     import torch
 
@@ -127,7 +136,7 @@ def _torch(case: Case) -> Builder:
         if name in peers.PEERS["torch"]:
             opt = peers.PEERS["torch"][name](case, grouped)
         else:
-            opt = _optimizer(name, case, grouped)
+            opt = optimizer(name, case, grouped)
         if opt is None:
             return None
         step: Callable[[], object] = opt.step
@@ -205,9 +214,9 @@ def _training(case: Case) -> Builder:
 
     def build(name: str) -> Contender | None:
         def make(params: Any) -> torch.optim.Optimizer | None:
-            return _optimizer(name, case, params)
+            return optimizer(name, case, params)
 
-        parts = iteration(case.model, make)
+        parts = iteration(case.model, make, compiled=case.kind == "compiled")
         if parts is None:
             return None
         run, opt = parts
@@ -219,6 +228,13 @@ def _training(case: Case) -> Builder:
         return Contender(run, first_seconds=compiled.first_seconds)
 
     return build
+
+
+def _pair(case: Case) -> Builder:
+    """Steps within data-parallel training; the processes live as long as the builder."""
+    from fusedopt.bench.pair import Pair
+
+    return Pair(case).contender
 
 
 def _numpy(case: Case) -> Builder:
