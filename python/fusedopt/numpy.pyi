@@ -80,6 +80,12 @@ class SGD(Optimizer):
         nesterov: bool = False,
         maximize: bool = False,
         max_grad_norm: float | None = None,
+        state_dtype: _Arrays | None = None,
+        master: _Arrays | None = None,
+        stochastic_rounding: bool = False,
+        seed: int = 0,
+        ema_decay: _Arrays | None = None,
+        l1: float = 0.0,
     ) -> None: ...
 
 def adagrad_(
@@ -110,6 +116,12 @@ class Adagrad(Optimizer):
         eps: float = 1e-10,
         maximize: bool = False,
         max_grad_norm: float | None = None,
+        state_dtype: _Arrays | None = None,
+        master: _Arrays | None = None,
+        stochastic_rounding: bool = False,
+        seed: int = 0,
+        ema_decay: _Arrays | None = None,
+        l1: float = 0.0,
     ) -> None: ...
 
 def rmsprop_(
@@ -144,6 +156,12 @@ class RMSprop(Optimizer):
         centered: bool = False,
         maximize: bool = False,
         max_grad_norm: float | None = None,
+        state_dtype: _Arrays | None = None,
+        master: _Arrays | None = None,
+        stochastic_rounding: bool = False,
+        seed: int = 0,
+        ema_decay: _Arrays | None = None,
+        l1: float = 0.0,
     ) -> None: ...
 
 def adam_(
@@ -179,6 +197,12 @@ class Adam(Optimizer):
         maximize: bool = False,
         decoupled_weight_decay: bool = False,
         max_grad_norm: float | None = None,
+        state_dtype: _Arrays | None = None,
+        master: _Arrays | None = None,
+        stochastic_rounding: bool = False,
+        seed: int = 0,
+        ema_decay: _Arrays | None = None,
+        l1: float = 0.0,
     ) -> None: ...
 
 def adamw_(
@@ -212,6 +236,12 @@ class AdamW(Optimizer):
         amsgrad: bool = False,
         maximize: bool = False,
         max_grad_norm: float | None = None,
+        state_dtype: _Arrays | None = None,
+        master: _Arrays | None = None,
+        stochastic_rounding: bool = False,
+        seed: int = 0,
+        ema_decay: _Arrays | None = None,
+        l1: float = 0.0,
     ) -> None: ...
 
 def nadam_(
@@ -247,6 +277,12 @@ class NAdam(Optimizer):
         decoupled_weight_decay: bool = False,
         maximize: bool = False,
         max_grad_norm: float | None = None,
+        state_dtype: _Arrays | None = None,
+        master: _Arrays | None = None,
+        stochastic_rounding: bool = False,
+        seed: int = 0,
+        ema_decay: _Arrays | None = None,
+        l1: float = 0.0,
     ) -> None: ...
 
 def radam_(
@@ -279,6 +315,12 @@ class RAdam(Optimizer):
         decoupled_weight_decay: bool = False,
         maximize: bool = False,
         max_grad_norm: float | None = None,
+        state_dtype: _Arrays | None = None,
+        master: _Arrays | None = None,
+        stochastic_rounding: bool = False,
+        seed: int = 0,
+        ema_decay: _Arrays | None = None,
+        l1: float = 0.0,
     ) -> None: ...
 
 def adamax_(
@@ -309,6 +351,12 @@ class Adamax(Optimizer):
         weight_decay: float = 0.0,
         maximize: bool = False,
         max_grad_norm: float | None = None,
+        state_dtype: _Arrays | None = None,
+        master: _Arrays | None = None,
+        stochastic_rounding: bool = False,
+        seed: int = 0,
+        ema_decay: _Arrays | None = None,
+        l1: float = 0.0,
     ) -> None: ...
 
 def adadelta_(
@@ -338,6 +386,12 @@ class Adadelta(Optimizer):
         weight_decay: float = 0.0,
         maximize: bool = False,
         max_grad_norm: float | None = None,
+        state_dtype: _Arrays | None = None,
+        master: _Arrays | None = None,
+        stochastic_rounding: bool = False,
+        seed: int = 0,
+        ema_decay: _Arrays | None = None,
+        l1: float = 0.0,
     ) -> None: ...
 
 def lion_(
@@ -364,4 +418,10 @@ class Lion(Optimizer):
         weight_decay: float = 0.0,
         maximize: bool = False,
         max_grad_norm: float | None = None,
+        state_dtype: _Arrays | None = None,
+        master: _Arrays | None = None,
+        stochastic_rounding: bool = False,
+        seed: int = 0,
+        ema_decay: _Arrays | None = None,
+        l1: float = 0.0,
     ) -> None: ...

@@ -10,6 +10,7 @@ from .torch_install import convert as convert
 from .torch_install import install as install
 from .torch_install import installed as installed
 from .torch_install import uninstall as uninstall
+from .torch_offload import Offload as Offload
 
 __all__ = [
     "SGD",
@@ -19,10 +20,13 @@ __all__ = [
     "AdamW",
     "Adamax",
     "FallbackWarning",
+    "InBackward",
     "Lion",
     "NAdam",
     "RAdam",
     "RMSprop",
+    "memory_report",
+    "step_in_backward",
 ]
 
 class FallbackWarning(UserWarning):
@@ -57,6 +61,11 @@ class SGD(_Fused, torch.optim.SGD):
         differentiable: bool = False,
         fused: bool | None = None,
         state_dtype: torch.dtype | str | None = None,
+        master: _Arrays | None = None,
+        stochastic_rounding: bool = False,
+        seed: int = 0,
+        ema_decay: _Arrays | None = None,
+        l1: float = 0.0,
         max_grad_norm: float | None = None,
     ) -> None: ...
 
@@ -77,6 +86,11 @@ class Adagrad(_Fused, torch.optim.Adagrad):
         differentiable: bool = False,
         fused: bool | None = None,
         state_dtype: torch.dtype | str | None = None,
+        master: _Arrays | None = None,
+        stochastic_rounding: bool = False,
+        seed: int = 0,
+        ema_decay: _Arrays | None = None,
+        l1: float = 0.0,
         max_grad_norm: float | None = None,
     ) -> None: ...
 
@@ -98,6 +112,11 @@ class RMSprop(_Fused, torch.optim.RMSprop):
         differentiable: bool = False,
         *,
         state_dtype: torch.dtype | str | None = None,
+        master: _Arrays | None = None,
+        stochastic_rounding: bool = False,
+        seed: int = 0,
+        ema_decay: _Arrays | None = None,
+        l1: float = 0.0,
         max_grad_norm: float | None = None,
     ) -> None: ...
 
@@ -120,6 +139,11 @@ class Adam(_Fused, torch.optim.Adam):
         fused: bool | None = None,
         decoupled_weight_decay: bool = False,
         state_dtype: torch.dtype | str | None = None,
+        master: _Arrays | None = None,
+        stochastic_rounding: bool = False,
+        seed: int = 0,
+        ema_decay: _Arrays | None = None,
+        l1: float = 0.0,
         max_grad_norm: float | None = None,
     ) -> None: ...
 
@@ -141,6 +165,11 @@ class AdamW(_Fused, torch.optim.AdamW):
         differentiable: bool = False,
         fused: bool | None = None,
         state_dtype: torch.dtype | str | None = None,
+        master: _Arrays | None = None,
+        stochastic_rounding: bool = False,
+        seed: int = 0,
+        ema_decay: _Arrays | None = None,
+        l1: float = 0.0,
         max_grad_norm: float | None = None,
     ) -> None: ...
 
@@ -162,6 +191,11 @@ class NAdam(_Fused, torch.optim.NAdam):
         capturable: bool = False,
         differentiable: bool = False,
         state_dtype: torch.dtype | str | None = None,
+        master: _Arrays | None = None,
+        stochastic_rounding: bool = False,
+        seed: int = 0,
+        ema_decay: _Arrays | None = None,
+        l1: float = 0.0,
         max_grad_norm: float | None = None,
     ) -> None: ...
 
@@ -182,6 +216,11 @@ class RAdam(_Fused, torch.optim.RAdam):
         capturable: bool = False,
         differentiable: bool = False,
         state_dtype: torch.dtype | str | None = None,
+        master: _Arrays | None = None,
+        stochastic_rounding: bool = False,
+        seed: int = 0,
+        ema_decay: _Arrays | None = None,
+        l1: float = 0.0,
         max_grad_norm: float | None = None,
     ) -> None: ...
 
@@ -201,6 +240,11 @@ class Adamax(_Fused, torch.optim.Adamax):
         differentiable: bool = False,
         capturable: bool = False,
         state_dtype: torch.dtype | str | None = None,
+        master: _Arrays | None = None,
+        stochastic_rounding: bool = False,
+        seed: int = 0,
+        ema_decay: _Arrays | None = None,
+        l1: float = 0.0,
         max_grad_norm: float | None = None,
     ) -> None: ...
 
@@ -220,6 +264,11 @@ class Adadelta(_Fused, torch.optim.Adadelta):
         maximize: bool = False,
         differentiable: bool = False,
         state_dtype: torch.dtype | str | None = None,
+        master: _Arrays | None = None,
+        stochastic_rounding: bool = False,
+        seed: int = 0,
+        ema_decay: _Arrays | None = None,
+        l1: float = 0.0,
         max_grad_norm: float | None = None,
     ) -> None: ...
 
@@ -235,6 +284,11 @@ class Lion(_Fused):
         *,
         maximize: bool = False,
         state_dtype: torch.dtype | str | None = None,
+        master: _Arrays | None = None,
+        stochastic_rounding: bool = False,
+        seed: int = 0,
+        ema_decay: _Arrays | None = None,
+        l1: float = 0.0,
         max_grad_norm: float | None = None,
     ) -> None: ...
 

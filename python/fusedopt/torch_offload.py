@@ -27,7 +27,8 @@ class Offload(Optimizer):
         params: tensors, named tensors or groups, as for any optimizer; on any device.
         optimizer_class: a class of ``fusedopt.torch``.
         pin_memory: page-locked buffers, which copies can overlap with; by default where a parameter is on CUDA.
-        options: those of ``optimizer_class``; ``master=None`` does without masters.
+        options: those of ``optimizer_class``. 16-bit parameters get ``master="float32", state_dtype="float32"`` unless
+            these say otherwise.
 
     Attributes:
         inner: the optimizer on the CPU, whose parameters are the buffers.
@@ -55,6 +56,8 @@ class Offload(Optimizer):
             pin_memory = any(p.device.type == "cuda" for p in everything)
         if any(p.dtype in _HALVES for p in everything):
             options.setdefault("master", "float32")
+            if options["master"] == "float32":
+                options.setdefault("state_dtype", "float32")
         self._pin = pin_memory
         self._buffers: dict[torch.Tensor, tuple[torch.Tensor, torch.Tensor]] = {}  # p -> weight, gradient on the CPU
         for p in everything:
