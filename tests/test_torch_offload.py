@@ -1,6 +1,7 @@
 """`Offload` on a stand-in: the parameters' device is the CPU, too, so copies are copies and every value can be checked.
 What a real accelerator adds (its allocator's pinned memory, its streams) is not run here."""
 
+import contextlib
 import math
 from typing import Any
 
@@ -123,3 +124,43 @@ def test_what_is_refused() -> None:
     words(torch.tensor([1])).sum().backward()
     with pytest.raises(RuntimeError, match="sparse"):
         sparse.step()
+
+
+# -- torchao's own, on the same stand-in -----------------------------------------------------------------------------
+
+
+@pytest.mark.integration(
+    "torchao CPUOffloadOptimizer", "ours as `optimizer_class`; the CPU stands in for a GPU", "torchao"
+)
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ["AdamW", "Lion"])
+def test_torchao_offloads_to_ours(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torchao asks for CUDA; here its streams are stubs and its page-locked memory is common memory."""
+    torchao = pytest.importorskip("torchao.optim", exc_type=ImportError)
+    module = pytest.importorskip("torchao.optim.cpu_offload", exc_type=ImportError)
+
+    class Stream(contextlib.nullcontext):  # type: ignore[type-arg]
+        def record_event(self) -> Any:
+            return self
+
+        def wait_stream(self, other: Any) -> None: ...
+        def synchronize(self) -> None: ...
+
+    empty_like = torch.empty_like
+    monkeypatch.setattr(module, "get_available_devices", lambda: ["cpu", "cuda"])
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", Stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: stream)
+    monkeypatch.setattr(torch, "empty_like", lambda t, **k: empty_like(t, **{**k, "pin_memory": False}))
+    shapes = [(70, 70), (3,), (50, 100)]
+    mine, want = parameters(shapes=shapes), parameters(shapes=shapes)
+    opt = torchao.CPUOffloadOptimizer(mine, getattr(optim, name), lr=0.01)
+    plain = ours(name, want, lr=0.01)
+    for step in range(4):
+        for params, o in ((mine, opt), (want, plain)):
+            o.zero_grad()
+            sum((p * (1 + step)).sin().sum() for p in params).backward()  # type: ignore[union-attr]
+            o.step()
+    assert_same_bits(weights(mine), weights(want))
+    assert {type(o) for o in opt.optim_dict.values()} == {getattr(optim, name)}
+    assert all(o._plan is not None and not o._foreign for o in opt.optim_dict.values())

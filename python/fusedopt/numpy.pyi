@@ -80,12 +80,6 @@ class SGD(Optimizer):
         nesterov: bool = False,
         maximize: bool = False,
         max_grad_norm: float | None = None,
-        state_dtype: _Arrays | None = None,
-        master: _Arrays | None = None,
-        stochastic_rounding: bool = False,
-        seed: int = 0,
-        ema_decay: _Arrays | None = None,
-        l1: float = 0.0,
     ) -> None: ...
 
 def adagrad_(
@@ -116,12 +110,6 @@ class Adagrad(Optimizer):
         eps: float = 1e-10,
         maximize: bool = False,
         max_grad_norm: float | None = None,
-        state_dtype: _Arrays | None = None,
-        master: _Arrays | None = None,
-        stochastic_rounding: bool = False,
-        seed: int = 0,
-        ema_decay: _Arrays | None = None,
-        l1: float = 0.0,
     ) -> None: ...
 
 def rmsprop_(
@@ -156,12 +144,6 @@ class RMSprop(Optimizer):
         centered: bool = False,
         maximize: bool = False,
         max_grad_norm: float | None = None,
-        state_dtype: _Arrays | None = None,
-        master: _Arrays | None = None,
-        stochastic_rounding: bool = False,
-        seed: int = 0,
-        ema_decay: _Arrays | None = None,
-        l1: float = 0.0,
     ) -> None: ...
 
 def adam_(
@@ -197,12 +179,6 @@ class Adam(Optimizer):
         maximize: bool = False,
         decoupled_weight_decay: bool = False,
         max_grad_norm: float | None = None,
-        state_dtype: _Arrays | None = None,
-        master: _Arrays | None = None,
-        stochastic_rounding: bool = False,
-        seed: int = 0,
-        ema_decay: _Arrays | None = None,
-        l1: float = 0.0,
     ) -> None: ...
 
 def adamw_(
@@ -236,12 +212,6 @@ class AdamW(Optimizer):
         amsgrad: bool = False,
         maximize: bool = False,
         max_grad_norm: float | None = None,
-        state_dtype: _Arrays | None = None,
-        master: _Arrays | None = None,
-        stochastic_rounding: bool = False,
-        seed: int = 0,
-        ema_decay: _Arrays | None = None,
-        l1: float = 0.0,
     ) -> None: ...
 
 def nadam_(
@@ -277,12 +247,6 @@ class NAdam(Optimizer):
         decoupled_weight_decay: bool = False,
         maximize: bool = False,
         max_grad_norm: float | None = None,
-        state_dtype: _Arrays | None = None,
-        master: _Arrays | None = None,
-        stochastic_rounding: bool = False,
-        seed: int = 0,
-        ema_decay: _Arrays | None = None,
-        l1: float = 0.0,
     ) -> None: ...
 
 def radam_(
@@ -315,12 +279,6 @@ class RAdam(Optimizer):
         decoupled_weight_decay: bool = False,
         maximize: bool = False,
         max_grad_norm: float | None = None,
-        state_dtype: _Arrays | None = None,
-        master: _Arrays | None = None,
-        stochastic_rounding: bool = False,
-        seed: int = 0,
-        ema_decay: _Arrays | None = None,
-        l1: float = 0.0,
     ) -> None: ...
 
 def adamax_(
@@ -351,12 +309,6 @@ class Adamax(Optimizer):
         weight_decay: float = 0.0,
         maximize: bool = False,
         max_grad_norm: float | None = None,
-        state_dtype: _Arrays | None = None,
-        master: _Arrays | None = None,
-        stochastic_rounding: bool = False,
-        seed: int = 0,
-        ema_decay: _Arrays | None = None,
-        l1: float = 0.0,
     ) -> None: ...
 
 def adadelta_(
@@ -386,12 +338,6 @@ class Adadelta(Optimizer):
         weight_decay: float = 0.0,
         maximize: bool = False,
         max_grad_norm: float | None = None,
-        state_dtype: _Arrays | None = None,
-        master: _Arrays | None = None,
-        stochastic_rounding: bool = False,
-        seed: int = 0,
-        ema_decay: _Arrays | None = None,
-        l1: float = 0.0,
     ) -> None: ...
 
 def lion_(
@@ -418,10 +364,4 @@ class Lion(Optimizer):
         weight_decay: float = 0.0,
         maximize: bool = False,
         max_grad_norm: float | None = None,
-        state_dtype: _Arrays | None = None,
-        master: _Arrays | None = None,
-        stochastic_rounding: bool = False,
-        seed: int = 0,
-        ema_decay: _Arrays | None = None,
-        l1: float = 0.0,
     ) -> None: ...

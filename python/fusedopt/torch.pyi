@@ -20,13 +20,10 @@ __all__ = [
     "AdamW",
     "Adamax",
     "FallbackWarning",
-    "InBackward",
     "Lion",
     "NAdam",
     "RAdam",
     "RMSprop",
-    "memory_report",
-    "step_in_backward",
 ]
 
 class FallbackWarning(UserWarning):
@@ -61,11 +58,6 @@ class SGD(_Fused, torch.optim.SGD):
         differentiable: bool = False,
         fused: bool | None = None,
         state_dtype: torch.dtype | str | None = None,
-        master: _Arrays | None = None,
-        stochastic_rounding: bool = False,
-        seed: int = 0,
-        ema_decay: _Arrays | None = None,
-        l1: float = 0.0,
         max_grad_norm: float | None = None,
     ) -> None: ...
 
@@ -86,11 +78,6 @@ class Adagrad(_Fused, torch.optim.Adagrad):
         differentiable: bool = False,
         fused: bool | None = None,
         state_dtype: torch.dtype | str | None = None,
-        master: _Arrays | None = None,
-        stochastic_rounding: bool = False,
-        seed: int = 0,
-        ema_decay: _Arrays | None = None,
-        l1: float = 0.0,
         max_grad_norm: float | None = None,
     ) -> None: ...
 
@@ -112,11 +99,6 @@ class RMSprop(_Fused, torch.optim.RMSprop):
         differentiable: bool = False,
         *,
         state_dtype: torch.dtype | str | None = None,
-        master: _Arrays | None = None,
-        stochastic_rounding: bool = False,
-        seed: int = 0,
-        ema_decay: _Arrays | None = None,
-        l1: float = 0.0,
         max_grad_norm: float | None = None,
     ) -> None: ...
 
@@ -139,11 +121,6 @@ class Adam(_Fused, torch.optim.Adam):
         fused: bool | None = None,
         decoupled_weight_decay: bool = False,
         state_dtype: torch.dtype | str | None = None,
-        master: _Arrays | None = None,
-        stochastic_rounding: bool = False,
-        seed: int = 0,
-        ema_decay: _Arrays | None = None,
-        l1: float = 0.0,
         max_grad_norm: float | None = None,
     ) -> None: ...
 
@@ -165,11 +142,6 @@ class AdamW(_Fused, torch.optim.AdamW):
         differentiable: bool = False,
         fused: bool | None = None,
         state_dtype: torch.dtype | str | None = None,
-        master: _Arrays | None = None,
-        stochastic_rounding: bool = False,
-        seed: int = 0,
-        ema_decay: _Arrays | None = None,
-        l1: float = 0.0,
         max_grad_norm: float | None = None,
     ) -> None: ...
 
@@ -191,11 +163,6 @@ class NAdam(_Fused, torch.optim.NAdam):
         capturable: bool = False,
         differentiable: bool = False,
         state_dtype: torch.dtype | str | None = None,
-        master: _Arrays | None = None,
-        stochastic_rounding: bool = False,
-        seed: int = 0,
-        ema_decay: _Arrays | None = None,
-        l1: float = 0.0,
         max_grad_norm: float | None = None,
     ) -> None: ...
 
@@ -216,11 +183,6 @@ class RAdam(_Fused, torch.optim.RAdam):
         capturable: bool = False,
         differentiable: bool = False,
         state_dtype: torch.dtype | str | None = None,
-        master: _Arrays | None = None,
-        stochastic_rounding: bool = False,
-        seed: int = 0,
-        ema_decay: _Arrays | None = None,
-        l1: float = 0.0,
         max_grad_norm: float | None = None,
     ) -> None: ...
 
@@ -240,11 +202,6 @@ class Adamax(_Fused, torch.optim.Adamax):
         differentiable: bool = False,
         capturable: bool = False,
         state_dtype: torch.dtype | str | None = None,
-        master: _Arrays | None = None,
-        stochastic_rounding: bool = False,
-        seed: int = 0,
-        ema_decay: _Arrays | None = None,
-        l1: float = 0.0,
         max_grad_norm: float | None = None,
     ) -> None: ...
 
@@ -264,11 +221,6 @@ class Adadelta(_Fused, torch.optim.Adadelta):
         maximize: bool = False,
         differentiable: bool = False,
         state_dtype: torch.dtype | str | None = None,
-        master: _Arrays | None = None,
-        stochastic_rounding: bool = False,
-        seed: int = 0,
-        ema_decay: _Arrays | None = None,
-        l1: float = 0.0,
         max_grad_norm: float | None = None,
     ) -> None: ...
 
@@ -284,11 +236,6 @@ class Lion(_Fused):
         *,
         maximize: bool = False,
         state_dtype: torch.dtype | str | None = None,
-        master: _Arrays | None = None,
-        stochastic_rounding: bool = False,
-        seed: int = 0,
-        ema_decay: _Arrays | None = None,
-        l1: float = 0.0,
         max_grad_norm: float | None = None,
     ) -> None: ...
 
