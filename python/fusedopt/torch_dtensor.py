@@ -29,6 +29,7 @@ class Shards:
     def __init__(self, outer: Any) -> None:
         self.outer = outer
         self.inner: Any = None
+        self._plan: Any = None  # the inner one's, when its state was last looked at
         self._params: list[list[torch.Tensor]] = []  # the outer ones that the inner optimizer was made for
         self._local: dict[torch.Tensor, torch.Tensor] = {}
         self._wrapped: dict[torch.Tensor, dict[str, tuple[Any, Any]]] = {}  # param -> name -> (outer's, inner's) state
@@ -55,7 +56,9 @@ class Shards:
             for group in inner.param_groups:
                 for local in group["params"]:
                     local.grad = None
-        self._publish()
+        if inner._foreign or inner._plan is not self._plan:  # only then may there be new state
+            self._plan = inner._plan
+            self._publish()
         return norm
 
     # --- the two sides ---
