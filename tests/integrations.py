@@ -1,5 +1,5 @@
 """A pytest plugin: ``--integrations`` writes docs/integrations-table.md from the outcomes of the tests that are marked
-``integration(place, what, *packages)``. Loaded by conftest.py; no tests here."""
+``integration(place, what, *packages)``; rows of tests that were not selected stay as they are. Loaded by conftest.py; no tests here."""
 
 from __future__ import annotations
 
@@ -75,9 +75,15 @@ class Outcomes:
             "",
             COLUMNS,
         ]
-        order = {row: i for i, row in enumerate(marked_rows())}
-        for (place, what), entry in sorted(self.rows.items(), key=lambda item: order[item[0]]):
-            lines.append(f"| {place} | {what} | {outcome(entry)} | {installed(entry['packages'])} |")
+        before = {row[:2]: row for row in table_rows(TABLE.read_text())} if TABLE.exists() else {}
+        for place, what in dict.fromkeys(marked_rows()):
+            entry = self.rows.get((place, what))
+            if entry is not None and (entry["passed"] or entry["failed"] or entry["skipped"]):
+                lines.append(f"| {place} | {what} | {outcome(entry)} | {installed(entry['packages'])} |")
+            elif (place, what) in before:  # not among the tests of this run
+                lines.append(f"| {' | '.join(before[place, what])} |")
+            else:
+                lines.append(f"| {place} | {what} | not run: not selected | |")
         return "\n".join(lines) + "\n"
 
 
@@ -87,7 +93,7 @@ def outcome(entry: dict[str, Any]) -> str:
         return f"**fails** ({entry['failed']} of {entry['failed'] + entry['passed']})"
     if entry["passed"]:
         return "works"
-    return f"not run: {'; '.join(sorted(entry['skipped'])) or 'not selected'}"
+    return f"not run: {'; '.join(sorted(entry['skipped']))}"
 
 
 def installed(packages: list[str]) -> str:

@@ -2,7 +2,13 @@
 What a real accelerator adds (its allocator's pinned memory, its streams) is not run here."""
 
 import contextlib
+import importlib.util
 import math
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -164,3 +170,60 @@ def test_torchao_offloads_to_ours(name: str, monkeypatch: pytest.MonkeyPatch) ->
     assert_same_bits(weights(mine), weights(want))
     assert {type(o) for o in opt.optim_dict.values()} == {getattr(optim, name)}
     assert all(o._plan is not None and not o._foreign for o in opt.optim_dict.values())
+
+
+DEEPSPEED = """
+import warnings
+warnings.simplefilter("ignore")
+import sys
+import torch, deepspeed
+import fusedopt.torch
+
+deepspeed.init_distributed(dist_backend="gloo", verbose=False)
+results = []
+for module in (fusedopt.torch, torch.optim):
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.Tanh(), torch.nn.Linear(16, 1))
+    opt = module.AdamW(model.parameters(), lr=1e-2)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=opt, config={
+        "train_micro_batch_size_per_gpu": 4,
+        "gradient_clipping": 0.5,
+        "bf16": {"enabled": True},
+        "zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}},
+        "zero_force_ds_cpu_optimizer": False,
+        "zero_allow_untested_optimizer": True,
+    })
+    x = torch.randn(4, 8, dtype=torch.bfloat16)
+    for _ in range(5):
+        loss = engine(x).float().square().mean()
+        engine.backward(loss)
+        engine.step()
+    results.append([p.detach().float() for group in opt.param_groups for p in group["params"]])
+    if module is fusedopt.torch:
+        assert type(engine.optimizer.optimizer) is fusedopt.torch.AdamW
+        assert opt._plan is not None and not opt._foreign
+torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
+print("same", file=sys.stderr)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.integration(
+    "DeepSpeed ZeRO-Offload", "ours as client optimizer, ZeRO 2, bf16, its CPU accelerator", "deepspeed"
+)
+def test_deepspeed_takes_ours_as_client_optimizer(tmp_path: Path) -> None:
+    """In a process of its own; the first time DeepSpeed compiles its communication, for a minute or two."""
+    if importlib.util.find_spec("deepspeed") is None:
+        pytest.skip("deepspeed is not installed")
+    one = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = str(s.getsockname()[1])
+    # DeepSpeed compiles with the ninja of the environment that Python runs in.
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    env = {**os.environ, **one, "MASTER_PORT": port, "DS_ACCELERATOR": "cpu", "PATH": path}
+    out = subprocess.run(
+        [sys.executable, "-c", DEEPSPEED],
+        env=env, cwd=tmp_path, capture_output=True, text=True, timeout=400, check=False,
+    )  # fmt: skip
+    assert out.stderr.rstrip().endswith("same"), out.stderr[-3000:]
