@@ -1,5 +1,5 @@
 """A pytest plugin: ``--integrations`` writes docs/integrations-table.md from the outcomes of the tests that are marked
-``integration(place, what, *packages)``; rows of tests that were not selected stay as they are. Loaded by conftest.py; no tests here."""
+``integration(place, what, *packages)``; rows of tests that were not selected stay as they are. conftest.py loads it."""
 
 from __future__ import annotations
 

@@ -78,7 +78,7 @@ class Offload(Optimizer):
         norm: torch.Tensor | None = self.inner.last_grad_norm
         return norm
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Performs one step; ``closure`` reevaluates the model and returns the loss, which is returned."""
         loss = None
         if closure is not None:
