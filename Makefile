@@ -12,7 +12,7 @@ CHECKED := python tests bench examples
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test bench lint format stubs sanitize vectorized clean distclean
+.PHONY: help demo test integrations bench lint format stubs sanitize vectorized clean distclean
 
 help: ## this list
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -22,6 +22,9 @@ demo: $(VENV)/.demo ## train on real data with torch.optim, fusedopt and NumPy; 
 
 test: $(VENV)/.test ## the tests
 	$(PY) -m pytest $(ARGS)
+
+integrations: $(VENV)/.integrations ## the tests with every trainer installed; writes docs/integrations-table.md
+	$(PY) -m pytest --integrations -m integration $(ARGS)
 
 bench: $(VENV)/.bench ## every rule against PyTorch; table, JSON and pictures in bench-output
 	$(PY) -m fusedopt bench --json bench-output/bench.json --plot bench-output $(ARGS)
@@ -49,7 +52,7 @@ vectorized: ## which loops the compiler vectorises (GCC)
 	$(PYTHON) bench/vectorized.py $(ARGS)
 
 clean: ## remove what was built and written, but not .venv
-	rm -rf build dist wheelhouse demo-output bench-output .benchmarks .hypothesis .*_cache $(addprefix $(VENV)/.,demo test bench dev)
+	rm -rf build dist wheelhouse demo-output bench-output .benchmarks .hypothesis .*_cache $(addprefix $(VENV)/.,demo test integrations bench dev)
 	find $(CHECKED) -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean ## remove .venv, too

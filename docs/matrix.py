@@ -1,4 +1,4 @@
-"""Writes the table of combinations in docs/forms.md from the kernels that exist; ``--check`` says if it is up to date."""
+"""Writes docs/forms.md's table of combinations from the kernels that exist; ``--check`` says whether it is true."""
 
 import re
 import sys

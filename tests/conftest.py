@@ -6,10 +6,20 @@ import hypothesis
 import pytest
 
 import fusedopt
+import integrations
 
 # The examples are the same in every run, so a red build can be repeated; no deadline, as shared machines stall.
 hypothesis.settings.register_profile("fusedopt", deadline=None, derandomize=True, database=None, print_blob=False)
 hypothesis.settings.load_profile("fusedopt")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--integrations", action="store_true", help="write docs/integrations-table.md from the outcomes")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--integrations"):
+        config.pluginmanager.register(integrations.Outcomes())
 
 
 @pytest.fixture(autouse=True)

@@ -13,6 +13,8 @@ from types import ModuleType
 
 import pytest
 
+import integrations
+
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 PAGES = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").glob("*.md"))
@@ -174,3 +176,15 @@ def test_the_map_in_contributing_names_the_files_that_exist() -> None:
     there = {name for name in listed.stdout.split() if (ROOT / name).exists() and not name.startswith("bench/results/")}
     assert there - named == set(), "not in the map"
     assert {name for name in named if not (ROOT / name).exists()} == set(), "in the map, but not there"
+
+
+# ---- the table of integrations
+
+
+def test_the_table_of_integrations_has_a_row_for_every_marked_test() -> None:
+    """Its outcomes are those of the run that wrote it; its rows must be those that a run would write now."""
+    written = [row[:2] for row in integrations.table_rows(integrations.TABLE.read_text())]
+    assert written == list(dict.fromkeys(integrations.marked_rows())), "run `make integrations`"
+    for row in integrations.table_rows(integrations.TABLE.read_text()):
+        assert len(row) == 4
+        assert row[2] == "works" or row[2].startswith("not run: "), row

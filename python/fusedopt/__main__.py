@@ -1,5 +1,6 @@
-"""The command line: ``fusedopt info`` says what was found, ``fusedopt bench`` measures this machine, ``fusedopt train``
-and ``fusedopt compare`` train models on data from files. Arguments alone; the work is done elsewhere."""
+"""The command line: ``fusedopt info`` says what was found, ``fusedopt bench`` measures this machine, ``fusedopt run``
+trains with our optimizers in torch.optim's place, ``fusedopt train`` and ``fusedopt compare`` train models on data from
+files. Arguments alone; the work is done elsewhere."""
 
 from __future__ import annotations
 
@@ -23,6 +24,7 @@ SUITES = {
     "training": "whole iterations of small networks",
     "estimators": "fits and the softmax loss against scikit-learn, torch and NumPy, each with its bar",
     "denormals": "what denormal moments cost",
+    "integrations": "DDP and FSDP2 in two processes, compiled iterations",
     "short": "every rule at 4M parameters, in less than a minute",
 }
 
@@ -31,6 +33,17 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="fusedopt", description="Fused in-place optimizer steps.")
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("info", help="version, instruction sets, threads, and the libraries found")
+    run = commands.add_parser(
+        "run",
+        help="run a training script with our optimizers in torch.optim's place",
+        description="Runs a script, unchanged, with our optimizers in torch.optim's place; says at the end which of "
+        "them ran, how many steps, fused or not and why, and the time per step.",
+        usage="fusedopt run [--report FILE] [--quiet] (script.py | -m module) [argument ...]",
+    )
+    run.add_argument("--report", type=Path, metavar="FILE", help="write the report as JSON, too")
+    run.add_argument("--quiet", action="store_true", help="no report on stderr")
+    run.add_argument("-m", dest="module", action="store_true", help="the target is a module, as for python -m")
+    run.add_argument("target", metavar="script.py", help="the script, or with -m the module")
     bench = commands.add_parser(
         "bench",
         help="time the step against PyTorch and NumPy on this machine",
@@ -182,8 +195,35 @@ def _bench(args: argparse.Namespace) -> int:
     return 0
 
 
+def _split_run(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """What is ours of ``run``'s arguments, and what belongs to the script: all that follows its name."""
+    at = 1
+    while at < len(argv) and argv[at].startswith("-"):
+        at += 2 if argv[at] == "--report" else 1
+    return list(argv[: at + 1]), list(argv[at + 1 :])
+
+
+def _run(args: argparse.Namespace, rest: Sequence[str]) -> int:
+    if _missing(["torch"]):
+        print("fusedopt run needs torch: pip install fusedopt[torch]", file=sys.stderr)
+        return 2
+    if not args.module and not Path(args.target).exists():
+        print(f"fusedopt run: there is no {args.target}", file=sys.stderr)
+        return 2
+    from fusedopt.torch_run import run
+
+    run(args.target, rest, module=args.module, report=args.report, quiet=args.quiet)
+    return 0
+
+
 def main(argv: Sequence[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    rest: list[str] = []
+    if argv[:1] == ["run"]:
+        argv, rest = _split_run(argv)
     args = _parser().parse_args(argv)
+    if args.command == "run":
+        return _run(args, rest)
     if args.command == "bench":
         return _bench(args)
     if args.command in ("train", "compare"):

@@ -59,6 +59,7 @@ class Extras:
         seed: int = 0,
         streams: list[int] = ...,
     ) -> None: ...
+
 def element_losses() -> dict[str, int]:
     """The losses of single elements: name -> index."""
 

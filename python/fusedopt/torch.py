@@ -22,14 +22,17 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import inspect
+import itertools
 import sys
 import warnings
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
+from torch.compiler import is_dynamo_compiling
 from torch.optim import Optimizer
 from torch.optim import optimizer as _torch_optimizer
 
@@ -51,6 +54,8 @@ _GRADS = {(f[0], f[1]) for kernel in _core.formats().values() for f in kernel}
 _WIDE = (torch.float32, torch.float64)
 _INTEGERS = {"int8": torch.int8, "uint8": torch.uint8, "int16": torch.int16, "float32": torch.float32}
 _NEW_OPTIONS: dict[str, Any] = {**forms.OPTIONS, "max_grad_norm": None}
+_numbers = itertools.count(1)
+_optimizers: weakref.WeakValueDictionary[str, Any] = weakref.WeakValueDictionary()  # by a number, for torch_compile
 
 
 class FallbackWarning(UserWarning):
@@ -168,8 +173,13 @@ class _Fused(Optimizer):
 
     def _reset(self) -> None:
         self._plan: Any = None
+        self._shards: Any = None  # of torch_dtensor
         self._foreign: dict[str, list[tuple[int, torch.Tensor]]] = {}
         self._said: set[str] = self.__dict__.get("_said", set())
+        self._number = str(next(_numbers))  # a compiler takes an int that differs for a variable
+        self._every: list[torch.Tensor] | None = None  # torch_compile's
+        self._views: dict[tuple[int, ...], Any] = {}
+        _optimizers[self._number] = self
         self.last_grad_norm = None
         self.last_step_skipped = False
 
@@ -199,7 +209,8 @@ class _Fused(Optimizer):
             if reason:
                 self.param_groups.pop()
                 raise ValueError(reason)
-        self._plan = None
+        self._plan = self._every = None
+        self._views = {}
 
     @property
     def max_grad_norm(self) -> float | None:
@@ -217,6 +228,10 @@ class _Fused(Optimizer):
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Performs one step; ``closure`` reevaluates the model and returns the loss, which is returned."""
+        if is_dynamo_compiling():
+            from .torch_compile import step
+
+            return step(self, closure)
         if (
             self._optimizer_step_pre_hooks
             or self._optimizer_step_post_hooks
@@ -244,16 +259,33 @@ class _Fused(Optimizer):
         groups = self.param_groups
         max_norm = groups[0]["max_grad_norm"] or 0.0 if groups else 0.0
         plan = self._plan
+        if plan is None and self._sharded():
+            norm = self._shards.step(unscale, max_norm)
+            if max_norm:
+                self.last_grad_norm = norm.to(self._norm_dtype())
+            return loss
         if self._foreign:
             self._refuse_foreign(unscale, max_norm)
         if plan is None or not plan.step(self.state, groups, unscale, max_norm, get_num_threads()):
             plan = self._replan(unscale, max_norm)
         if max_norm:
-            wide = any(p.dtype == torch.float64 for group in groups for p in group["params"])
-            self.last_grad_norm = torch.tensor(plan.norm, dtype=torch.float64 if wide else torch.float32)
+            self.last_grad_norm = torch.tensor(plan.norm, dtype=self._norm_dtype())
         if self._foreign:
             self._step_foreign()
         return loss
+
+    def _norm_dtype(self) -> torch.dtype:
+        wide = any(p.dtype == torch.float64 for group in self.param_groups for p in group["params"])
+        return torch.float64 if wide else torch.float32
+
+    def _sharded(self) -> bool:
+        """Whether parameters are DTensors, whose local parts are then stepped by ``_shards``."""
+        if self._shards is None and "torch.distributed.tensor" in sys.modules:
+            from .torch_dtensor import Shards, any_dtensor
+
+            if any_dtensor(self.param_groups):
+                self._shards = Shards(self)
+        return self._shards is not None
 
     def _replan(self, unscale: float, max_norm: float) -> Any:
         """Sorts the parameters, creates missing state, and does the step by a new plan."""
@@ -674,6 +706,8 @@ for _rule in RULES.values():
 
 
 _ELSEWHERE = {"ScheduledLR": "torch_schedule", "Callback": "training_log", "Trainer": "training", "fit": "training"}
+_ELSEWHERE |= dict.fromkeys(("convert", "install", "installed", "uninstall"), "torch_install")
+_ELSEWHERE["Offload"] = "torch_offload"
 """What is reached from here and loaded when it is asked for."""
 
 

@@ -7,6 +7,11 @@ from typing import Any, overload
 import torch
 from torch.optim.optimizer import Optimizer, ParamsT
 
+from .torch_install import convert as convert
+from .torch_install import install as install
+from .torch_install import installed as installed
+from .torch_install import uninstall as uninstall
+from .torch_offload import Offload as Offload
 from .torch_schedule import ScheduledLR as ScheduledLR
 from .training import Trainer as Trainer
 from .training import fit as fit

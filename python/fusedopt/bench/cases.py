@@ -55,7 +55,7 @@ class Case:
     @property
     def bytes(self) -> int | None:
         """The floor of memory traffic per step; None where a step is not all that is timed."""
-        if self.kind in ("training", "estimators"):
+        if self.kind in ("training", "estimators", "compiled", "ddp", "fsdp"):
             return None
         from fusedopt.rules import RULES
 
@@ -226,8 +226,26 @@ def bytes_(large: int) -> list[Case]:
     ]
 
 
-SUITES: dict[str, Callable[[int], list[Case]]] = {
-    f.__name__.rstrip("_"): f
-    for f in (bars, rules, formats, shapes, bytes_, numpy, training, estimators, denormals, short)
-}
+def integrations(large: int) -> list[Case]:
+    """The step where others drive it: in two processes under DDP and FSDP2, and in a compiled iteration."""
+    parallel: list[tuple[str, str, Shapes, dict[str, float]]] = [
+        ("DDP, GPT-2 small", "ddp", gpt2(), {"fused": 1, "default": 3}),
+        ("FSDP2, GPT-2 small", "fsdp", gpt2(), {"fused": 1, "default": 3}),
+        ("DDP, 1,000 of 64", "ddp", MANY, {"default": 5}),
+        ("FSDP2, 1,000 of 64", "fsdp", MANY, {"default": 5}),
+    ]
+    return [
+        Case(f"AdamW, 2 processes, {label}", ("default", "fused"), "AdamW", shapes=tensors, kind=kind, bars=bars)
+        for label, kind, tensors, bars in parallel
+    ] + [
+        Case(
+            f"compiled iteration, {model}", ("default", "fused"), kind="compiled", model=model, shapes=(),
+            bars={"default": 1, "fused": 1},
+        )
+        for model in ("MLP 784-128-10", "transformer, 4 layers of 128")
+    ]  # fmt: skip
+
+
+_SUITES = (bars, rules, formats, shapes, bytes_, numpy, training, estimators, denormals, integrations, short)
+SUITES: dict[str, Callable[[int], list[Case]]] = {f.__name__.rstrip("_"): f for f in _SUITES}
 SECONDS = {"bars": 8.0, "estimators": 12.0, "short": 1.5, "formats": 2.5}  # a case's share of time, where it is not 4

@@ -30,15 +30,16 @@ COMPILING_CALLS = 3
 
 def builder(case: Case) -> Builder:
     """What makes the contenders of a case, by name; the data they share is made here."""
-    builders = {"torch": _torch, "denormals": _torch, "training": _training, "numpy": _numpy}
-    return {**builders, "estimators": estimators.builder}[case.kind](case)
+    builders = {"torch": _torch, "denormals": _torch, "training": _training, "compiled": _training, "numpy": _numpy}
+    builders |= {"estimators": estimators.builder, "ddp": _pair, "fsdp": _pair}
+    return builders[case.kind](case)
 
 
 def contender_names(case: Case, *, compiled: bool = False, with_peers: bool = False) -> list[str]:
     """Ours first; compilation takes minutes and peers may be missing, so both are asked for."""
     names = [OURS, *(n for n in case.against if compiled or n != COMPILED)]
     if with_peers:
-        names += [n for n in peers.PEERS[case.kind] if n not in names]
+        names += [n for n in peers.PEERS.get(case.kind, {}) if n not in names]
     if case.kind == "denormals":
         names += [n + DENORMAL for n in names]
     return names
@@ -60,7 +61,7 @@ def _dtype(word: str) -> torch.dtype:
     return dtype
 
 
-def _optimizer(name: str, case: Case, params: Any) -> torch.optim.Optimizer | None:
+def optimizer(name: str, case: Case, params: Any) -> torch.optim.Optimizer | None:
     """Ours or torch's by the name of its path."""
     import torch
 
@@ -130,7 +131,7 @@ def _torch(case: Case) -> Builder:
         if name in peers.PEERS["torch"]:
             opt = peers.PEERS["torch"][name](case, grouped)
         else:
-            opt = _optimizer(name, case, grouped)
+            opt = optimizer(name, case, grouped)
         if opt is None:
             return None
         step: Callable[[], object] = opt.step
@@ -208,9 +209,9 @@ def _training(case: Case) -> Builder:
 
     def build(name: str) -> Contender | None:
         def make(params: Any) -> torch.optim.Optimizer | None:
-            return _optimizer(name, case, params)
+            return optimizer(name, case, params)
 
-        parts = iteration(case.model, make)
+        parts = iteration(case.model, make, compiled=case.kind == "compiled")
         if parts is None:
             return None
         run, opt = parts
@@ -222,6 +223,13 @@ def _training(case: Case) -> Builder:
         return Contender(run, first_seconds=compiled.first_seconds)
 
     return build
+
+
+def _pair(case: Case) -> Builder:
+    """Steps within data-parallel training; the processes live as long as the builder."""
+    from fusedopt.bench.pair import Pair
+
+    return Pair(case).contender
 
 
 def _numpy(case: Case) -> Builder:

@@ -115,7 +115,7 @@ def run_case(
         try:
             contender = build(name)
         except ImportError as error:
-            if name in (OURS, *case.against) and name not in PEERS[case.kind]:
+            if name in (OURS, *case.against) and name not in PEERS.get(case.kind, {}):
                 raise
             notes.append(f"{name}: not installed ({error})")
         except Exception as error:  # a peer, or the compiler torch.compile wants, may fail in any way of its own

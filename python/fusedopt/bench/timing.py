@@ -22,6 +22,7 @@ class Contender:
 
     step: Callable[[], object]
     setup: Callable[[], object] | None = None
+    measure: Callable[[int], float] | None = None  # seconds of so many calls that are made and timed elsewhere
     first_seconds: float | None = None  # what the first calls cost, where that is worth a column (compilation)
     note: Callable[[], str] | None = None  # asked once all is timed: what came of it (an accuracy)
 
@@ -45,6 +46,8 @@ class Times:
 
 def _sample(contender: Contender, calls: int) -> float:
     """Mean seconds of so many calls in a row; what ``setup`` takes is not counted."""
+    if contender.measure is not None:
+        return contender.measure(calls) / calls
     step, setup, clock = contender.step, contender.setup, time.perf_counter_ns
     spent = 0
     if setup is None:

@@ -77,9 +77,10 @@ MODELS: dict[str, Callable[[], Any]] = {
 
 
 def iteration(
-    name: str, optimizer: Callable[[Any], torch.optim.Optimizer | None]
+    name: str, optimizer: Callable[[Any], torch.optim.Optimizer | None], *, compiled: bool = False
 ) -> tuple[Callable[[], None], torch.optim.Optimizer] | None:
-    """One iteration of training as a call, and the optimizer in it; same seed, hence same model and same data."""
+    """One iteration of training as a call, compiled as a whole if wanted, and the optimizer in it; same seed, hence
+    same model and same data."""
     import torch
     from torch.nn.functional import cross_entropy
 
@@ -93,10 +94,15 @@ def iteration(
         group["lr"] = LR
     turn = itertools.cycle(batches)
 
-    def run() -> None:
-        x, y = next(turn)
+    def work(x: Tensor, y: Tensor) -> None:
         opt.zero_grad()
         cross_entropy(model(x), y).backward()  # type: ignore[no-untyped-call]
         opt.step()
+
+    if compiled:
+        work = torch.compile(work)
+
+    def run() -> None:
+        work(*next(turn))
 
     return run, opt

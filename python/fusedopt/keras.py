@@ -1,0 +1,184 @@
+"""``keras.optimizers`` over our kernels, for Keras 3 on its torch backend: ``model.compile(fusedopt.keras.Adam())``.
+
+Names, arguments and defaults are those of Keras's classes; the update is that of the rule (and of torch), where the two
+differ: ``epsilon`` is added to the corrected root, RMSprop's outside the root, and SGD's learning rate multiplies the
+velocity. Schedules, clipping, accumulation, moving averages, loss scaling and saving are Keras's own. AdamW and Lion
+decay the weights within the step.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import keras  # type: ignore[import-untyped,import-not-found,unused-ignore]
+import torch
+
+from . import torch as _torch
+from ._make import compile_function
+from .rules import RULES, Rule
+
+if keras.backend.backend() != "torch":
+    raise ImportError(
+        f"fusedopt.keras: expected Keras on its torch backend (KERAS_BACKEND=torch), got {keras.backend.backend()}"
+    )
+
+__all__: list[str] = []  # filled below
+_ours: Any = _torch
+_Optimizer: Any = keras.optimizers.Optimizer
+_WORDS = {"eps": "epsilon", "alpha": "rho"}
+_BASE = {
+    p.name: p.default
+    for p in inspect.signature(_Optimizer.__init__).parameters.values()
+    if p.name not in ("self", "learning_rate", "kwargs")
+}
+
+
+class _Face(_Optimizer):  # type: ignore[misc]
+    """What the classes share: variables as Keras keeps them, a step of all of them at once."""
+
+    _rule: ClassVar[Rule]
+    _names: ClassVar[dict[str, tuple[str, int]]]
+    """Our argument in Keras's words -> the rule's option, and the index into it or -1."""
+
+    def _begin(self, learning_rate: Any, options: dict[str, Any], rest: dict[str, Any]) -> None:
+        super().__init__(learning_rate=learning_rate, **rest)
+        self._values = options
+        self._inner: Any = None
+        self._params: list[torch.Tensor] = []
+        rule = self._rule
+        known = {**rule.defaults, **self._options(), "weight_decay": rest.get("weight_decay") or 0.0}
+        if "weight_decay" not in rule.defaults:
+            del known["weight_decay"]
+        rule.check(known)
+
+    def _options(self) -> dict[str, Any]:
+        """The rule's options, without lr and weight decay."""
+        out: dict[str, Any] = {}
+        for word, (option, index) in self._names.items():
+            value = self._values[word]
+            if index < 0:
+                out[option] = value
+            else:
+                pair = list(out.get(option, self._rule.defaults[option]))
+                pair[index] = value
+                out[option] = tuple(pair)
+        return out
+
+    @property
+    def _decays(self) -> bool:
+        """Whether weight decay is part of the kernel; else Keras applies it before the step."""
+        return self._rule.name in ("AdamW", "Lion")
+
+    def build(self, variables: Sequence[Any]) -> None:
+        """Creates the state of the variables."""
+        if self.built:
+            return
+        super().build(variables)
+        rule, options = self._rule, self._options()
+        filled = {**rule.defaults, **options}
+        self._state: dict[str, list[Any]] = {}
+        for name in rule.scalars:
+            first = keras.initializers.Constant(rule.first(name, filled))
+            self._state[name] = [
+                self.add_variable(shape=(), initializer=first, dtype="float32", name=f"{name}_{i}")
+                for i in range(len(variables))
+            ]
+        for name in rule.states(filled):
+            first = keras.initializers.Constant(rule.first(name, filled))
+            self._state[name] = self.add_optimizer_variables(variables, name, initializer=first)
+
+    def _follow(self, lr: float) -> None:
+        """Makes or refreshes the optimizer over the variables' tensors, which does the work."""
+        params = [v.value for v in self._trainable_variables]
+        inner = self._inner
+        if inner is None or any(a is not b for a, b in zip(self._params, params, strict=True)):  # read anew, or moved
+            self._params = params
+            decay = float(self.weight_decay or 0.0) if self._decays else 0.0
+            groups: dict[float, list[torch.Tensor]] = {}
+            for variable, p in zip(self._trainable_variables, params, strict=True):
+                groups.setdefault(decay if decay and self._use_weight_decay(variable) else 0.0, []).append(p)
+            extra = {"weight_decay": 0.0} if "weight_decay" in self._rule.defaults else {}
+            inner = self._inner = getattr(_ours, self._rule.name)(
+                [{"params": ps, **({"weight_decay": wd} if extra else {})} for wd, ps in groups.items()],
+                lr=lr, **self._options(), **extra,
+            )  # fmt: skip
+            for i, p in enumerate(params):
+                entry = {
+                    name: variables[i].value for name, variables in self._state.items() if variables[i] is not None
+                }
+                if entry:
+                    inner.state[p] = entry
+        for group in inner.param_groups:
+            group["lr"] = lr
+
+    def _backend_update_step(
+        self, grads: Sequence[Any], trainable_variables: Sequence[Any], learning_rate: Any
+    ) -> None:
+        with torch.no_grad():
+            self._follow(float(keras.ops.convert_to_numpy(learning_rate)))
+            kept = [p.grad for p in self._params]
+            try:
+                for p in self._params:
+                    p.grad = None
+                for variable, grad in zip(trainable_variables, grads, strict=True):
+                    variable.value.grad = grad
+                self._inner._step()
+            finally:
+                for p, was in zip(self._params, kept, strict=True):
+                    p.grad = was
+
+    def update_step(self, gradient: Any, variable: Any, learning_rate: Any) -> None:
+        """One variable alone."""
+        self._backend_update_step([gradient], [variable], learning_rate)
+
+    def _apply_weight_decay(self, variables: Sequence[Any]) -> None:
+        if not self._decays:
+            super()._apply_weight_decay(variables)
+
+    def get_config(self) -> dict[str, Any]:
+        """The arguments that make this optimizer again."""
+        return {**super().get_config(), **self._values}
+
+
+def _words(rule: Rule) -> dict[str, tuple[str, int]]:
+    """The rule's options in Keras's words; lr and weight decay are the base class's, and Keras has no maximize."""
+    out: dict[str, tuple[str, int]] = {}
+    for option in rule.defaults:
+        if option in ("lr", "weight_decay", "maximize", "decoupled_weight_decay"):
+            continue
+        if option == "betas":
+            out.update(beta_1=(option, 0), beta_2=(option, 1))
+        else:
+            out[_WORDS.get(option, option)] = (option, -1)
+    return out
+
+
+def _make_class(rule: Rule, name: str) -> type:
+    theirs = getattr(keras.optimizers, name, None)
+    defaults = {}
+    if theirs is not None:
+        defaults = {p.name: p.default for p in inspect.signature(theirs.__init__).parameters.values()}
+    words = _words(rule)
+    head = {"learning_rate": defaults.get("learning_rate", rule.defaults["lr"])}
+    for word, (option, index) in words.items():
+        head[word] = defaults.get(word, rule.defaults[option] if index < 0 else rule.defaults[option][index])
+    base = {**_BASE, "weight_decay": defaults.get("weight_decay")}
+    signature = ", ".join(f"{k}={v!r}" for k, v in {**head, **base}.items())
+    own = "{" + ", ".join(f"{w!r}: {w}" for w in words) + "}"
+    rest = "{" + ", ".join(f"{b!r}: {b}" for b in base) + "}"
+    init = compile_function("__init__", f"self, {signature}", f"self._begin(learning_rate, {own}, {rest})", {})
+    doc = (
+        f"{(inspect.getdoc(type(rule)) or '').splitlines()[0]}\n\n"
+        f"The arguments of ``keras.optimizers.{name}``, the update of ``fusedopt.torch.{rule.name}``."
+    )
+    body = {"__init__": init, "__doc__": doc, "__module__": __name__, "_rule": rule, "_names": words}
+    cls: type = keras.saving.register_keras_serializable(package="fusedopt")(type(name, (_Face,), body))
+    return cls
+
+
+for _rule in RULES.values():
+    _name = {"NAdam": "Nadam"}.get(_rule.name, _rule.name)
+    globals()[_name] = _make_class(_rule, _name)
+    __all__.append(_name)

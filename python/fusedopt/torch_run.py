@@ -1,0 +1,240 @@
+"""``fusedopt run``: an unmodified training script with our optimizers in torch.optim's place, and a report at the end.
+
+The script sees the arguments, ``__main__``, ``sys.path`` and exit status that it would have without us. Processes that
+it starts through ``multiprocessing`` get the same treatment and report for themselves.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing.spawn
+import multiprocessing.util
+import os
+import runpy
+import statistics
+import sys
+import time
+import warnings
+import weakref
+from array import array
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+from torch.optim import optimizer as _torch_optimizer
+
+from .torch_install import _THEIRS, install, ours
+
+__all__ = ["Record", "Recorder", "run"]
+
+
+class Record:
+    """What one optimizer did: steps, seconds of each, and which of its tensors were updated by whom."""
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self.name, self.module = type(optimizer).__name__, type(optimizer).__module__
+        self.seconds = array("d")  # of each step, without its closure
+        self.fused = 0  # tensors that the kernels updated in the last step that was looked at
+        self.reasons: dict[str, int] = {}  # why torch's own step updated tensors -> the most at once
+        self._plan: Any = None
+
+    def look(self, optimizer: Any) -> None:
+        """Notes who updates what; called after a step."""
+        params = _params(optimizer)
+        optimizer = getattr(getattr(optimizer, "_shards", None), "inner", optimizer)  # the local side of DTensors
+        if not isinstance(optimizer, ours._Fused):
+            self.reasons[_why_not(optimizer)] = len(params)
+            return
+        if optimizer._plan is self._plan and not optimizer._foreign:
+            return
+        self._plan = optimizer._plan
+        given = {local: p.grad is not None for p, local in zip(params, _params(optimizer), strict=True)}
+        everything = sum(given.values())
+        for reason, places in optimizer._foreign.items():
+            n = sum(given[p] for _, p in places)
+            everything -= n
+            if n:
+                self.reasons[reason] = max(n, self.reasons.get(reason, 0))
+        self.fused = max(self.fused, everything)
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "optimizer": self.name,
+            "class": f"{self.module}.{self.name}",
+            "steps": len(self.seconds),
+            "seconds": sum(self.seconds),
+            "median_seconds_per_step": statistics.median(self.seconds),
+            "fused_tensors": self.fused,
+            "torchs_own_step": self.reasons,
+        }
+
+    def __str__(self) -> str:
+        n = len(self.seconds)
+        text = f"{self.name}: {n:,} step{'s' * (n != 1)}, {_human(statistics.median(self.seconds))} each"
+        text += f" (median; {_human(sum(self.seconds))} in all), " + (
+            f"fused: {_tensors(self.fused)}" if self.fused else "not fused"
+        )
+        for reason, tensors in self.reasons.items():
+            text += f"\n    torch's own step for {_tensors(tensors)}: {reason}"
+        return text
+
+
+def _params(optimizer: Optimizer) -> list[torch.Tensor]:
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def _human(seconds: float) -> str:
+    for unit, size in (("s", 1.0), ("ms", 1e-3)):
+        if seconds >= size:
+            return f"{seconds / size:.3g} {unit}"
+    return f"{seconds * 1e6:.3g} µs"
+
+
+def _tensors(n: int) -> str:
+    return f"{n:,} tensor{'s' * (n != 1)}"
+
+
+def _why_not(optimizer: Optimizer) -> str:
+    cls = type(optimizer)
+    if cls in _THEIRS:
+        return "made before the classes were replaced"
+    base = next((c for c in cls.__mro__ if c in _THEIRS), None)
+    if base is not None:
+        return f"a class of its own, derived from torch.optim.{base.__name__}"
+    return f"fusedopt has no {cls.__name__}"
+
+
+class Recorder:
+    """Watches every optimizer of the process through torch's global step hooks while it is entered."""
+
+    def __init__(self, file: Path | None = None, quiet: bool = False) -> None:
+        self.file, self.quiet = file, quiet
+        self.records: list[Record] = []
+        self._by_optimizer: weakref.WeakKeyDictionary[Optimizer, Record] = weakref.WeakKeyDictionary()
+        self._running: dict[int, list[float]] = {}  # id of an optimizer in a step -> start, seconds of its closure
+        self._handles: list[Any] = []
+
+    def __enter__(self) -> Recorder:
+        self._handles = [
+            _torch_optimizer.register_optimizer_step_pre_hook(self._before),
+            _torch_optimizer.register_optimizer_step_post_hook(self._after),
+        ]
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def _before(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
+        self._running[id(optimizer)] = running = [0.0, 0.0]
+        closure = kwargs.get("closure") if "closure" in kwargs else next((a for a in args[1:] if callable(a)), None)
+        if closure is None:
+            running[0] = time.perf_counter()
+            return None
+
+        def timed(*a: Any, **k: Any) -> Any:
+            start = time.perf_counter()
+            try:
+                return closure(*a, **k)
+            finally:
+                running[1] += time.perf_counter() - start
+
+        if "closure" in kwargs:
+            kwargs = {**kwargs, "closure": timed}
+        else:
+            args = tuple(timed if a is closure else a for a in args)
+        running[0] = time.perf_counter()
+        return args, kwargs
+
+    def _after(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        now = time.perf_counter()
+        start, elsewhere = self._running.pop(id(optimizer), (now, 0.0))
+        record = self._by_optimizer.get(optimizer)
+        if record is None:
+            record = self._by_optimizer[optimizer] = Record(optimizer)
+            self.records.append(record)
+        record.seconds.append(now - start - elsewhere)
+        record.look(optimizer)
+
+    def restart(self) -> None:
+        """In a child process: forgets what the parent did, reports when the child ends."""
+        self.records, self._running = [], {}
+        self._by_optimizer = weakref.WeakKeyDictionary()
+        if self.file is not None:
+            self.file = self.file.with_suffix(f".{os.getpid()}{self.file.suffix}")
+        multiprocessing.util.Finalize(None, self.report_child, exitpriority=0)
+
+    def report_child(self) -> None:
+        if self.records:
+            self.report(f"process {os.getpid()}")
+
+    def report(self, what: str) -> None:
+        """To stderr, and to the file as JSON."""
+        if self.file is not None:
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            text = {"ran": what, "torch": str(torch.__version__), "optimizers": [r.as_dict() for r in self.records]}
+            self.file.write_text(json.dumps(text, indent=2) + "\n")
+        if not self.quiet:
+            lines = [f"  {record}" for record in self.records] or ["  no optimizer made a step"]
+            print("\n".join([f"fusedopt run: {what}", *lines]), file=sys.stderr, flush=True)
+
+
+class _Child:
+    """Travels with the data that ``multiprocessing`` sends to a process it spawns, and starts us there."""
+
+    def __init__(self, file: Path | None, quiet: bool) -> None:
+        self.settings = (file, quiet)
+
+    def __reduce__(self) -> Any:
+        return _begin_in_child, self.settings
+
+
+def _begin_in_child(file: Path | None, quiet: bool) -> None:
+    begin(Recorder(file, quiet)).restart()
+
+
+def begin(recorder: Recorder) -> Recorder:
+    """Replaces the classes and starts to watch, here and in the processes that will be started."""
+    install()
+    warnings.filterwarnings("ignore", category=ours.FallbackWarning)  # the report says it
+    recorder.__enter__()
+    multiprocessing.util.register_after_fork(recorder, Recorder.restart)
+    prepare = multiprocessing.spawn.get_preparation_data
+
+    def with_us(name: str) -> dict[str, Any]:
+        return {**prepare(name), "fusedopt": _Child(recorder.file, recorder.quiet)}
+
+    multiprocessing.spawn.get_preparation_data = with_us
+    return recorder
+
+
+def run(
+    target: str, args: Sequence[str] = (), *, module: bool = False, report: Path | None = None, quiet: bool = False
+) -> None:
+    """Runs a script (or ``module``, as ``python -m`` would) and reports; what it raises, SystemExit included, passes.
+
+    Arguments:
+        target: the script's path or the module's name.
+        args: its arguments, ``sys.argv[1:]`` for it.
+        report: a JSON file to write. The processes of ``torchrun`` other than the first, and child processes, add
+            their rank or number to its name.
+        quiet: say nothing on stderr.
+    """
+    rank = os.environ.get("RANK", "0")
+    if report is not None and rank != "0":
+        report = report.with_suffix(f".rank{rank}{report.suffix}")
+    sys.argv = [target, *args]
+    if module:
+        sys.path.insert(0, os.getcwd())
+    elif not Path(target).is_dir() and not target.endswith((".zip", ".pyz")):  # runpy sees to those
+        sys.path.insert(0, str(Path(target).resolve().parent))
+    recorder = begin(Recorder(report.absolute() if report is not None else None, quiet))
+    try:
+        if module:
+            runpy.run_module(target, run_name="__main__", alter_sys=True)
+        else:
+            runpy.run_path(target, run_name="__main__")
+    finally:
+        recorder.report(f"{target}, rank {rank}" if "RANK" in os.environ else target)
