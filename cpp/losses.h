@@ -10,14 +10,14 @@ namespace {
 
 // A loss is a struct made from its one parameter; targets says which y it takes.
 template <Targets kind = kAnyTarget>
-struct Plain {
+struct PlainLoss {
   static constexpr Targets targets = kind;
-  FUSEDOPT_HD explicit Plain(double) {}
+  FUSEDOPT_HD explicit PlainLoss(double) {}
 };
 
 template <class T>
-struct SquaredError : Plain<> {
-  using Plain::Plain;
+struct SquaredError : PlainLoss<> {
+  using PlainLoss::PlainLoss;
   FUSEDOPT_HD void operator()(T p, T y, T& loss, T& slope) const {
     const T d = p - y;
     loss = d * d;
@@ -26,8 +26,8 @@ struct SquaredError : Plain<> {
 };
 
 template <class T>
-struct HalfSquaredError : Plain<> {
-  using Plain::Plain;
+struct HalfSquaredError : PlainLoss<> {
+  using PlainLoss::PlainLoss;
   FUSEDOPT_HD void operator()(T p, T y, T& loss, T& slope) const {
     slope = p - y;
     loss = T(0.5) * slope * slope;
@@ -35,8 +35,8 @@ struct HalfSquaredError : Plain<> {
 };
 
 template <class T>
-struct AbsoluteError : Plain<> {
-  using Plain::Plain;
+struct AbsoluteError : PlainLoss<> {
+  using PlainLoss::PlainLoss;
   FUSEDOPT_HD void operator()(T p, T y, T& loss, T& slope) const {
     loss = magnitude(p - y);
     slope = sign(p - y);
@@ -81,8 +81,8 @@ struct SquaredEpsilonInsensitive : EpsilonInsensitive<T> {
 
 // -y log s(p) - (1 - y) log(1 - s(p)) with the logistic s.
 template <class T>
-struct BinaryCrossEntropy : Plain<kZeroToOne> {
-  using Plain<kZeroToOne>::Plain;
+struct BinaryCrossEntropy : PlainLoss<kZeroToOne> {
+  using PlainLoss<kZeroToOne>::PlainLoss;
   FUSEDOPT_HD void operator()(T p, T y, T& loss, T& slope) const {
     const T e = exp1(-magnitude(p)), r = T(1) / (T(1) + e);
     loss = (p <= T(0) ? T(0) : p) - p * y + log1p_unit(e);
@@ -91,8 +91,8 @@ struct BinaryCrossEntropy : Plain<kZeroToOne> {
 };
 
 template <class T>
-struct Hinge : Plain<kPlusMinusOne> {
-  using Plain<kPlusMinusOne>::Plain;
+struct Hinge : PlainLoss<kPlusMinusOne> {
+  using PlainLoss<kPlusMinusOne>::PlainLoss;
   FUSEDOPT_HD void operator()(T p, T y, T& loss, T& slope) const {
     const T short_of = T(1) - y * p;
     loss = short_of <= T(0) ? T(0) : short_of;
@@ -101,8 +101,8 @@ struct Hinge : Plain<kPlusMinusOne> {
 };
 
 template <class T>
-struct SquaredHinge : Plain<kPlusMinusOne> {
-  using Plain<kPlusMinusOne>::Plain;
+struct SquaredHinge : PlainLoss<kPlusMinusOne> {
+  using PlainLoss<kPlusMinusOne>::PlainLoss;
   FUSEDOPT_HD void operator()(T p, T y, T& loss, T& slope) const {
     const T short_of = T(1) - y * p, m = short_of <= T(0) ? T(0) : short_of;
     loss = m * m;
@@ -112,8 +112,8 @@ struct SquaredHinge : Plain<kPlusMinusOne> {
 
 // The squared hinge, made linear below a margin of -1: outliers pull less.
 template <class T>
-struct ModifiedHuber : Plain<kPlusMinusOne> {
-  using Plain<kPlusMinusOne>::Plain;
+struct ModifiedHuber : PlainLoss<kPlusMinusOne> {
+  using PlainLoss<kPlusMinusOne>::PlainLoss;
   FUSEDOPT_HD void operator()(T p, T y, T& loss, T& slope) const {
     const T margin = y * p, short_of = T(1) - margin, m = short_of <= T(0) ? T(0) : short_of;
     loss = margin < T(-1) ? T(-4) * margin : m * m;
@@ -122,8 +122,8 @@ struct ModifiedHuber : Plain<kPlusMinusOne> {
 };
 
 template <class T>
-struct Perceptron : Plain<kPlusMinusOne> {
-  using Plain<kPlusMinusOne>::Plain;
+struct Perceptron : PlainLoss<kPlusMinusOne> {
+  using PlainLoss<kPlusMinusOne>::PlainLoss;
   FUSEDOPT_HD void operator()(T p, T y, T& loss, T& slope) const {
     const T m = y * p;
     loss = m > T(0) ? T(0) : -m;
@@ -133,8 +133,8 @@ struct Perceptron : Plain<kPlusMinusOne> {
 
 // exp(p) - y p: a count y whose logarithm is predicted, less what does not depend on p.
 template <class T>
-struct Poisson : Plain<kNotNegative> {
-  using Plain<kNotNegative>::Plain;
+struct Poisson : PlainLoss<kNotNegative> {
+  using PlainLoss<kNotNegative>::PlainLoss;
   FUSEDOPT_HD void operator()(T p, T y, T& loss, T& slope) const {
     const T e = exp1(p);
     loss = e - y * p;
