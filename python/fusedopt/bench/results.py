@@ -13,7 +13,7 @@ from typing import Any
 from fusedopt.bench.cases import BEST_NUMPY, CEILING, NUMPY, SECONDS, SUITES, Case
 from fusedopt.bench.contenders import CEILING_BYTES, DENORMAL, OURS, builder, contender_names
 from fusedopt.bench.peers import PEERS
-from fusedopt.bench.timing import Times, race
+from fusedopt.bench.timing import WARMUP, Times, race
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,8 @@ def run_case(
     first = {name: c.first_seconds for name, c in contenders.items() if c.first_seconds is not None}
     tick("timing")
     sample_seconds = 5e-3 if case.kind in ("training", "estimators") else 2e-4
-    times = race(contenders, seconds=seconds, rounds=rounds, sample_seconds=sample_seconds)
+    warmup = 1 if case.kind == "estimators" else WARMUP  # fits take seconds
+    times = race(contenders, seconds=seconds, rounds=rounds, sample_seconds=sample_seconds, warmup=warmup)
     notes += [f"{case.label}, {name}: {c.note()}" for name, c in contenders.items() if c.note is not None]
     contenders.clear()
     del build
