@@ -258,6 +258,16 @@ def test_the_gradient_of_a_network_is_its_slope(activation: str, batch_norm: boo
         assert gradient[i] == pytest.approx((up - down) / (2 * h), rel=1e-4, abs=1e-7), i
 
 
+def test_running_statistics_follow_the_batch_as_torchs_do() -> None:
+    x = np.random.default_rng(0).standard_normal((6, 4))
+    net = Network([4, 3, 1], "relu", np.float64, batch_norm=True)
+    net.initialize(np.random.RandomState(0))
+    z = x @ net.weights[0]
+    net.loss_and_gradient(x, np.zeros((6, 1)), None, element_loss("mse"), 1.0)
+    np.testing.assert_allclose(net.means[0], 0.1 * z.mean(0))
+    np.testing.assert_allclose(net.variances[0], 0.9 + 0.1 * z.var(0, ddof=1))
+
+
 def test_a_network_steps_without_new_arrays() -> None:
     import tracemalloc
 
