@@ -95,7 +95,7 @@ def form_of(param: str, options: Mapping[str, Any], default_state: str) -> Form:
     half = param in HALVES
     noisy = bool(options["stochastic_rounding"]) and half
     state = options["state_dtype"] or default_state
-    explicit = options["state_dtype"] is not None or noisy or not half
+    explicit = options["state_dtype"] is not None or noisy or options["master"] is not None or not half
     return Form(state, options["master"] if half else None, noisy, state == "int8" or (state in HALVES and explicit))
 
 

@@ -301,7 +301,7 @@ class _Fused(Optimizer):
                 [k for k in same if k in group],
                 forms.MASTERS[group["master"]][0] if group["master"] else 0,
                 bool(group["stochastic_rounding"]),
-                bool(group["stochastic_rounding"] or group["state_dtype"]),
+                bool(group["stochastic_rounding"] or group["state_dtype"] or group["master"]),
             )  # fmt: skip
             general = self._group_reason(group)
             for p in group["params"]:
