@@ -245,7 +245,8 @@ void lay_out(const View* v, const Parts& parts, Row& row, std::vector<std::uniqu
       expected *= s.shape[d];
     }
   }
-  if (parts.states && v[2].format >= kFloats) order_by(s, 2);  // blocks run along the memory of the codes
+  // Blocks run along the memory of the codes, random numbers along that of the parameter.
+  order_by(s, parts.states && v[2].format >= kFloats ? 2 : 0);
   simplify(s);
   bool alike = dense(s, 0);
   for (int k = 1; k < n && alike; ++k) alike = std::equal(s.stride[0], s.stride[0] + s.ndim, s.stride[k]);
