@@ -55,7 +55,8 @@ def digits(seed: int, dtype: torch.dtype, make: Callable[[Any, int], Any], steps
     for _ in range(steps):
         chosen = torch.randint(len(x), (64,), generator=order)
         opt.zero_grad()
-        F.cross_entropy(model(x[chosen].to(dtype)).float(), y[chosen], label_smoothing=0.1).backward()
+        loss: Any = F.cross_entropy(model(x[chosen].to(dtype)).float(), y[chosen], label_smoothing=0.1)
+        loss.backward()
         opt.step()
         schedule.step()
     model.float()
@@ -104,7 +105,7 @@ def language(seed: int, dtype: torch.dtype, make: Callable[[Any, int], Any], ste
         rows = source[starts[:, None] + torch.arange(65)]
         return rows[:, :-1], rows[:, 1:]
 
-    def loss(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    def loss(x: torch.Tensor, y: torch.Tensor) -> Any:
         return F.cross_entropy(model(x).float().flatten(0, 1), y.flatten())
 
     for _ in range(steps):
@@ -120,7 +121,7 @@ def language(seed: int, dtype: torch.dtype, make: Callable[[Any, int], Any], ste
 
 TASKS: dict[str, tuple[Callable[..., float], int, float]] = {
     "digits": (digits, 2000, 1e-3),
-    "characters": (language, 1500, 1e-3),
+    "characters": (language, 1000, 1e-3),
 }
 
 
