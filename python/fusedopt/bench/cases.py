@@ -62,7 +62,7 @@ class Case:
         rule = RULES[self.rule]
         states = len(rule.states({**rule.defaults, **self.options}))
         norm = 0.0 if self.max_grad_norm is None else BYTES[self.format.grad]  # the gradients are read once more
-        beside = {None: 0, "split8": 1, "split16": 2, "float32": 4}[self.ours.get("master")]
+        beside: float = {None: 0, "split8": 1, "split16": 2, "float32": 4}[self.ours.get("master")]
         beside += BYTES["f32"] if "ema_decay" in self.ours else 0
         return int(self.elements * (self.format.bytes(states) + 2 * beside + norm))
 
