@@ -70,6 +70,11 @@ def test_max_iter_stops_with_a_warning(make: Any, digits: tuple[Array, Array]) -
 
 
 @pytest.mark.parametrize("make", ALL)
+def test_without_tol_max_iter_is_no_cause_for_a_warning(make: Any, digits: tuple[Array, Array]) -> None:
+    assert make(max_iter=2, tol=None, random_state=0).fit(*digits).n_iter_ == 2
+
+
+@pytest.mark.parametrize("make", ALL)
 def test_tol_stops_when_the_loss_no_longer_falls(make: Any, digits: tuple[Array, Array]) -> None:
     mlp = make in (MLPClassifier, MLPRegressor)
     model = make(tol=1e3, n_iter_no_change=4, random_state=0, momentum=0.9 if mlp else 0.0).fit(*digits)

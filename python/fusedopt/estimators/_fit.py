@@ -266,7 +266,7 @@ class Fit:
         finally:
             if bar is not None:
                 bar.close()
-        if not once and not p.finished and p.epoch >= task.max_iter:
+        if not once and not p.finished and p.epoch >= task.max_iter and task.tol > -math.inf:  # it was told to converge
             warnings.warn(
                 f"Stochastic Optimizer: Maximum iterations ({task.max_iter}) reached and the optimization hasn't "
                 "converged yet.",
