@@ -25,11 +25,13 @@ __all__ = [
     "AdamW",
     "Adamax",
     "FallbackWarning",
+    "InBackward",
     "Lion",
     "NAdam",
     "RAdam",
     "RMSprop",
     "memory_report",
+    "step_in_backward",
 ]
 
 class FallbackWarning(UserWarning):
