@@ -313,7 +313,7 @@ class Optimizer:
     def _add(self, group: dict[str, Any], grads: list[Any], start: int, advanced: list[Any]) -> None:
         options = self._check(group, max((s["step"] for s in self.state), default=0))
         chosen = [i for i, g in enumerate(grads) if g is not None]
-        kinds: dict[forms.Form | None, list[int]] = {}  # parameters of one group may be of several dtypes
+        kinds: dict[forms.Form, list[int]] = {}  # parameters of one group may be of several dtypes
         for i in chosen:
             kinds.setdefault(self._form(group["params"][i], options), []).append(i)
         for form, those in kinds.items():

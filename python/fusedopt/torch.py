@@ -3,8 +3,12 @@
 ``import fusedopt.torch as optim`` works in place of ``import torch.optim as optim``: what is not ours is torch's.
 
 Beyond torch, every class takes, keyword-only:
-    state_dtype: dtype of the state arrays (``torch.float32`` or ``"float32"``; also float64, bfloat16, float16); None
-        is torch's own, that of the parameter. Per group.
+    state_dtype: dtype of the state arrays (``torch.float32`` or ``"float32"``; also float64, bfloat16, float16, int8);
+        None is torch's own, that of the parameter. Per group, as are the next five.
+    master: what the step keeps beside a 16-bit parameter: ``"split16"``, ``"split8"``, ``"float32"``.
+    stochastic_rounding, seed: 16-bit parameters and states are rounded at random, right on average.
+    ema_decay: keeps a moving average of the parameters; ``opt.ema_parameters()`` swaps it in.
+    l1: soft-thresholds parameters by lr * l1 after the update.
     max_grad_norm: clips the gradients of all groups together to this global norm inside the step, as
         ``torch.nn.utils.clip_grad_norm_`` would; gradients are not written. The norm is ``opt.last_grad_norm``.
 
@@ -30,7 +34,6 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 from torch.compiler import is_dynamo_compiling
 from torch.optim import Optimizer
@@ -41,6 +44,20 @@ from ._make import compile_function, option_dict, option_signature, rule_doc
 from .config import get_num_threads
 from .rules import RULES, Rule
 from .torch_backward import InBackward, step_in_backward
+from .torch_forms import (
+    DTYPES,
+    INTEGERS,
+    NAMES,
+    NEW_OPTIONS,
+    WIDE,
+    Keep,
+    before_load,
+    dtype_of,
+    form_of,
+    like,
+    memory_report,
+    recode,
+)
 
 __all__ = ["FallbackWarning", "InBackward", "memory_report", "step_in_backward"]
 
@@ -48,25 +65,12 @@ _EXCHANGE = True  # read tensors by DLPack's exchange API where this torch has i
 _HALF = (torch.bfloat16, torch.float16)
 _OURS, _IDLE, _FOREIGN = range(3)  # updated here; without a gradient so far; left to torch
 _TYPES = (torch.Tensor, torch.nn.Parameter)
-_DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
-_GRADS = {(f[0], f[1]) for kernel in _core.formats().values() for f in kernel}
-_WIDE = (torch.float32, torch.float64)
-_INTEGERS = {"int8": torch.int8, "uint8": torch.uint8, "int16": torch.int16, "float32": torch.float32}
-_NEW_OPTIONS: dict[str, Any] = {**forms.OPTIONS, "max_grad_norm": None}
 _numbers = itertools.count(1)
 _optimizers: weakref.WeakValueDictionary[str, Any] = weakref.WeakValueDictionary()  # by a number, for torch_compile
 
 
 class FallbackWarning(UserWarning):
     """A tensor takes torch's own, slower path, for the reason given."""
-
-
-class _Keep:
-    """A state tensor on its way through torch's ``load_state_dict``, which would cast it to the parameter's dtype."""
-
-    def __init__(self, tensor: torch.Tensor) -> None:
-        self.tensor = tensor
 
 
 def _checked(key: str, value: Any) -> Any:
@@ -105,58 +109,6 @@ def _outside() -> int:
     return level
 
 
-def _form(p: torch.Tensor, group: dict[str, Any]) -> forms.Form:
-    name = _NAMES.get(p.dtype, "")
-    return forms.form_of(name, group, name)
-
-
-def _like(p: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
-    return torch.empty_like(p, dtype=dtype, memory_format=torch.preserve_format, requires_grad=False)
-
-
-def _flat(t: torch.Tensor) -> Any:
-    """A dense tensor as a flat NumPy array, in the order of memory."""
-    return t.detach().as_strided((t.numel(),), (1,)).numpy()
-
-
-def _recode(p: torch.Tensor, state: dict[str, Any], names: tuple[str, ...], form: forms.Form) -> None:
-    """Turns states of whatever form into this one; those that have it stay as they are, to the bit."""
-    for name in names:
-        codes = state.pop(f"{name}_codes", None)
-        if codes is not None:
-            if form.quantised and codes.stride() == _like(p, codes.dtype).stride():
-                state[f"{name}_codes"] = codes
-                continue
-            numbers = torch.empty_like(codes, dtype=torch.float32)
-            _flat(numbers)[:] = forms.dequantise(_flat(codes), state.pop(f"{name}_scale").numpy())
-            state[name] = numbers.to(_DTYPES[form.state] if not form.quantised else torch.float32)
-        if form.quantised and state.get(name) is not None:
-            numbers = _like(p, torch.float32).copy_(state.pop(name))
-            kind = forms.code(name) or ""
-            made, scale = forms.quantise(_flat(numbers), kind)
-            state[f"{name}_codes"] = _like(p, _INTEGERS[kind])
-            _flat(state[f"{name}_codes"])[:] = made
-            state[f"{name}_scale"] = torch.from_numpy(scale)
-
-
-def _recode_master(p: torch.Tensor, state: dict[str, Any], form: forms.Form) -> None:
-    """The same for what is kept beside the weight, which must be loaded before."""
-    master = state.get("master")
-    if master is None or not form.master:
-        state.pop("master", None)
-        return
-    wanted = _INTEGERS[forms.MASTERS[form.master][1]]
-    if master.dtype == wanted:
-        return
-    state["master"] = _like(p, wanted)
-    if p.dtype == torch.bfloat16:
-        rest, here = _like(p, master.dtype).copy_(master), _like(p, p.dtype).copy_(p.detach())
-        weight = _flat(here.view(torch.int16)).view(np.uint16)
-        _flat(state["master"])[:] = forms.split(forms.join(weight, _flat(rest)), form.master, weight)
-    else:
-        state["master"].copy_(p.detach())
-
-
 class _Fused(Optimizer):
     """The step that every class here shares; a mixin before the torch class it replaces."""
 
@@ -168,7 +120,7 @@ class _Fused(Optimizer):
     last_step_skipped: bool
 
     def _begin(self, options: dict[str, Any]) -> None:
-        self._options = {key: _checked(key, options[key]) for key in _NEW_OPTIONS}
+        self._options = {key: _checked(key, options[key]) for key in NEW_OPTIONS}
         self._reset()
 
     def _reset(self) -> None:
@@ -186,10 +138,10 @@ class _Fused(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         for entry in state.get("state", {}).values():
             if isinstance(entry, dict):
-                entry.update({k: v.tensor for k, v in entry.items() if isinstance(v, _Keep)})
+                entry.update({k: v.tensor for k, v in entry.items() if isinstance(v, Keep)})
         super().__setstate__(state)
         for group in self.param_groups:
-            for key, default in _NEW_OPTIONS.items():
+            for key, default in NEW_OPTIONS.items():
                 group.setdefault(key, self.defaults.get(key, default))
         self._reset()
 
@@ -197,7 +149,7 @@ class _Fused(Optimizer):
         if "_options" in self.__dict__:  # torch's constructor is still running, or has just run
             self.defaults.update(self._options)
         if isinstance(param_group, dict):
-            for key in _NEW_OPTIONS:
+            for key in NEW_OPTIONS:
                 if key in param_group:
                     param_group[key] = _checked(key, param_group[key])
             if param_group.get("max_grad_norm", self.defaults["max_grad_norm"]) != self.defaults["max_grad_norm"]:
@@ -205,7 +157,7 @@ class _Fused(Optimizer):
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         for p in group["params"]:
-            reason = p.dtype in _NAMES and forms.refusal(self._rule.kernel(group), _NAMES[p.dtype], _form(p, group))
+            reason = p.dtype in NAMES and forms.refusal(self._rule.kernel(group), NAMES[p.dtype], form_of(p, group))
             if reason:
                 self.param_groups.pop()
                 raise ValueError(reason)
@@ -318,7 +270,7 @@ class _Fused(Optimizer):
 
     def _build(self, created: list[tuple[torch.Tensor, list[str]]], banned: dict[torch.Tensor, str]) -> Any:
         rule = self._rule
-        plan = _core.TorchPlan(self.state, _TYPES, tuple(_DTYPES.values()), torch.Tensor.is_neg, _bump, _EXCHANGE)
+        plan = _core.TorchPlan(self.state, _TYPES, tuple(DTYPES.values()), torch.Tensor.is_neg, _bump, _EXCHANGE)
         self._foreign = {}
         for g, group in enumerate(self.param_groups):
             kernel = rule.kernel(group)
@@ -363,7 +315,7 @@ class _Fused(Optimizer):
                 scales = [state[f"{name}_scale"] for name in kernel.states] if quantised else []
                 step = state["step"] if "step" in rule.scalars or "stream" in state else None
                 carry = next((state[name] for name in rule.scalars if name != "step"), None)
-                master = state["master"] if _form(p, group).master else None
+                master = state["master"] if form_of(p, group).master else None
                 plan.add_param(
                     p, _OURS, state or None, arrays, step, carry, done,
                     master, state["ema"] if ema else None, scales, state.get("stream", 0),
@@ -388,7 +340,7 @@ class _Fused(Optimizer):
                 return f"a {name} is sparse"
             if t.device.type != "cpu":
                 return f"a {name} is on {t.device.type}; this build runs on the CPU alone"
-            if t.dtype not in _NAMES:
+            if t.dtype not in NAMES:
                 return f"a {name} has dtype {t.dtype}"
         if not plan.plain(p):
             return "elements of a parameter share memory, or it is a lazily negated view"
@@ -401,7 +353,7 @@ class _Fused(Optimizer):
     def _state_reason(
         self, p: torch.Tensor, grad: torch.Tensor, state: dict[str, Any], group: dict[str, Any]
     ) -> str | None:
-        form, names = _form(p, group), self._rule.kernel(group).states
+        form, names = form_of(p, group), self._rule.kernel(group).states
         if form.quantised or (names and f"{names[0]}_codes" in state):
             form = dataclasses.replace(form, state="int8", noisy_state=True)
         arrays = forms.array_names(names, form, group["ema_decay"] is not None)
@@ -412,46 +364,35 @@ class _Fused(Optimizer):
             shape = (-(-p.numel() // forms.BLOCK),) if name.endswith("_scale") else p.shape
             if s.shape != shape:
                 raise ValueError(f"state {name!r}: expected shape {tuple(shape)}, got {tuple(s.shape)}")
-            dtype = self._dtype_of(name, p, form)
+            dtype = dtype_of(name, p, form)
             if dtype is not None and s.dtype != dtype:
                 raise ValueError(f"state {name!r}: expected {dtype}, got {s.dtype}")
         for name in self._rule.scalars:
             s = state.get(name)
-            if not isinstance(s, torch.Tensor) or s.numel() != 1 or s.device.type != "cpu" or s.dtype not in _WIDE:
+            if not isinstance(s, torch.Tensor) or s.numel() != 1 or s.device.type != "cpu" or s.dtype not in WIDE:
                 return f"state {name!r} is not a one-element tensor on the CPU"
         if not form.quantised and names:
             dtypes = {state[name].dtype for name in names}
-            if len(dtypes) > 1 or next(iter(dtypes)) not in _NAMES:
+            if len(dtypes) > 1 or next(iter(dtypes)) not in NAMES:
                 form = dataclasses.replace(form, state=" and ".join(sorted(str(d) for d in dtypes)))
             else:
-                form = dataclasses.replace(form, state=_NAMES[dtypes.pop()])
+                form = dataclasses.replace(form, state=NAMES[dtypes.pop()])
                 noisy = form.state in forms.HALVES and (form.noisy_state or p.dtype not in _HALF)
                 form = dataclasses.replace(form, noisy_state=noisy)
-        if not forms.exists(self._rule.kernel(group), _NAMES[p.dtype], _NAMES[grad.dtype], form):
+        if not forms.exists(self._rule.kernel(group), NAMES[p.dtype], NAMES[grad.dtype], form):
             kept = f" and master={form.master!r}" if form.master else ""
             return f"no kernel for a {p.dtype} parameter with a {grad.dtype} gradient and {form.state} state{kept}"
         return None
 
-    @staticmethod
-    def _dtype_of(name: str, p: torch.Tensor, form: forms.Form) -> torch.dtype | None:
-        """What an array of our forms must be; None for the plain states, which may be of several types."""
-        if name == "master":
-            return _INTEGERS[forms.MASTERS[form.master or ""][1]]
-        if name == "ema":
-            return torch.float64 if p.dtype == torch.float64 else torch.float32
-        if name.endswith("_codes"):
-            return _INTEGERS[forms.code(name.removesuffix("_codes")) or ""]
-        return torch.float32 if name.endswith("_scale") else None
-
     def _fill_state(self, p: torch.Tensor, group: dict[str, Any]) -> tuple[int, list[str]]:
         """Creates the state that torch would, and ours; (steps done where no tensor counts them, names created)."""
-        rule, form = self._rule, _form(p, group)
+        rule, form = self._rule, form_of(p, group)
         names = rule.states(group)
         kept = forms.array_names((), form, group["ema_decay"] is not None) + ("stream",) * form.random
         state = self.state[p] if names or rule.scalars or kept else {}
         begun = any(k in state for n in (*names, *rule.scalars) for k in (n, f"{n}_codes") if state.get(k) is not None)
         if names and form.quantised and begun and f"{names[0]}_codes" not in state:
-            _recode(p, state, names, form)  # the option has been switched on in the middle of a run
+            recode(p, state, names, form)  # the option has been switched on in the middle of a run
         missing = [] if begun else [*rule.scalars, *names]
         new = [*rule.scalars, *forms.array_names(names, form, False)] if missing else []
         scalar = torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
@@ -461,11 +402,11 @@ class _Fused(Optimizer):
                 if name in rule.scalars:
                     state[name] = torch.full((), first, dtype=scalar)
                 elif form.quantised:
-                    kind = _INTEGERS[forms.code(name) or ""]
-                    state[f"{name}_codes"] = _like(p, kind).fill_(torch.iinfo(kind).max if first else 0)
+                    kind = INTEGERS[forms.code(name) or ""]
+                    state[f"{name}_codes"] = like(p, kind).fill_(torch.iinfo(kind).max if first else 0)
                     state[f"{name}_scale"] = torch.full((-(-p.numel() // forms.BLOCK),), first, dtype=torch.float32)
                 else:
-                    state[name] = _like(p, _DTYPES[form.state]).fill_(first)
+                    state[name] = like(p, DTYPES[form.state]).fill_(first)
             if form.random and "step" not in rule.scalars and (missing or "step" not in state):
                 # Random numbers are drawn by the step: it has to come with a checkpoint.
                 state["step"] = torch.full((), float(begun), dtype=scalar)
@@ -477,8 +418,8 @@ class _Fused(Optimizer):
                     order = (q for g in self.param_groups for q in g["params"])
                     state[name] = next(i for i, q in enumerate(order) if q is p)
                 else:
-                    dtype = self._dtype_of(name, p, form)
-                    state[name] = _like(p, dtype).copy_(p) if dtype in _WIDE else _like(p, dtype).zero_()
+                    dtype = dtype_of(name, p, form)
+                    state[name] = like(p, dtype).copy_(p) if dtype in WIDE else like(p, dtype).zero_()
                 new.append(name)
         return (0 if missing or not names else 1), new
 
@@ -548,80 +489,11 @@ class _Fused(Optimizer):
         An explicit ``state_dtype`` of ours beats the checkpoint's. A tensor that the optimizer already holds is not
         written to.
         """
-        handle = self.register_load_state_dict_pre_hook(_before_load)
+        handle = self.register_load_state_dict_pre_hook(before_load)
         try:
             super().load_state_dict(state_dict)
         finally:
             handle.remove()
-
-
-def _before_load(self: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
-    """The last of the load hooks: keeps options of ours, and turns the state into the form that they ask for."""
-    groups = [dict(group) for group in state_dict["param_groups"]]
-    targets: dict[Any, tuple[torch.Tensor, dict[str, Any]]] = {}
-    for new, group in zip(groups, self.param_groups, strict=False):
-        for key in _NEW_OPTIONS:
-            if key in ("master", "stochastic_rounding") or group[key] is not None:
-                ours = key in forms.OURS
-            else:
-                ours = False
-            if ours or key not in new:
-                new[key] = group[key]
-        if "fused" in group and new.get("fused") in (None, False):
-            new["fused"] = group["fused"]  # how to compute is ours to say, not the checkpoint's
-        for key, p in zip(new["params"], group["params"], strict=False):
-            targets[key] = (p, {**group, **new})
-
-    def convert(entry: dict[str, Any], p: torch.Tensor, group: dict[str, Any]) -> dict[str, Any]:
-        explicit = group["state_dtype"]
-        stored = [v.dtype for k, v in entry.items() if k in self._rule.states(group) and isinstance(v, torch.Tensor)]
-        form = _form(p, group)
-        if not explicit:  # None keeps what the checkpoint has
-            coded = any(k.endswith("_codes") for k in entry)
-            state = "int8" if coded else _NAMES.get(stored[0], form.state) if stored else form.state
-            form = dataclasses.replace(form, state=state)
-        held = {
-            k: v.detach().to(device=None if k == "step" else p.device, copy=True) if isinstance(v, torch.Tensor) else v
-            for k, v in entry.items()
-        }
-        if p.device.type == "cpu" and p.dtype in _NAMES:
-            _recode(p, held, self._rule.states(group), form)
-            _recode_master(p, held, form)
-        for k, v in held.items():
-            if k == "step" or not isinstance(v, torch.Tensor):
-                continue
-            if k in self._rule.scalars:  # torch's cast would round it to 16 bits
-                held[k] = v if p.dtype in _WIDE else _Keep(v)
-            elif explicit and k in self._rule.states(group) and v.is_floating_point() and form.state in _DTYPES:
-                held[k] = _Keep(v.to(_DTYPES[form.state]))
-            else:
-                held[k] = _Keep(v)
-        return held
-
-    state = {
-        key: convert(entry, *targets[key]) if key in targets else entry for key, entry in state_dict["state"].items()
-    }
-    return {**state_dict, "param_groups": groups, "state": state}
-
-
-def memory_report(optimizer: Optimizer) -> dict[str, float]:
-    """Bytes per parameter, by kind: weight, gradient, master, ema, each state (codes and scales together), other.
-
-    ``parameters`` is their number, ``total`` the sum of the rest. A gradient that is not there costs nothing.
-    """
-    bytes_: dict[str, float] = {"weight": 0, "gradient": 0}
-    n = 0
-    for p in (p for group in optimizer.param_groups for p in group["params"]):
-        n += p.numel()
-        bytes_["weight"] += p.numel() * p.element_size()
-        if p.grad is not None and p.grad.layout == torch.strided:
-            bytes_["gradient"] += p.grad.numel() * p.grad.element_size()
-        for name, value in optimizer.state.get(p, {}).items():
-            if isinstance(value, torch.Tensor):
-                kind = name.removesuffix("_codes").removesuffix("_scale") if value.ndim or p.ndim == 0 else "other"
-                bytes_[kind] = bytes_.get(kind, 0) + value.numel() * value.element_size()
-    report = {kind: size / max(n, 1) for kind, size in bytes_.items()}
-    return {"parameters": n, **report, "total": sum(report.values())}
 
 
 _hooked = Optimizer.profile_hook_step(_Fused._step)
@@ -629,7 +501,8 @@ _Fused.step.hooked = True  # type: ignore[attr-defined]  # torch need not wrap i
 
 
 _CLASS_DOC = """
-    {name} takes torch.optim's arguments, and ``state_dtype`` and ``max_grad_norm``; see :mod:`fusedopt.torch`.
+    {name} takes torch.optim's arguments, and ``state_dtype``, ``master``, ``stochastic_rounding``, ``seed``,
+    ``ema_decay``, ``l1`` and ``max_grad_norm``; see :mod:`fusedopt.torch`.
 
     Example:
         >>> import torch
@@ -649,21 +522,21 @@ def _make_class(rule: Rule) -> type[Optimizer]:
         base, init = theirs, theirs.__init__
 
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
-        self._begin({key: kwargs.pop(key, default) for key, default in _NEW_OPTIONS.items()})
+        self._begin({key: kwargs.pop(key, default) for key, default in NEW_OPTIONS.items()})
         init(self, *args, **kwargs)
         del self._options
         for group in self.param_groups if rule.initial and self.defaults["state_dtype"] else ():
             for p in group["params"]:  # Adagrad's constructor makes its state
                 for name in rule.states(group):
-                    if p.dtype not in _NAMES or name not in self.state.get(p, {}):
+                    if p.dtype not in NAMES or name not in self.state.get(p, {}):
                         continue
                     if group["state_dtype"] == "int8":
-                        _recode(p, self.state[p], (name,), _form(p, group))
+                        recode(p, self.state[p], (name,), form_of(p, group))
                     else:
-                        self.state[p][name] = self.state[p][name].to(_DTYPES[group["state_dtype"]])
+                        self.state[p][name] = self.state[p][name].to(DTYPES[group["state_dtype"]])
 
     signature = inspect.signature(init)
-    added = [inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY, default=d) for n, d in _NEW_OPTIONS.items()]
+    added = [inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY, default=d) for n, d in NEW_OPTIONS.items()]
     __init__.__signature__ = signature.replace(  # type: ignore[attr-defined]
         parameters=[*signature.parameters.values(), *added]
     )

@@ -7,6 +7,8 @@ from typing import Any, overload
 import torch
 from torch.optim.optimizer import Optimizer, ParamsT
 
+from .torch_backward import InBackward as InBackward
+from .torch_backward import step_in_backward as step_in_backward
 from .torch_install import convert as convert
 from .torch_install import install as install
 from .torch_install import installed as installed

@@ -15,7 +15,8 @@ import torch
 from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch.optim import optimizer as _torch_optimizer
 
-from .torch import _DTYPES, _TYPES, _optimizers
+from .torch import _TYPES, _optimizers
+from .torch_forms import DTYPES
 
 Tensors = Sequence[torch.Tensor]
 
@@ -94,7 +95,7 @@ def _prepare(number: str, chosen: tuple[int, ...]) -> bool:
     return True
 
 
-_NAMES = frozenset(_DTYPES.values())
+_NAMES = frozenset(DTYPES.values())
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]

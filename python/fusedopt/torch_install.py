@@ -123,7 +123,7 @@ def convert(optimizer: Optimizer, *, back: bool = False, max_grad_norm: float | 
         for change in changes:
             change()
         if not back:
-            for key, default in ours._NEW_OPTIONS.items():
+            for key, default in ours.NEW_OPTIONS.items():
                 optimizer.defaults.setdefault(key, default)
             optimizer.__setstate__({})
     if norm is not None:
@@ -179,7 +179,7 @@ def _redirections(
 
 def _check_options(optimizer: Optimizer) -> None:
     for group in optimizer.param_groups:
-        for key, default in ours._NEW_OPTIONS.items():
+        for key, default in ours.NEW_OPTIONS.items():
             if key not in _CASTABLE and group.get(key, default) != default:
                 raise ValueError(f"{key}: torch's class does not have it; set it to {default!r} before converting back")
 
@@ -191,14 +191,14 @@ def _drop_options(optimizer: Optimizer) -> None:
             names = optimizer._rule.states(group)  # type: ignore[attr-defined]
             for p in group["params"]:
                 state = optimizer.state.get(p, {})
-                ours._recode(p, state, names, ours._form(p, {**group, **ours._NEW_OPTIONS}))
+                ours.recode(p, state, names, ours.form_of(p, {**group, **ours.NEW_OPTIONS}))
                 state.pop("stream", None)
                 for name in names:
                     if isinstance(state.get(name), torch.Tensor):
                         state[name] = state[name].to(p.dtype)
-        for key in ours._NEW_OPTIONS:
+        for key in ours.NEW_OPTIONS:
             group.pop(key, None)
-    for key in ours._NEW_OPTIONS:
+    for key in ours.NEW_OPTIONS:
         optimizer.defaults.pop(key, None)
     probe: Any = object.__new__(ours.SGD)
     probe._reset()

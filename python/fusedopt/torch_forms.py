@@ -1,0 +1,158 @@
+"""How the torch front end keeps weights and states in the forms of forms.py: tensors made, checked and turned from one
+form into another, checkpoints loaded, bytes counted. No step here."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+import torch
+from torch.optim import Optimizer
+
+from . import forms
+
+DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+WIDE = (torch.float32, torch.float64)
+INTEGERS = {"int8": torch.int8, "uint8": torch.uint8, "int16": torch.int16, "float32": torch.float32}
+NEW_OPTIONS: dict[str, Any] = {**forms.OPTIONS, "max_grad_norm": None}
+
+
+class Keep:
+    """A state tensor on its way through torch's ``load_state_dict``, which would cast it to the parameter's dtype."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor = tensor
+
+
+def form_of(p: torch.Tensor, group: dict[str, Any]) -> forms.Form:
+    name = NAMES.get(p.dtype, "")
+    return forms.form_of(name, group, name)
+
+
+def like(p: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
+    return torch.empty_like(p, dtype=dtype, memory_format=torch.preserve_format, requires_grad=False)
+
+
+def flat(t: torch.Tensor) -> Any:
+    """A dense tensor as a flat NumPy array, in the order of memory."""
+    return t.detach().as_strided((t.numel(),), (1,)).numpy()
+
+
+def recode(p: torch.Tensor, state: dict[str, Any], names: tuple[str, ...], form: forms.Form) -> None:
+    """Turns states of whatever form into this one; those that have it stay as they are, to the bit."""
+    for name in names:
+        codes = state.pop(f"{name}_codes", None)
+        if codes is not None:
+            if form.quantised and codes.stride() == like(p, codes.dtype).stride():
+                state[f"{name}_codes"] = codes
+                continue
+            numbers = torch.empty_like(codes, dtype=torch.float32)
+            flat(numbers)[:] = forms.dequantise(flat(codes), state.pop(f"{name}_scale").numpy())
+            state[name] = numbers.to(DTYPES[form.state] if not form.quantised else torch.float32)
+        if form.quantised and state.get(name) is not None:
+            numbers = like(p, torch.float32).copy_(state.pop(name))
+            kind = forms.code(name) or ""
+            made, scale = forms.quantise(flat(numbers), kind)
+            state[f"{name}_codes"] = like(p, INTEGERS[kind])
+            flat(state[f"{name}_codes"])[:] = made
+            state[f"{name}_scale"] = torch.from_numpy(scale)
+
+
+def recode_master(p: torch.Tensor, state: dict[str, Any], form: forms.Form) -> None:
+    """The same for what is kept beside the weight, which must be loaded before."""
+    master = state.get("master")
+    if master is None or not form.master:
+        state.pop("master", None)
+        return
+    wanted = INTEGERS[forms.MASTERS[form.master][1]]
+    if master.dtype == wanted:
+        return
+    state["master"] = like(p, wanted)
+    if p.dtype == torch.bfloat16:
+        rest, here = like(p, master.dtype).copy_(master), like(p, p.dtype).copy_(p.detach())
+        weight = flat(here.view(torch.int16)).view(np.uint16)
+        flat(state["master"])[:] = forms.split(forms.join(weight, flat(rest)), form.master, weight)
+    else:
+        state["master"].copy_(p.detach())
+
+
+def dtype_of(name: str, p: torch.Tensor, form: forms.Form) -> torch.dtype | None:
+    """What an array of our forms must be; None for the plain states, which may be of several types."""
+    if name == "master":
+        return INTEGERS[forms.MASTERS[form.master or ""][1]]
+    if name == "ema":
+        return torch.float64 if p.dtype == torch.float64 else torch.float32
+    if name.endswith("_codes"):
+        return INTEGERS[forms.code(name.removesuffix("_codes")) or ""]
+    return torch.float32 if name.endswith("_scale") else None
+
+
+def before_load(self: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
+    """The last of the load hooks: keeps options of ours, and turns the state into the form that they ask for."""
+    groups = [dict(group) for group in state_dict["param_groups"]]
+    targets: dict[Any, tuple[torch.Tensor, dict[str, Any]]] = {}
+    for new, group in zip(groups, self.param_groups, strict=False):
+        for key in NEW_OPTIONS:
+            if key in ("master", "stochastic_rounding") or group[key] is not None:
+                ours = key in forms.OURS
+            else:
+                ours = False
+            if ours or key not in new:
+                new[key] = group[key]
+        if "fused" in group and new.get("fused") in (None, False):
+            new["fused"] = group["fused"]  # how to compute is ours to say, not the checkpoint's
+        for key, p in zip(new["params"], group["params"], strict=False):
+            targets[key] = (p, {**group, **new})
+
+    def convert(entry: dict[str, Any], p: torch.Tensor, group: dict[str, Any]) -> dict[str, Any]:
+        explicit = group["state_dtype"]
+        stored = [v.dtype for k, v in entry.items() if k in self._rule.states(group) and isinstance(v, torch.Tensor)]
+        form = form_of(p, group)
+        if not explicit:  # None keeps what the checkpoint has
+            coded = any(k.endswith("_codes") for k in entry)
+            state = "int8" if coded else NAMES.get(stored[0], form.state) if stored else form.state
+            form = dataclasses.replace(form, state=state)
+        held = {
+            k: v.detach().to(device=None if k == "step" else p.device, copy=True) if isinstance(v, torch.Tensor) else v
+            for k, v in entry.items()
+        }
+        if p.device.type == "cpu" and p.dtype in NAMES:
+            recode(p, held, self._rule.states(group), form)
+            recode_master(p, held, form)
+        for k, v in held.items():
+            if k == "step" or not isinstance(v, torch.Tensor):
+                continue
+            if k in self._rule.scalars:  # torch's cast would round it to 16 bits
+                held[k] = v if p.dtype in WIDE else Keep(v)
+            elif explicit and k in self._rule.states(group) and v.is_floating_point() and form.state in DTYPES:
+                held[k] = Keep(v.to(DTYPES[form.state]))
+            else:
+                held[k] = Keep(v)
+        return held
+
+    state = {
+        key: convert(entry, *targets[key]) if key in targets else entry for key, entry in state_dict["state"].items()
+    }
+    return {**state_dict, "param_groups": groups, "state": state}
+
+
+def memory_report(optimizer: Optimizer) -> dict[str, float]:
+    """Bytes per parameter, by kind: weight, gradient, master, ema, each state (codes and scales together), other.
+
+    ``parameters`` is their number, ``total`` the sum of the rest. A gradient that is not there costs nothing.
+    """
+    bytes_: dict[str, float] = {"weight": 0, "gradient": 0}
+    n = 0
+    for p in (p for group in optimizer.param_groups for p in group["params"]):
+        n += p.numel()
+        bytes_["weight"] += p.numel() * p.element_size()
+        if p.grad is not None and p.grad.layout == torch.strided:
+            bytes_["gradient"] += p.grad.numel() * p.grad.element_size()
+        for name, value in optimizer.state.get(p, {}).items():
+            if isinstance(value, torch.Tensor):
+                kind = name.removesuffix("_codes").removesuffix("_scale") if value.ndim or p.ndim == 0 else "other"
+                bytes_[kind] = bytes_.get(kind, 0) + value.numel() * value.element_size()
+    report = {kind: size / max(n, 1) for kind, size in bytes_.items()}
+    return {"parameters": n, **report, "total": sum(report.values())}
