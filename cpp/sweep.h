@@ -194,7 +194,9 @@ struct Blocks {
       p[i] = typename P::Stored(w);
       if constexpr (W::master != kNoMaster) rest[i] = Rest(r);
     }
-    store(o, s, random);
+    float part[kBlock];  // of a code's step
+    for (int i = 0; quantised && i < kBlock; ++i) part[i] = float(random[i] & 255) * 0x1p-8f;
+    store(o, s, random, part);
   }
 
   // Random bits for each element of a block: 16, or 8 where there are only codes to round; parts of a number.
@@ -223,7 +225,7 @@ struct Blocks {
     }
   }
   template <int K = 0>
-  static FUSEDOPT_HD void store(const Operands& o, const float (*s)[kBlock], const int32_t* random) {
+  static FUSEDOPT_HD void store(const Operands& o, const float (*s)[kBlock], const int32_t* random, const float* part) {
     if constexpr (K < N) {
       constexpr Format code = code_of(word(Rule::states, K));
       auto* const state = o.state[K];
@@ -232,9 +234,9 @@ struct Blocks {
         for (int i = 0; i < kBlock; ++i)
           state[i] = typename S::Stored(S::store(s[K][i], S::noisy ? uint32_t(random[i]) : 0));
       } else {
-        encode<typename Code<code>::type>(s[K], random, state, o.scale[K]);
+        encode<typename Code<code>::type>(s[K], part, state, o.scale[K]);
       }
-      store<K + 1>(o, s, random);
+      store<K + 1>(o, s, random, part);
     }
   }
 
@@ -245,7 +247,7 @@ struct Blocks {
     for (int i = 0; i < kBlock; ++i) x[i] = C::decode(code[i]) * unit;
   }
   template <class C>
-  static FUSEDOPT_HD void encode(const float* x, const int32_t* random, uint8_t* code, float* scale) {
+  static FUSEDOPT_HD void encode(const float* x, const float* part, uint8_t* code, float* scale) {
     int32_t top = 0;  // of the bits: magnitudes are in their order, NaN on top; of floats no vector has a maximum
     for (int i = 0; i < kBlock; ++i) {
       const int32_t b = bits<int32_t>(x[i]) & 0x7fffffff;
@@ -253,10 +255,9 @@ struct Blocks {
     }
     const float size = bits<float>(top);
     *scale = size;
-    if (size < kTiny) return encode_tiny<C>(x, random, code, size);
+    if (size < kTiny) return encode_tiny<C>(x, part, code, size);
     const float inverse = C::top * C::top / size;
-    for (int i = 0; i < kBlock; ++i)
-      code[i] = uint8_t(C::encode(magnitude(x[i]) * inverse, x[i], float(random[i] & 255) * 0x1p-8f, 1.0f));
+    for (int i = 0; i < kBlock; ++i) code[i] = uint8_t(C::encode(magnitude(x[i]) * inverse, x[i], part[i], 1.0f));
   }
 
   // Blocks so small that the fast way would run out of float32: zero, denormal and a little above.
@@ -266,11 +267,11 @@ struct Blocks {
     for (int i = 0; i < kBlock; ++i) x[i] = C::decode(code[i]) * (1.0f / (C::top * C::top)) * scale;
   }
   template <class C>
-  static FUSEDOPT_APART void encode_tiny(const float* x, const int32_t* random, uint8_t* code, float size) {
+  static FUSEDOPT_APART void encode_tiny(const float* x, const float* part, uint8_t* code, float size) {
     const float inverse = size > 0.0f ? C::top * C::top / (size * 0x1p64f) : 0.0f;
     const float least = size > 0.0f ? 1.0f : 0.0f;
     for (int i = 0; i < kBlock; ++i)
-      code[i] = uint8_t(C::encode(magnitude(x[i]) * 0x1p64f * inverse, x[i], float(random[i] & 255) * 0x1p-8f, least));
+      code[i] = uint8_t(C::encode(magnitude(x[i]) * 0x1p64f * inverse, x[i], part[i], least));
   }
 };
 
@@ -290,7 +291,7 @@ struct Sweep {
   static constexpr bool counts = blocked || random;
   static constexpr bool paired =
       sizeof(typename P::Stored) == 2 || sizeof(typename G::Stored) == 2 || sizeof(typename S::Stored) == 2;
-  static constexpr bool exists = !quantised || quantisable(Rule::states);
+  static constexpr bool exists = N == 0 ? !S::noisy : !quantised || quantisable(Rule::states);
   static constexpr Form form = {P::format, G::format, S::format, W::master, P::noisy, S::noisy};
 
   static void prepare(const double* hyper, const Clock& clock, double scale, void* prepared) {
