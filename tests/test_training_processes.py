@@ -87,13 +87,21 @@ def assert_same_end(one: dict[str, Any], other: dict[str, Any]) -> None:
             assert torch.equal(value, other["opt"]["state"][i][name]), (i, name)
 
 
+def written(file: Path) -> int:
+    """When the checkpoint was written; 0 if there is none, or none for the moment between the last one and the next."""
+    try:
+        return file.stat().st_mtime_ns
+    except FileNotFoundError:
+        return 0
+
+
 def kill_again_and_again(script: Path, out: Path, epochs: int, processes: int, rng: random.Random, **more: str) -> int:
     """Kills the training soon after each sign of progress, writing of checkpoints included; how often."""
     file, kills, how = Path(f"{out}.pt"), 0, "resume"
     while kills < 4:
         before = file.stat().st_mtime_ns if file.exists() else 0
         process = start(script, out, how, epochs, processes, **more)
-        while process.poll() is None and not (file.exists() and file.stat().st_mtime_ns > before):
+        while process.poll() is None and not (written(file) > before):
             time.sleep(0.001)
         time.sleep(rng.uniform(0, 0.15))
         if process.poll() is None:
