@@ -36,17 +36,18 @@ struct Random {
   uint32_t next() { return uint32_t((x = x * 6364136223846793005u + 1442695040888963407u) >> 33); }
 };
 
-// A number in [0.5, 1): finite in every format, and a possible value of any state.
+// A number in [0.5, 0.63): finite in every format, a possible value of any state, and no variance comes out negative:
+// where two NaNs of different sign meet, which one is kept is not promised.
 void put(char* at, Format f, Random& r) {
   uint32_t digits = r.next();
   if (f == kF64) {
-    double x = 0.5 + digits * 0x1p-33;
+    double x = 0.5 + digits * 0x1p-34;
     memcpy(at, &x, 8);
   } else if (f == kF32) {
-    uint32_t x = 0x3f000000u | (digits & 0x7fffffu);
+    uint32_t x = 0x3f000000u | (digits & 0x1fffffu);
     memcpy(at, &x, 4);
   } else if (f == kBF16 || f == kF16) {
-    uint16_t x = f == kBF16 ? uint16_t(0x3f00u | (digits & 0x7fu)) : uint16_t(0x3800u | (digits & 0x3ffu));
+    uint16_t x = f == kBF16 ? uint16_t(0x3f00u | (digits & 0x1fu)) : uint16_t(0x3800u | (digits & 0xffu));
     memcpy(at, &x, 2);
   } else {  // codes and rests may have any bits
     memcpy(at, &digits, size_of(f));
@@ -218,12 +219,13 @@ void same_bytes_every_way(int kernel, int loop) {
   for (double max_norm : {0.0, 0.5}) {
     use_isa("baseline");
     Problem first(kernel, loop, lengths, true);
+    const Form& form = usable_table(0)->kernels[kernel].loops[loop].form;
     const auto before = first.bytes(), want = first.run(max_norm, 1);
     for (size_t b = 0; b < first.blocks.size(); ++b) {
       const bool gradient = b % size_t(first.operands) == 1;
       if (gradient) expect(want[b] == before[b], name + ": a gradient was written");
       if (b % size_t(first.operands) == 0 && !want[b].empty() && first.plan.rows[b / size_t(first.operands)].span.n)
-        expect(want[b] != before[b], name + ": a parameter did not move");
+        expect(want[b] != before[b] || size_of(form.param) == 2, name + ": a parameter did not move");
     }
     for (int isa = 0; usable_table(isa); ++isa)
       for (int threads : {1, 3, 8}) {
