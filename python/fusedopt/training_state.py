@@ -19,6 +19,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, RandomSampler, SequentialSampler
 
+from ._files import previous, write_whole
 from .torch_schedule import ScheduledLR
 
 PathLike = str | os.PathLike[str]
@@ -107,14 +108,7 @@ def write_checkpoint(value: dict[str, Any], path: PathLike) -> None:
     """Writes a checkpoint whole or not at all; the one that stood there is kept beside it, as ``<name>.previous``."""
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(target.name + ".writing")
-    with open(temporary, "wb") as file:
-        torch.save(value, file)
-        file.flush()
-        os.fsync(file.fileno())
-    if target.exists():
-        os.replace(target, _previous(target))
-    os.replace(temporary, target)
+    write_whole(target, lambda file: torch.save(value, file))
 
 
 def read_checkpoint(path: PathLike) -> dict[str, Any] | None:
@@ -124,7 +118,7 @@ def read_checkpoint(path: PathLike) -> dict[str, Any] | None:
         ValueError: if there is no whole one, or the file is something else.
     """
     target, damage = Path(path), ""
-    for candidate in (target, _previous(target)):
+    for candidate in (target, previous(target)):
         if not candidate.exists():
             continue
         try:
@@ -149,10 +143,6 @@ def _read_whole(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict) or value.get("format") != "fusedopt.Trainer 1":
         raise ValueError(f"checkpoint: {path} was not written by Trainer")
     return value
-
-
-def _previous(path: Path) -> Path:
-    return path.with_name(path.name + ".previous")
 
 
 # --- several processes ---

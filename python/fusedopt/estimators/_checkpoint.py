@@ -14,6 +14,8 @@ from typing import Any
 
 import numpy as np
 
+from .._files import previous, write_whole
+
 _FORMAT = 1
 
 
@@ -40,34 +42,14 @@ def _name(value: Any) -> str:
     return f"{type(value).__module__}.{getattr(value, '__qualname__', type(value).__qualname__)}"
 
 
-def _replace(temporary: Path, path: Path) -> None:
-    os.replace(temporary, path)
-    if os.name == "posix":  # the name is safe only once its folder is on disk, too
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-
-
-def _previous(path: Path) -> Path:
-    return path.with_name(path.name + ".previous")
-
-
 def save(path: Path, meta: Mapping[str, Any], arrays: Mapping[str, Any]) -> None:
-    """Writes beside the file, then takes its place; the file before it is kept as ``<name>.previous``."""
+    """Writes the checkpoint; the one before it is kept as ``<name>.previous``."""
     body = io.BytesIO()
     np.savez(body, **arrays)
     data = body.getvalue()
     head = json.dumps({**meta, "format": _FORMAT, "digest": hashlib.blake2b(data).hexdigest()}).encode()
-    temporary = path.with_name(path.name + ".writing")
-    with open(temporary, "wb") as file:
-        file.write(len(head).to_bytes(8, "little") + hashlib.blake2b(head, digest_size=16).digest() + head + data)
-        file.flush()
-        os.fsync(file.fileno())
-    if path.exists():
-        os.replace(path, _previous(path))
-    _replace(temporary, path)
+    check = hashlib.blake2b(head, digest_size=16).digest()
+    write_whole(path, lambda file: file.write(len(head).to_bytes(8, "little") + check + head + data))
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -94,7 +76,7 @@ def load(path: Path, mark: str) -> tuple[dict[str, Any], dict[str, Any]] | None:
         ValueError: both are damaged, or the file is of another fit. Nothing has been changed.
     """
     problems = []
-    for candidate in (path, _previous(path)):
+    for candidate in (path, previous(path)):
         if not candidate.exists():
             continue
         try:
