@@ -75,28 +75,36 @@ def check(options: Mapping[str, Any]) -> None:
         raise TypeError(f"stochastic_rounding: expected True or False, got {options['stochastic_rounding']!r}")
     if isinstance(seed, bool) or not isinstance(seed, int | np.integer) or not 0 <= seed < 2**32:
         raise ValueError(f"seed: expected an integer in [0, 2**32), got {seed!r}")
-    for option, low, high in (("ema_decay", 0.0, 1.0), ("l1", -1.0, math.inf)):
+    for option in ("ema_decay", "l1"):
         value = options[option]
         if value is None and option == "ema_decay":
             continue
         if isinstance(value, bool) or not isinstance(value, int | float | np.floating | np.integer):
             raise TypeError(f"{option}: expected a number, got {value!r}")
-        if not (low < value < high and (option != "l1" or value >= 0)):
-            raise ValueError(
-                f"{option}: expected a value in {'(0, 1)' if option == 'ema_decay' else '[0, inf)'}, got {value!r}"
-            )
+        if option == "ema_decay" and not 0 < value < 1:
+            raise ValueError(f"ema_decay: expected a value in (0, 1), got {value!r}")
+        if option == "l1" and not 0 <= value < math.inf:
+            raise ValueError(f"l1: expected a value in [0, inf), got {value!r}")
 
 
-def form_of(param: str, options: Mapping[str, Any], default_state: str) -> Form:
-    """The form that these options ask for, for a parameter of this dtype. ``default_state``: without ``state_dtype``.
+def explicit(options: Mapping[str, Any]) -> bool:
+    """Do the options ask for a form? Then 16-bit states are rounded stochastically; torch's own are not."""
+    return any(options[k] for k in ("state_dtype", "master", "stochastic_rounding"))
+
+
+def form_of(param: str, options: Mapping[str, Any], default_state: str, state: str | None = None) -> Form:
+    """The form that these options ask for, for a parameter of this dtype.
 
     A wider parameter loses nothing to rounding: ``master`` and ``stochastic_rounding`` leave it as it is.
+
+    Args:
+        default_state: dtype of states without ``state_dtype``.
+        state: dtype of the states that are there, whatever is asked for.
     """
     half = param in HALVES
-    noisy = bool(options["stochastic_rounding"]) and half
-    state = options["state_dtype"] or default_state
-    explicit = any(options[k] for k in ("state_dtype", "master", "stochastic_rounding")) or not half
-    return Form(state, options["master"] if half else None, noisy, state == "int8" or (state in HALVES and explicit))
+    state = state or options["state_dtype"] or default_state
+    noisy_state = state == "int8" or (state in HALVES and (explicit(options) or not half))
+    return Form(state, options["master"] if half else None, half and bool(options["stochastic_rounding"]), noisy_state)
 
 
 @cache
@@ -106,12 +114,9 @@ def _existing(kernel: str) -> frozenset[tuple[Any, ...]]:
 
 def refusal(kernel: Kernel, param: str, form: Form) -> str | None:
     """Why no kernel keeps a parameter of this dtype, its gradient of the same, like that, and what to use; or None."""
-    forms = {f for f in _existing(kernel.name) if f[0] == param}
-    if not kernel.states:
-        forms = {(*f[:2], form.state, *f[3:5], form.noisy_state) for f in forms}
-    wanted = (form.state, form.master or "", form.noisy, form.noisy_state)
-    if any(f[2:] == wanted for f in forms):
+    if exists(kernel, param, param, form):
         return None
+    forms = {f for f in _existing(kernel.name) if f[0] == param}
     if form.master and form.noisy:
         return f"stochastic_rounding does nothing beside master={form.master!r}, which loses nothing: use one of them"
     if form.master and not any(f[3] == form.master for f in forms):
@@ -122,7 +127,7 @@ def refusal(kernel: Kernel, param: str, form: Form) -> str | None:
     ways = sorted({f"master={f[3]!r}" if f[3] else "stochastic_rounding=True" for f in forms if f[2] == "int8"})
     if form.quantised and ways and not form.master and not form.noisy:
         return f"state_dtype='int8' leaves a {param} parameter to rounding alone: use it with {' or '.join(ways)}"
-    states = sorted({str(f[2]) for f in forms if f[3:5] == wanted[1:3]})
+    states = sorted({str(f[2]) for f in forms if f[3:5] == (form.master or "", form.noisy)})
     beside = f" with master={form.master!r}" if form.master else " with stochastic_rounding" if form.noisy else ""
     return (
         f"state_dtype={form.state!r} does not go with a {param} parameter{beside}: use {' or '.join(map(repr, states))}"
@@ -142,6 +147,16 @@ def exists(kernel: Kernel, param: str, grad: str, form: Form) -> bool:
 def code(state: str) -> str | None:
     """dtype of the codes of a state of this name: int8 with a sign, uint8 a second moment, None if it has none."""
     return _core.code_of(state) or None
+
+
+def blocks(n: int) -> int:
+    """How many blocks n elements are."""
+    return -(-n // BLOCK)
+
+
+def plain_name(array: str) -> str:
+    """Of which state, whatever its form, an array is: ``exp_avg`` for exp_avg, exp_avg_codes and exp_avg_scale."""
+    return array.removesuffix("_codes").removesuffix("_scale")
 
 
 def array_names(states: tuple[str, ...], form: Form, ema: bool) -> tuple[str, ...]:
@@ -226,16 +241,16 @@ def quantise(x: NDArray[np.float32], kind: str) -> tuple[NDArray[Any], NDArray[n
     of one element is at most s (2 r d + d^2) with r = sqrt(|x| / s), d the distance of codes over 127 or 255.
     """
     top = 127.0 if kind == "int8" else 255.0
-    blocks = np.zeros((-(-x.size // BLOCK), BLOCK))
-    blocks.reshape(-1)[: x.size] = x
-    scale = np.abs(blocks).max(axis=1, initial=0.0)
+    rows = np.zeros((blocks(x.size), BLOCK))
+    rows.reshape(-1)[: x.size] = x
+    scale = np.abs(rows).max(axis=1, initial=0.0)
     with np.errstate(invalid="ignore"):
-        share = np.divide(np.abs(blocks), scale[:, None], where=scale[:, None] > 0, out=np.zeros_like(blocks))
+        share = np.divide(np.abs(rows), scale[:, None], where=scale[:, None] > 0, out=np.zeros_like(rows))
         codes = np.nan_to_num(np.rint(np.sqrt(share) * top))
     if kind == "uint8":
         codes = np.where(scale[:, None] > 0, np.maximum(codes, 1), 0)
     else:
-        codes = np.copysign(codes, blocks)
+        codes = np.copysign(codes, rows)
     return codes.reshape(-1)[: x.size].astype(kind), scale.astype(np.float32)
 
 

@@ -25,10 +25,6 @@ __all__: list[str] = ["Optimizer"]
 _OWN = ("master", "ema", "stream")  # entries of a state that only forms of ours have
 
 
-def _plain_name(name: str) -> str:
-    return name.removesuffix("_codes").removesuffix("_scale")
-
-
 def _listed(value: Any, many: bool, name: str) -> list[Any]:
     if value is None:
         raise TypeError(f"{name}: expected an array with these options, got None")
@@ -250,7 +246,7 @@ class Optimizer:
             first = rule.first(name, options)
             if form.quantised:
                 codes = np.zeros(param.shape, forms.code(name))  # blocks run in C order
-                scale = np.full(-(-param.size // forms.BLOCK), first, np.float32)
+                scale = np.full(forms.blocks(param.size), first, np.float32)
                 codes.fill(np.iinfo(codes.dtype).max if first else 0)
                 state[f"{name}_codes"], state[f"{name}_scale"] = codes, scale
             else:
@@ -438,8 +434,8 @@ class Optimizer:
         for i, (param, old) in enumerate(zip(params, self.state, strict=True)):
             prefix = f"state.{i}."
             names = [k[len(prefix) :] for k in state_dict if k.startswith(prefix)]
-            plain = {n.removesuffix("_codes") for n in names}
-            missing = [prefix + n for n in map(_plain_name, old) if n not in plain and n not in _OWN]
+            plain = {n.removesuffix("_codes") for n in names}  # a scale alone is no state
+            missing = [prefix + n for n in map(forms.plain_name, old) if n not in plain and n not in _OWN]
             if missing:
                 raise KeyError(f"state_dict: missing {', '.join(missing)}")
             state.append({n: self._loaded(state_dict[prefix + n], n, param, prefix + n) for n in names})
@@ -455,12 +451,12 @@ class Optimizer:
                     raise KeyError(f"state_dict: missing {key}")
             for name in forms.OURS:  # how to keep things is ours to say, not the checkpoint's
                 new[name] = group[name]
-            self._check(new, 0)
             options.append(new)
         i = 0
         for new in options:
+            checked = self._check(new, 0)
             for param in new["params"]:
-                state[i] = self._recoded(state[i], param, i, new)
+                state[i] = self._recoded(state[i], param, i, checked)
                 i += 1
         self.state[:] = state
         for group, new in zip(self.param_groups, options, strict=True):
@@ -468,20 +464,16 @@ class Optimizer:
 
     def _recoded(self, entry: dict[str, Any], param: Any, index: int, options: dict[str, Any]) -> dict[str, Any]:
         """An entry of any form in the form that the options ask for."""
-        if callable(options["lr"]):
-            options = {**options, "lr": 0.0}
         form, states = self._form(param, options), self._rule.states(options)
         wanted = forms.array_names(states, form, options["ema_decay"] is not None)
         fresh = self._initial(param, index, options)
         if entry["step"] == 0 and any(name not in entry for name in wanted):
             return fresh
         numbers = forms.decoded({k: v.ravel() for k, v in entry.items() if isinstance(v, np.ndarray)}, states)
-        out = {k: v for k, v in entry.items() if _plain_name(k) not in (*states, *_OWN)}
+        out = {k: v for k, v in entry.items() if forms.plain_name(k) not in (*states, *_OWN)}
         for name, x in (forms.encoded(numbers) if form.quantised else numbers).items():
             same = name in entry and entry[name].dtype == fresh[name].dtype
             out[name] = entry[name] if same else x.astype(fresh[name].dtype).reshape(fresh[name].shape)
-        if form.quantised:  # bits as they are where the checkpoint has this very form
-            out.update({k: entry[k] for k in out if k in entry})
         for name in ("master", "ema", "stream"):
             if name in fresh:
                 kept = entry.get(name)
@@ -502,7 +494,7 @@ class Optimizer:
 
             array = array.view(ml_dtypes.bfloat16)
         if name.endswith("_scale"):
-            if array.shape != (-(-param.size // forms.BLOCK),):
+            if array.shape != (forms.blocks(param.size),):
                 raise ValueError(f"state_dict: {key}: expected one element for each block of {forms.BLOCK}")
         elif name not in carried(self._rule) and array.shape != param.shape:
             raise ValueError(f"state_dict: {key}: expected shape {param.shape}, got {array.shape}")

@@ -23,7 +23,6 @@ why; together with an option of ours, or with gradients still scaled, it raises 
 
 from __future__ import annotations
 
-import dataclasses
 import importlib
 import inspect
 import itertools
@@ -62,7 +61,6 @@ from .torch_forms import (
 __all__ = ["FallbackWarning", "InBackward", "memory_report", "step_in_backward"]
 
 _EXCHANGE = True  # read tensors by DLPack's exchange API where this torch has it (2.10 and later)
-_HALF = (torch.bfloat16, torch.float16)
 _OURS, _IDLE, _FOREIGN = range(3)  # updated here; without a gradient so far; left to torch
 _TYPES = (torch.Tensor, torch.nn.Parameter)
 _numbers = itertools.count(1)
@@ -287,7 +285,7 @@ class _Fused(Optimizer):
                 [k for k in same if k in group],
                 forms.MASTERS[group["master"]][0] if group["master"] else 0,
                 bool(group["stochastic_rounding"]),
-                bool(group["stochastic_rounding"] or group["state_dtype"] or group["master"]),
+                forms.explicit(group),
             )  # fmt: skip
             general = self._group_reason(group)
             for p in group["params"]:
@@ -353,15 +351,14 @@ class _Fused(Optimizer):
     def _state_reason(
         self, p: torch.Tensor, grad: torch.Tensor, state: dict[str, Any], group: dict[str, Any]
     ) -> str | None:
-        form, names = form_of(p, group), self._rule.kernel(group).states
-        if form.quantised or (names and f"{names[0]}_codes" in state):
-            form = dataclasses.replace(form, state="int8", noisy_state=True)
-        arrays = forms.array_names(names, form, group["ema_decay"] is not None)
-        for name in arrays:
+        kernel = self._rule.kernel(group)
+        names = kernel.states
+        form = form_of(p, group, "int8" if names and f"{names[0]}_codes" in state else None)
+        for name in forms.array_names(names, form, group["ema_decay"] is not None):
             s = state.get(name)
             if not isinstance(s, torch.Tensor) or s.device.type != "cpu" or type(s) not in _TYPES:
                 return f"state {name!r} is missing, or no plain tensor on the CPU"
-            shape = (-(-p.numel() // forms.BLOCK),) if name.endswith("_scale") else p.shape
+            shape = (forms.blocks(p.numel()),) if name.endswith("_scale") else p.shape
             if s.shape != shape:
                 raise ValueError(f"state {name!r}: expected shape {tuple(shape)}, got {tuple(s.shape)}")
             dtype = dtype_of(name, p, form)
@@ -373,13 +370,9 @@ class _Fused(Optimizer):
                 return f"state {name!r} is not a one-element tensor on the CPU"
         if not form.quantised and names:
             dtypes = {state[name].dtype for name in names}
-            if len(dtypes) > 1 or next(iter(dtypes)) not in NAMES:
-                form = dataclasses.replace(form, state=" and ".join(sorted(str(d) for d in dtypes)))
-            else:
-                form = dataclasses.replace(form, state=NAMES[dtypes.pop()])
-                noisy = form.state in forms.HALVES and (form.noisy_state or p.dtype not in _HALF)
-                form = dataclasses.replace(form, noisy_state=noisy)
-        if not forms.exists(self._rule.kernel(group), NAMES[p.dtype], NAMES[grad.dtype], form):
+            known = NAMES.get(next(iter(dtypes))) if len(dtypes) == 1 else None
+            form = form_of(p, group, known or " and ".join(sorted(map(str, dtypes))))
+        if not forms.exists(kernel, NAMES[p.dtype], NAMES[grad.dtype], form):
             kept = f" and master={form.master!r}" if form.master else ""
             return f"no kernel for a {p.dtype} parameter with a {grad.dtype} gradient and {form.state} state{kept}"
         return None
@@ -404,7 +397,7 @@ class _Fused(Optimizer):
                 elif form.quantised:
                     kind = INTEGERS[forms.code(name) or ""]
                     state[f"{name}_codes"] = like(p, kind).fill_(torch.iinfo(kind).max if first else 0)
-                    state[f"{name}_scale"] = torch.full((-(-p.numel() // forms.BLOCK),), first, dtype=torch.float32)
+                    state[f"{name}_scale"] = torch.full((forms.blocks(p.numel()),), first, dtype=torch.float32)
                 else:
                     state[name] = like(p, DTYPES[form.state]).fill_(first)
             if form.random and "step" not in rule.scalars and (missing or "step" not in state):

@@ -3,7 +3,6 @@ form into another, checkpoints loaded, bytes counted. No step here."""
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import numpy as np
@@ -26,9 +25,10 @@ class Keep:
         self.tensor = tensor
 
 
-def form_of(p: torch.Tensor, group: dict[str, Any]) -> forms.Form:
+def form_of(p: torch.Tensor, group: dict[str, Any], state: str | None = None) -> forms.Form:
+    """The form that a group's options ask for; ``state``: dtype of the states that are there, whatever is asked for."""
     name = NAMES.get(p.dtype, "")
-    return forms.form_of(name, group, name)
+    return forms.form_of(name, group, name, state)
 
 
 def like(p: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
@@ -85,7 +85,7 @@ def dtype_of(name: str, p: torch.Tensor, form: forms.Form) -> torch.dtype | None
     if name == "ema":
         return torch.float64 if p.dtype == torch.float64 else torch.float32
     if name.endswith("_codes"):
-        return INTEGERS[forms.code(name.removesuffix("_codes")) or ""]
+        return INTEGERS[forms.code(forms.plain_name(name)) or ""]
     return torch.float32 if name.endswith("_scale") else None
 
 
@@ -95,10 +95,7 @@ def before_load(self: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
     targets: dict[Any, tuple[torch.Tensor, dict[str, Any]]] = {}
     for new, group in zip(groups, self.param_groups, strict=False):
         for key in NEW_OPTIONS:
-            if key in ("master", "stochastic_rounding") or group[key] is not None:
-                ours = key in forms.OURS
-            else:
-                ours = False
+            ours = key in forms.OURS and (group[key] is not None or key == "master")
             if ours or key not in new:
                 new[key] = group[key]
         if "fused" in group and new.get("fused") in (None, False):
@@ -109,11 +106,9 @@ def before_load(self: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
     def convert(entry: dict[str, Any], p: torch.Tensor, group: dict[str, Any]) -> dict[str, Any]:
         explicit = group["state_dtype"]
         stored = [v.dtype for k, v in entry.items() if k in self._rule.states(group) and isinstance(v, torch.Tensor)]
-        form = form_of(p, group)
-        if not explicit:  # None keeps what the checkpoint has
-            coded = any(k.endswith("_codes") for k in entry)
-            state = "int8" if coded else NAMES.get(stored[0], form.state) if stored else form.state
-            form = dataclasses.replace(form, state=state)
+        coded = any(k.endswith("_codes") for k in entry)
+        there = "int8" if coded else NAMES.get(stored[0]) if stored else None
+        form = form_of(p, group, None if explicit else there)  # None keeps what the checkpoint has
         held = {
             k: v.detach().to(device=None if k == "step" else p.device, copy=True) if isinstance(v, torch.Tensor) else v
             for k, v in entry.items()
@@ -152,7 +147,7 @@ def memory_report(optimizer: Optimizer) -> dict[str, float]:
             bytes_["gradient"] += p.grad.numel() * p.grad.element_size()
         for name, value in optimizer.state.get(p, {}).items():
             if isinstance(value, torch.Tensor):
-                kind = name.removesuffix("_codes").removesuffix("_scale") if value.ndim or p.ndim == 0 else "other"
+                kind = forms.plain_name(name) if value.ndim or p.ndim == 0 else "other"
                 bytes_[kind] = bytes_.get(kind, 0) + value.numel() * value.element_size()
     report = {kind: size / max(n, 1) for kind, size in bytes_.items()}
     return {"parameters": n, **report, "total": sum(report.values())}
