@@ -71,6 +71,22 @@ FUSEDOPT_HD uint32_t noise(uint32_t key, uint32_t i) {
   return x ^ (x >> 16);
 }
 
+// Mixes two numbers into one (splitmix64's finaliser).
+FUSEDOPT_HD uint64_t mixed(uint64_t a, uint64_t b) {
+  uint64_t x = a + (b + 1) * 0x9e3779b97f4a7c15u;
+  x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9u;
+  x = (x ^ (x >> 27)) * 0x94d049bb133111ebu;
+  return x ^ (x >> 31);
+}
+
+// The key of a tensor's random numbers in step t.
+FUSEDOPT_HD uint32_t noise_key(uint64_t seed, int64_t t, int64_t stream) {
+  return uint32_t(mixed(mixed(seed, uint64_t(t)), uint64_t(stream)));
+}
+
+// What gradients of this norm are multiplied by, unless it is 1 or more; as torch.nn.utils.clip_grad_norm_. NaN stays.
+FUSEDOPT_HD double clip_factor(double max_norm, double norm) { return max_norm / (norm + 1e-6); }
+
 // b^n by repeated squaring (`pow` of two C libraries differs in its last bit), carrying what each product rounds off:
 // 1 - b^n would make a lost digit large.
 FUSEDOPT_HD double power(double b, int64_t n) {

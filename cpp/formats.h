@@ -30,6 +30,7 @@ struct F64 {
   using Stored = double;
   using Word = double;
   using Number = double;
+  using Wide = F64;
   static constexpr Format format = kF64;
   static constexpr bool noisy = false;
   static FUSEDOPT_HD double load(double x) { return x; }
@@ -40,6 +41,7 @@ struct F32 {
   using Stored = float;
   using Word = float;
   using Number = float;
+  using Wide = F32;
   static constexpr Format format = kF32;
   static constexpr bool noisy = false;
   static FUSEDOPT_HD float load(float x) { return x; }
@@ -53,6 +55,7 @@ struct BF16 {
   using Stored = uint16_t;
   using Word = uint32_t;
   using Number = float;
+  using Wide = F32;
   static constexpr Format format = kBF16;
   static constexpr bool noisy = false;
   static FUSEDOPT_HD float load(uint32_t x) { return bits<float>(x << 16); }
@@ -68,6 +71,7 @@ struct F16 {
   using Stored = uint16_t;
   using Word = uint32_t;
   using Number = float;
+  using Wide = F32;
   static constexpr Format format = kF16;
   static constexpr bool noisy = false;
   static FUSEDOPT_HD float load(uint32_t x) {
@@ -224,6 +228,34 @@ template <>
 struct Code<kU8> {
   using type = Root;
 };
+
+// Blocks so small that the fast way would run out of float32: zero, denormal and a little above.
+constexpr float kTiny = 0x1p-96f;
+
+// A block's codes into numbers. Above kTiny `rest` is 1.
+template <class C>
+struct Decoder {
+  float unit, rest;
+  FUSEDOPT_HD explicit Decoder(float scale)
+      : unit((scale < kTiny ? 1.0f : scale) * (1.0f / (C::top * C::top))), rest(scale < kTiny ? scale : 1.0f) {}
+  FUSEDOPT_HD float operator()(uint8_t code) const { return C::decode(code) * unit * rest; }
+};
+
+// Numbers of a block whose largest magnitude is `size` into codes. Above kTiny `up` and `least` are 1.
+template <class C>
+struct Encoder {
+  float up, inverse, least;
+  FUSEDOPT_HD explicit Encoder(float size)
+      : up(size < kTiny ? 0x1p64f : 1.0f),
+        inverse(size == 0.0f ? 0.0f : C::top * C::top / (size * up)),
+        least(size == 0.0f ? 0.0f : 1.0f) {}
+  FUSEDOPT_HD uint8_t operator()(float x, float random) const {
+    return uint8_t(C::encode(magnitude(x) * up * inverse, x, random, least));
+  }
+};
+
+// The bits of a number's magnitude: in the numbers' order, NaN on top.
+FUSEDOPT_HD int32_t size_bits(float x) { return bits<int32_t>(x) & 0x7fffffff; }
 
 // The k-th of words separated by blanks, and what follows it.
 constexpr const char* word(const char* s, int k) {

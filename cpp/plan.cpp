@@ -156,14 +156,6 @@ void sweep_strided(const Ready& ready, const Row& row, uint32_t key, int64_t beg
   }
 }
 
-// Mixes two numbers into one (splitmix64's finaliser).
-uint64_t mixed(uint64_t a, uint64_t b) {
-  uint64_t x = a + (b + 1) * 0x9e3779b97f4a7c15u;
-  x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9u;
-  x = (x ^ (x >> 27)) * 0x94d049bb133111ebu;
-  return x ^ (x >> 31);
-}
-
 double block_sum(const Table& t, const Row& row, int64_t begin, int64_t n) {
   Format f = t.kernels[row.kernel].loops[row.loop].form.grad;
   if (!row.strided) return t.square_sum[f](moved(row.span.grad, begin, f), n);
@@ -224,7 +216,7 @@ struct Plan::Work {
       }
       const Ready ready{loop, kernel.n_states, constants, {group.hyper[0] * group.l1, group.ema_weight}};
       const uint32_t key =
-          loop.counts ? uint32_t(mixed(mixed(group.seed, uint64_t(row.clock.t)), uint64_t(row.stream))) : 0;
+          loop.counts ? noise_key(group.seed, row.clock.t, row.stream) : 0;
       (row.strided ? sweep_strided : sweep_dense)(ready, row, key, begin, end);
     });
   }
@@ -270,7 +262,9 @@ int64_t Plan::split(int64_t grain, int threads, int* parts) {
   return total;
 }
 
-double Plan::norm(const Table& t, Team team, int threads) {
+double Plan::norm(Team team, int threads) {
+  const Table& t = table();
+  FloatMode mode;
   int parts;
   int64_t total = split(kNormGrain, threads, &parts);
   partial_.assign(size_t(total / kNormBlock) + rows.size() + 1, 0.0);
@@ -278,7 +272,7 @@ double Plan::norm(const Table& t, Team team, int threads) {
   parallel(
       team, threads, parts,
       [](void* w, int part) {
-        FloatMode mode;
+        FloatMode inner;
         static_cast<Work*>(w)->norm(part);
       },
       &work);
@@ -293,8 +287,8 @@ double Plan::run(const Scaling& scaling, Team team, int threads) {
   FloatMode mode;
   double result = -1, factor = scaling.unscale;
   if (scaling.max_norm > 0) {
-    result = norm(t, team, threads) * fabs(scaling.unscale);
-    double clip = scaling.max_norm / (result + 1e-6);  // as torch.nn.utils.clip_grad_norm_; NaN stays NaN
+    result = norm(team, threads) * fabs(scaling.unscale);
+    const double clip = clip_factor(scaling.max_norm, result);
     if (!(clip >= 1)) factor *= clip;
   }
   scale_.resize(groups.size());

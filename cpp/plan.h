@@ -51,10 +51,11 @@ class Plan {
 
   // One step over all rows. Returns the global norm of the unscaled gradients when it clips, else -1.
   double run(const Scaling& scaling, Team team, int threads);
+  // The norm of the gradients as they are.
+  double norm(Team team, int threads);
 
  private:
   struct Work;
-  double norm(const Table& t, Team team, int threads);
   int64_t split(int64_t grain, int threads, int* parts);
 
   std::vector<int64_t> begin_;   // rows' first positions in the flat range, and its end

@@ -1,8 +1,6 @@
-// THE loop: load, rule, store, over a span. Options that belong to every rule live here (so far: the gradient's
-// multiplier, which unscales, clips and signs in a register). The compiler vectorises it; `make vectorized` shows
-// where.
+// THE loop: update.h over a span. The compiler vectorises it; `make vectorized` shows where.
 #pragma once
-#include "table.h"
+#include "update.h"
 
 #if defined(__clang__)
 #define FUSEDOPT_INDEPENDENT _Pragma("clang loop vectorize(assume_safety)")
@@ -22,53 +20,6 @@
 
 namespace fusedopt {
 namespace {
-
-template <class Rule, class Number>
-struct Prepared {
-  Rule rule;
-  Number scale;
-};
-
-constexpr int words(const char* s) {
-  int n = 0;
-  for (bool in = false; *s; ++s) {
-    if (*s != ' ' && !in) ++n;
-    in = *s != ' ';
-  }
-  return n;
-}
-
-// A rule's update takes p, g and one reference for each state: unpacked by index.
-template <int N>
-struct Apply;
-template <>
-struct Apply<0> {
-  template <class R, class T>
-  static FUSEDOPT_HD void to(const R& r, T& p, T g, T*) {
-    r(p, g);
-  }
-};
-template <>
-struct Apply<1> {
-  template <class R, class T>
-  static FUSEDOPT_HD void to(const R& r, T& p, T g, T* s) {
-    r(p, g, s[0]);
-  }
-};
-template <>
-struct Apply<2> {
-  template <class R, class T>
-  static FUSEDOPT_HD void to(const R& r, T& p, T g, T* s) {
-    r(p, g, s[0], s[1]);
-  }
-};
-template <>
-struct Apply<3> {
-  template <class R, class T>
-  static FUSEDOPT_HD void to(const R& r, T& p, T g, T* s) {
-    r(p, g, s[0], s[1], s[2]);
-  }
-};
 
 // Two neighbours at once, so that 16-bit arrays are read and written by 32-bit words: half of a loop over them would
 // otherwise be spent on widening and narrowing.
@@ -97,21 +48,16 @@ FUSEDOPT_HD void put2(Stored* x, int64_t i, Word a, Word b) {
 FUSEDOPT_HD void get2(const Nothing*, int64_t, Nothing&, Nothing&) {}
 FUSEDOPT_HD void put2(Nothing*, int64_t, Nothing, Nothing) {}
 
-// The random bits of element i: half of a number that two neighbours share.
-FUSEDOPT_HD uint32_t noise_at(uint32_t key, int64_t i) {
-  const uint32_t both = noise(key, uint32_t(i >> 1));
-  return (i & 1) ? both >> 16 : both & 0xffffu;
-}
-
 // The loop over whole blocks, for formats that have no 16-bit or 32-bit words: everything is decoded into numbers, the
 // rule runs over these, and they are encoded.
 template <class Rule, class W, class G, class S>
 struct Blocks {
+  using U = Update<Rule, W, G, S>;
   using P = typename W::Weight;
   using Rest = typename W::Rest;
-  using Ready = Prepared<Rule, float>;
-  static constexpr int N = words(Rule::states);
-  static constexpr bool quantised = S::format == kI8;
+  using Ready = typename U::Ready;
+  static constexpr int N = U::N;
+  static constexpr bool quantised = U::quantised;
 
   struct Operands {
     typename P::Stored* p;
@@ -199,13 +145,10 @@ struct Blocks {
     store(o, s, random, part);
   }
 
-  // Random bits for each element of a block: 16, or 8 where there are only codes to round; parts of a number.
   static FUSEDOPT_HD void draw(uint32_t key, int64_t first, int32_t* random) {
-    constexpr int bits_each = P::noisy || !quantised ? 16 : 8, parts = 32 / bits_each, n = kBlock / parts;
-    const uint32_t start = uint32_t(first / kBlock) * n;
-    for (int i = 0; i < n; ++i) {
-      const uint32_t all = noise(key, start + uint32_t(i));
-      for (int k = 0; k < parts; ++k) random[i + k * n] = int32_t((all >> (k * bits_each)) & ((1u << bits_each) - 1));
+    for (int i = 0; i < U::numbers; ++i) {
+      const uint32_t number = U::block_noise(key, first / kBlock, i);
+      for (int k = 0; k < U::parts; ++k) random[i + k * U::numbers] = int32_t(U::part_of(number, k));
     }
   }
 
@@ -213,13 +156,12 @@ struct Blocks {
   template <int K = 0>
   static FUSEDOPT_HD void load(const Operands& o, float (*s)[kBlock]) {
     if constexpr (K < N) {
-      constexpr Format code = code_of(word(Rule::states, K));
       auto* const state = o.state[K];
       if constexpr (!quantised) {
         FUSEDOPT_INDEPENDENT
         for (int i = 0; i < kBlock; ++i) s[K][i] = S::load(state[i]);
       } else {
-        decode<typename Code<code>::type>(state, *o.scale[K], s[K]);
+        decode<typename U::template CodeOf<K>>(state, *o.scale[K], s[K]);
       }
       load<K + 1>(o, s);
     }
@@ -227,14 +169,13 @@ struct Blocks {
   template <int K = 0>
   static FUSEDOPT_HD void store(const Operands& o, const float (*s)[kBlock], const int32_t* random, const float* part) {
     if constexpr (K < N) {
-      constexpr Format code = code_of(word(Rule::states, K));
       auto* const state = o.state[K];
       if constexpr (!quantised) {
         FUSEDOPT_INDEPENDENT
         for (int i = 0; i < kBlock; ++i)
           state[i] = typename S::Stored(S::store(s[K][i], S::noisy ? uint32_t(random[i]) : 0));
       } else {
-        encode<typename Code<code>::type>(s[K], part, state, o.scale[K]);
+        encode<typename U::template CodeOf<K>>(s[K], part, state, o.scale[K]);
       }
       store<K + 1>(o, s, random, part);
     }
@@ -243,71 +184,45 @@ struct Blocks {
   template <class C>
   static FUSEDOPT_HD void decode(const uint8_t* code, float scale, float* x) {
     if (scale < kTiny) return decode_tiny<C>(code, scale, x);
-    const float unit = scale * (1.0f / (C::top * C::top));
+    const float unit = Decoder<C>(scale).unit;
     for (int i = 0; i < kBlock; ++i) x[i] = C::decode(code[i]) * unit;
   }
   template <class C>
   static FUSEDOPT_HD void encode(const float* x, const float* part, uint8_t* code, float* scale) {
     int32_t top = 0;  // of the bits: magnitudes are in their order, NaN on top; of floats no vector has a maximum
     for (int i = 0; i < kBlock; ++i) {
-      const int32_t b = bits<int32_t>(x[i]) & 0x7fffffff;
+      const int32_t b = size_bits(x[i]);
       top = b > top ? b : top;
     }
     const float size = bits<float>(top);
     *scale = size;
     if (size < kTiny) return encode_tiny<C>(x, part, code, size);
-    const float inverse = C::top * C::top / size;
+    const float inverse = Encoder<C>(size).inverse;
     for (int i = 0; i < kBlock; ++i) code[i] = uint8_t(C::encode(magnitude(x[i]) * inverse, x[i], part[i], 1.0f));
   }
 
-  // Blocks so small that the fast way would run out of float32: zero, denormal and a little above.
-  static constexpr float kTiny = 0x1p-96f;
   template <class C>
   static FUSEDOPT_APART void decode_tiny(const uint8_t* code, float scale, float* x) {
-    for (int i = 0; i < kBlock; ++i) x[i] = C::decode(code[i]) * (1.0f / (C::top * C::top)) * scale;
+    const Decoder<C> decoder(scale);
+    for (int i = 0; i < kBlock; ++i) x[i] = decoder(code[i]);
   }
   template <class C>
   static FUSEDOPT_APART void encode_tiny(const float* x, const float* part, uint8_t* code, float size) {
-    const float inverse = size > 0.0f ? C::top * C::top / (size * 0x1p64f) : 0.0f;
-    const float least = size > 0.0f ? 1.0f : 0.0f;
-    for (int i = 0; i < kBlock; ++i)
-      code[i] = uint8_t(C::encode(magnitude(x[i]) * 0x1p64f * inverse, x[i], part[i], least));
+    const Encoder<C> encoder(size);
+    for (int i = 0; i < kBlock; ++i) code[i] = encoder(x[i], part[i]);
   }
 };
 
 template <class Rule, class W, class G, class S>
-struct Sweep {
-  using P = typename W::Weight;
-  using T = typename P::Number;
-  using Rest = typename W::Rest;
-  using Ready = Prepared<Rule, T>;
-  static constexpr int N = words(Rule::states);
-  static_assert(N <= 3 && N <= kMaxStates, "give Apply one more case");
-  static_assert(sizeof(Ready) <= kPreparedBytes && alignof(Ready) <= 16, "raise kPreparedBytes");
-
-  static constexpr bool quantised = S::format == kI8;
-  static constexpr bool blocked = quantised || W::master == kSplit8;
-  static constexpr bool random = P::noisy || S::noisy;
-  static constexpr bool counts = blocked || random;
+struct Sweep : Update<Rule, W, G, S> {
+  using U = Update<Rule, W, G, S>;
+  using typename U::P;
+  using typename U::Ready;
+  using typename U::Rest;
+  using typename U::T;
+  using U::blocked, U::element, U::N, U::random;
   static constexpr bool paired =
       sizeof(typename P::Stored) == 2 || sizeof(typename G::Stored) == 2 || sizeof(typename S::Stored) == 2;
-  static constexpr bool exists = N == 0 ? !S::noisy : !quantised || quantisable(Rule::states);
-  static constexpr Form form = {P::format, G::format, S::format, W::master, P::noisy, S::noisy};
-
-  static void prepare(const double* hyper, const Clock& clock, double scale, void* prepared) {
-    typename Rule::Hyper h;
-    static_assert(sizeof h == sizeof(double) * words(Rule::hyper), "Hyper and its names differ");
-    memcpy(&h, hyper, sizeof h);
-    const Ready ready{Rule(h, clock), T(scale)};
-    memcpy(prepared, &ready, sizeof ready);
-  }
-
-  static void advance(const double* hyper, Clock& clock) {
-    typename Rule::Hyper h;
-    memcpy(&h, hyper, sizeof h);
-    const double f = Rule::factor(h, ++clock.t);
-    clock.carry = clock.single ? double(float(clock.carry) * float(f)) : clock.carry * f;
-  }
 
   static void sweep(const void* prepared, const Span& span) {
     const Ready ready = *static_cast<const Ready*>(prepared);
@@ -371,16 +286,6 @@ struct Sweep {
     }
   }
 
-  static FUSEDOPT_HD void element(const Ready& ready, typename P::Word& w, typename W::RestWord& rest,
-                                  typename G::Word g, typename S::Word* state, uint32_t bits16) {
-    T x = T(W::load(w, rest));
-    T s[N + 1];
-    for (int k = 0; k < N; ++k) s[k] = T(S::load(state[k]));
-    Apply<N>::to(ready.rule, x, T(G::load(g)) * ready.scale, s);
-    W::store(x, w, rest, bits16);
-    for (int k = 0; k < N; ++k) state[k] = S::store(s[k], bits16);
-  }
-
   // On a span that is still in the cache: proximal l1, then the moving average of the weights.
   static void finish(const Finish& f, const Span& span) {
     auto* p = static_cast<typename P::Stored*>(span.param);
@@ -394,9 +299,7 @@ struct Sweep {
         typename P::Word w = p[i];
         typename W::RestWord r{};
         if constexpr (W::master != kNoMaster) r = typename W::RestWord(rest[i]);
-        const T x = W::load(w, r), size = magnitude(x) - shrink;
-        const T less = x < T(0) ? -size : size;
-        W::store(size > T(0) ? less : x != x ? x : T(0), w, r, P::noisy ? noise_at(key, span.first + i) : 0);
+        U::threshold(shrink, w, r, P::noisy ? noise_at(key, span.first + i) : 0);
         p[i] = typename P::Stored(w);
         if constexpr (W::master != kNoMaster) rest[i] = Rest(r);
       }
@@ -408,7 +311,7 @@ struct Sweep {
       for (int64_t i = 0; i < n; ++i) {
         typename W::RestWord r{};
         if constexpr (W::master != kNoMaster) r = typename W::RestWord(rest[i]);
-        ema[i] = lerp(ema[i], T(W::load(p[i], r)), weight);
+        ema[i] = U::average(ema[i], typename P::Word(p[i]), r, weight);
       }
     }
   }
