@@ -8,9 +8,11 @@
 #include <string>
 #include <vector>
 
+#include "device_plan.h"
 #include "dispatch.h"
 #include "plan.h"
 #include "threads.h"
+#include "view.h"
 
 namespace py = pybind11;
 
@@ -89,6 +91,17 @@ PYBIND11_MODULE(_core, m) {
       "Forces an instruction set; None takes the best. False if it is not usable here.");
   m.def("default_threads", [] { return threads_or_default(0); }, "Threads of a step when nothing is set.");
   m.def("torch_team", &torch_team, "What runs the steps beside torch: 'openmp', its own runtime, or 'pool', ours.");
+  m.def("set_device_library", &set_device_library, py::arg("path"),
+        "Says where the library of a device's kernels is; it is opened when it is needed.");
+  m.def(
+      "device_refusal",
+      [](const std::string& type) {
+        std::string why;
+        const DeviceLibrary* library = type == "cpu" ? open_device_library() : device_library(&why);
+        if (library && library->device_type == (type == "cpu" ? kDLCpu : kDLCuda)) return std::string();
+        return why.empty() ? "it is not served" : why;
+      },
+      py::arg("type"), "Why no kernels serve tensors on 'cuda'; empty where they do. 'cpu': the simulated device.");
   bind_batch(m);
   bind_losses(m);
   bind_torch_plan(m);

@@ -5,9 +5,11 @@
 
 #include <algorithm>
 #include <deque>
+#include <map>
 #include <string>
 
 #include "bind.h"
+#include "device_plan.h"
 #include "dispatch.h"
 #include "view.h"
 
@@ -31,6 +33,7 @@ struct Source {
 struct Scalar {
   char* data = nullptr;
   Format format = kF32;
+  int device = -1;
   double get() const {
     return format == kF64 ? *reinterpret_cast<double*>(data) : double(*reinterpret_cast<float*>(data));
   }
@@ -153,16 +156,19 @@ class TorchPlan {
                             py::reinterpret_borrow<py::object>(item.second));
   }
 
-  // Is `tensor` one that the kernels take as it is: a plain CPU tensor of a type of ours, no negative bit?
+  // Is `tensor` one that the kernels take as it is: of a type of ours, on the CPU or a device served, no negative bit?
   bool plain(py::handle tensor) const {
     DLTensor t;
     Format f;
+    int device;
     return exact(tensor.ptr()) && !negative(tensor.ptr()) && read(tensor.ptr(), &t) && format_of(t, &f) &&
-           f < kFloats && !overlaps_itself(view_of(t, f));
+           f < kFloats && device_of(t, &device) && !overlaps_itself(view_of(t, f, device));
   }
 
-  // One step. False: stale, nothing was touched.
-  bool step(py::handle state, py::list param_groups, double unscale, double max_norm, int threads) {
+  // One step. False: stale, nothing was touched. Where all is on one device found_inf, grad_scale and the tensor for the
+  // norm may lie there, too; else they are None.
+  bool step(py::handle state, py::list param_groups, double unscale, double max_norm, int threads, py::object found_inf,
+            py::object grad_scale, py::object norm) {
     if (busy_) throw std::runtime_error("step() of this optimizer is already running in another thread");
     try {
       look(state, param_groups);
@@ -170,12 +176,50 @@ class TorchPlan {
       grads_.clear();
       return false;
     }
-    advance();
+    DeviceScaling scaling;
+    scaling.unscale = unscale;
+    scaling.max_norm = max_norm;
+    if (!found_inf.is_none()) scaling.found_inf = reinterpret_cast<float*>(scalar(found_inf).data);
+    if (!grad_scale.is_none()) scaling.grad_scale = reinterpret_cast<float*>(scalar(grad_scale).data);
+    if (!norm.is_none()) {
+      const Scalar s = scalar(norm);
+      scaling.norm = s.data;
+      scaling.norm_wide = s.format == kF64;
+    }
+    std::vector<std::pair<DevicePlan*, void*>> devices;
+    for (auto& [device, plan] : devices_) {
+      if (plan->rows.empty()) continue;
+      bool known;
+      plan->groups = plan_.groups;
+      plan->rates = rates_;
+      devices.emplace_back(plan.get(), stream_of(types_[0], device, &known));
+    }
+    const bool host = !plan_.rows.empty() || devices.empty();
     {
       Busy busy(busy_);
       py::gil_scoped_release nogil;
-      norm_ = plan_.run({unscale, max_norm}, Team::kTorch, threads);
+      if (max_norm > 0 && devices.size() + host > 1) {  // one norm over several devices: waits for each
+        const double here = plan_.norm(Team::kTorch, threads);
+        double squares = here * here;
+        for (auto [plan, stream] : devices) {
+          const double there = plan->norm(stream);
+          squares += there * there;
+        }
+        norm_ = sqrt(squares) * fabs(unscale);
+        const double clip = clip_factor(max_norm, norm_);
+        if (!(clip >= 1)) scaling.unscale *= clip;
+        scaling.max_norm = 0;
+      }
+      if (host) {
+        advance();
+        const double own = plan_.run({scaling.unscale, scaling.max_norm}, Team::kTorch, threads);
+        if (scaling.max_norm > 0 || max_norm == 0) norm_ = own;
+      }
+      for (auto [plan, stream] : devices) plan->run(scaling, stream);
     }
+    for (Param* p : on_device_) ++p->done;
+    turn_ = (turn_ + 1) % kReadEvery;
+    active_.insert(active_.end(), on_device_.begin(), on_device_.end());
     tell_autograd();
     grads_.clear();
     return true;
@@ -248,7 +292,9 @@ class TorchPlan {
   // The same by Python's attributes: a microsecond instead of twenty nanoseconds.
   bool read_slowly(py::handle o, DLTensor* t) const {
     if (!o.attr("layout").equal(py::module_::import("torch").attr("strided"))) return false;
-    if (o.attr("device").attr("type").cast<std::string>() != "cpu") return false;
+    const py::object place = o.attr("device");
+    const auto type = place.attr("type").cast<std::string>();
+    if (type != "cpu" && type != "cuda") return false;
     py::object dtype = o.attr("dtype");
     int format = 0;
     while (format < kFormats && !dtype.is(dtypes_[size_t(format)])) ++format;
@@ -259,10 +305,13 @@ class TorchPlan {
     layouts_read_.back().insert(layouts_read_.back().end(), stride.begin(), stride.end());
     int64_t* sizes = layouts_read_.back().data();
     *t = {reinterpret_cast<void*>(o.attr("data_ptr")().cast<uintptr_t>()),
-          kDLCpu,
-          0,
+          type == "cpu" ? kDLCpu : kDLCuda,
+          type == "cpu" ? 0 : place.attr("index").cast<int32_t>(),
           int32_t(shape.size()),
-          format == kBF16 ? kDLBfloat : kDLFloat,
+          format == kBF16                    ? kDLBfloat
+          : format < kFloats                 ? kDLFloat
+          : format == kU8                    ? kDLUInt
+                                             : kDLInt,
           uint8_t(8 * size_of(Format(format))),
           1,
           sizes,
@@ -276,18 +325,26 @@ class TorchPlan {
       PyErr_Clear();
       return false;
     }
-    return t->device_type == kDLCpu;
+    return true;
   }
   View view(PyObject* o) const {
     DLTensor t;
     Format f;
-    if (!read(o, &t) || !format_of(t, &f)) throw Stale();
-    return view_of(t, f);
+    int device;
+    if (!read(o, &t) || !format_of(t, &f) || !device_of(t, &device)) throw Stale();
+    return view_of(t, f, device);
   }
   Scalar scalar(const py::object& o) const {
     View v = view(o.ptr());
     if (v.size() != 1 || (v.format != kF32 && v.format != kF64)) throw Stale();
-    return {v.data, v.format};
+    return {v.data, v.format, v.device};
+  }
+  // A learning rate that lies on a device, where steps there read it.
+  bool rate_on_device(PyObject* o, DevicePlan::Rate* rate) const {
+    if (PyFloat_CheckExact(o) || !open_device_library() || !exact(o)) return false;
+    const Scalar s = scalar(py::reinterpret_borrow<py::object>(o));
+    *rate = {s.data, s.format == kF64};
+    return s.device >= 0;
   }
 
   void add_extents(const Param& p, int row, std::vector<Extent>& extents) const {
@@ -305,6 +362,10 @@ class TorchPlan {
     layouts_read_.clear();
     grads_.clear();
     active_.clear();
+    on_device_.clear();
+    for (auto& [device, plan] : devices_) plan->rows.clear();
+    rates_.assign(groups_.size(), {});
+    seen_ = 0;
     bool moved = false;
     for (size_t g = 0; g < groups_.size(); ++g) {
       TorchGroup& group = groups_[g];
@@ -315,7 +376,9 @@ class TorchPlan {
         if (get(group.options, key) != was.ptr()) throw Stale();
       Group& to = plan_.groups[g];
       to.hyper.resize(group.hyper.size());
-      for (size_t h = 0; h < group.hyper.size(); ++h) to.hyper[h] = value(group.options, group.hyper[h]);
+      const Source& lr = group.hyper[0];
+      const bool far = !lr.key.is_none() && lr.index < 0 && rate_on_device(get(group.options, lr.key), &rates_[g]);
+      for (size_t h = far ? 1 : 0; h < group.hyper.size(); ++h) to.hyper[h] = value(group.options, group.hyper[h]);
       to.maximize = truth(group.options, maximize_);
       to.l1 = value(group.options, group.l1);
       to.ema_weight = 1 - value(group.options, group.ema_decay);
@@ -328,6 +391,8 @@ class TorchPlan {
         if (PyList_GET_ITEM(params, py::ssize_t(i)) != p.tensor.ptr()) throw Stale();
         if (p.kind != kForeign) moved |= look(p, int(g), group);
       }
+      const bool here = !plan_.rows.empty() && plan_.rows.back().group == int(g);
+      if (far && here) to.hyper[0] = value(group.options, lr);  // waits for it
     }
     if (moved && py::len(conflicts()) > 0) throw Stale();
   }
@@ -387,7 +452,7 @@ class TorchPlan {
     for (int k = 0; k < p.n_operands; ++k) {
       View& o = p.views[2 + k];
       o = view(p.operands[k].ptr());
-      if (!o.same_shape(p.views[0])) throw Stale();
+      if (!o.same_shape(p.views[0]) || o.device != p.views[0].device) throw Stale();
       if (o.contiguous()) {
         o.stride = nullptr;
       } else {
@@ -400,12 +465,15 @@ class TorchPlan {
     if (p.parts.ema && v[p.n_operands - 1].format != ema_format(p.views[0].format)) throw Stale();
     for (int k = 0; k < p.n_scales; ++k) {
       View scale = view(p.scales[k].ptr());
-      if (scale.format != kF32 || !scale.contiguous() || scale.size() != (p.views[0].size() + kBlock - 1) / kBlock)
+      if (scale.format != kF32 || !scale.contiguous() || scale.size() != (p.views[0].size() + kBlock - 1) / kBlock ||
+          scale.device != p.views[0].device)
         throw Stale();
       p.scale_at[k] = reinterpret_cast<float*>(scale.data);
     }
     if (!p.step.is_none()) p.step_at = scalar(p.step);
     if (!p.carry.is_none()) p.carry_at = scalar(p.carry);
+    for (const Scalar* s : {&p.step_at, &p.carry_at})
+      if (s->data && s->device != p.views[0].device) throw Stale();
     p.ndim = remember ? p.views[0].ndim : -1;
     if (remember) std::copy(p.views[0].shape, p.views[0].shape + p.ndim, p.shape);
   }
@@ -429,9 +497,9 @@ class TorchPlan {
     v[0] = view(p.tensor.ptr());
     v[1] = view(grad.ptr());
     p.record = api_ && v[0].ndim > 0 && v[0].ndim <= kShape ? v[0].shape : nullptr;
-    if (!v[1].same_shape(v[0])) throw Stale();
+    if (!v[1].same_shape(v[0]) || v[1].device != v[0].device) throw Stale();
     const bool same_shape = v[0].ndim == p.ndim && std::equal(p.shape, p.shape + p.ndim, v[0].shape);
-    if (!same_shape || v[0].size() >= kAlwaysRead || plan_.rows.size() % kReadEvery == turn_) read_state(p);
+    if (!same_shape || v[0].size() >= kAlwaysRead || seen_ % kReadEvery == turn_) read_state(p);
     for (int k = 2; k < n; ++k) v[k].shape = v[0].shape;  // equal, and the parameter's is at hand
     const bool moved = v[0].data != last;
     if (moved && (negative(p.tensor.ptr()) || overlaps_itself(v[0]))) throw Stale();
@@ -452,8 +520,16 @@ class TorchPlan {
     for (int k = 0; k < p.n_scales; ++k) row.span.scale[k] = p.scale_at[k];
     Extent own = extent_of(v[0], true, 0, 0), its = extent_of(v[1], false, 0, 1);
     if (own.low < its.high && its.low < own.high) throw Stale();
-    plan_.rows.push_back(row);
-    active_.push_back(&p);
+    ++seen_;
+    if (v[0].device < 0) {
+      plan_.rows.push_back(row);
+      active_.push_back(&p);
+    } else {
+      row.clock = {p.done, 0, false};
+      plan_on(v[0].device).rows.push_back({row, p.step_at.data, p.carry_at.data, p.step_at.format == kF64,
+                                           p.carry_at.format == kF64, true});
+      on_device_.push_back(&p);
+    }
     grads_.push_back(std::move(grad));
     return moved;
   }
@@ -470,7 +546,12 @@ class TorchPlan {
       if (p.carry_at.data) p.carry_at.set(row.clock.carry);
       p.done = row.clock.t;
     }
-    turn_ = (turn_ + 1) % kReadEvery;
+  }
+
+  DevicePlan& plan_on(int device) {
+    auto& plan = devices_[device];
+    if (!plan) plan = std::make_unique<DevicePlan>(device);
+    return *plan;
   }
 
   void tell_autograd() {
@@ -501,8 +582,10 @@ class TorchPlan {
   Plan plan_;
   std::vector<std::unique_ptr<Strided>> layouts_;
   std::vector<py::object> grads_;
-  std::vector<Param*> active_;
-  size_t turn_ = 0;
+  std::vector<Param*> active_, on_device_;  // of the rows here and there
+  std::map<int, std::unique_ptr<DevicePlan>> devices_;
+  std::vector<DevicePlan::Rate> rates_;
+  size_t turn_ = 0, seen_ = 0;
   mutable std::deque<std::vector<int64_t>> layouts_read_;  // shapes and strides that no tensor lends
   double norm_ = -1;
   bool busy_ = false;
@@ -524,7 +607,8 @@ void bind_torch_plan(py::module_& m) {
       .def("plain", &TorchPlan::plain, py::arg("tensor"))
       .def("conflicts", &TorchPlan::conflicts)
       .def("step", &TorchPlan::step, py::arg("state"), py::arg("param_groups"), py::arg("unscale"), py::arg("max_norm"),
-           py::arg("threads"))
+           py::arg("threads"), py::arg("found_inf") = py::none(), py::arg("grad_scale") = py::none(),
+           py::arg("norm") = py::none())
       .def_property_readonly("norm", &TorchPlan::norm);
 }
 

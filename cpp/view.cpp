@@ -5,6 +5,8 @@
 
 #include <algorithm>
 
+#include "device_plan.h"
+
 namespace fusedopt {
 namespace {
 
@@ -86,17 +88,24 @@ bool dlpack_view(py::handle object, std::vector<py::object>& keep, View* v, std:
       *why = "a lazily negated or conjugated view: resolve it first";
       return false;
     }
-  int device = object.attr("__dlpack_device__")().cast<py::tuple>()[0].cast<int>();
-  if (device != kDLCpu) {
-    *why = "expected an array on the CPU, got DLPack device type " + std::to_string(device);
-    return false;
+  const py::tuple place = object.attr("__dlpack_device__")();
+  DLTensor there{};
+  there.device_type = place[0].cast<int32_t>();
+  there.device_id = place[1].cast<int32_t>();
+  int device;
+  if (!device_of(there, &device, why)) return false;
+  py::dict ask;
+  if (there.device_type != kDLCpu) {  // -1: no waiting, it is used on the stream that works on it; 1: the default one
+    bool known;
+    stream_of(object, device, &known);
+    ask["stream"] = known ? -1 : 1;
   }
   py::object capsule;
   try {
-    capsule = object.attr("__dlpack__")(py::arg("max_version") = py::make_tuple(1, 0));
+    capsule = object.attr("__dlpack__")(py::arg("max_version") = py::make_tuple(1, 0), **ask);
   } catch (py::error_already_set& e) {
     if (!e.matches(PyExc_TypeError)) throw;
-    capsule = object.attr("__dlpack__")();  // from before version 1
+    capsule = object.attr("__dlpack__")(**ask);  // from before version 1
   }
   const DLTensor* t = nullptr;
   v->read_only = false;
@@ -120,7 +129,7 @@ bool dlpack_view(py::handle object, std::vector<py::object>& keep, View* v, std:
     return false;
   }
   bool read_only = v->read_only;
-  *v = view_of(*t, format);
+  *v = view_of(*t, format, device);
   v->read_only = read_only;
   if (reinterpret_cast<uintptr_t>(v->data) % size_of(format) != 0) {
     *why = "the array is misaligned for its dtype";
@@ -183,6 +192,42 @@ const DLPackExchangeAPI* exchange_api(py::handle type) {
   auto* api = static_cast<DLPackExchangeAPI*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
   while (api && api->major != 1) api = api->previous;
   return api && api->tensor_from_object ? api : nullptr;
+}
+
+bool device_of(const DLTensor& t, int* device, std::string* why) {
+  const DeviceLibrary* library = open_device_library();
+  *device = -1;
+  if (t.device_type == kDLCpu && (!library || library->device_type != kDLCpu)) return true;
+  if (t.device_type == kDLCuda && !library) library = device_library(why);
+  if (library && library->device_type == t.device_type) {
+    *device = t.device_id;
+    return true;
+  }
+  if (why && why->empty()) *why = "expected an array on the CPU, got DLPack device type " + std::to_string(t.device_type);
+  return false;
+}
+
+void* stream_of(py::handle array, int device, bool* known) {
+  *known = true;
+  const DeviceLibrary* library = open_device_library();
+  if (!library || library->device_type == kDLCpu) return nullptr;
+  const DLPackExchangeAPI* api = exchange_api(py::type::handle_of(array));
+  void* stream = nullptr;
+  if (api && api->current_stream) {
+    if (api->current_stream(library->device_type, device, &stream) != 0) throw py::error_already_set();
+    return stream;
+  }
+  const auto module = py::type::handle_of(array).attr("__module__").cast<std::string>();
+  if (module.rfind("torch", 0) == 0)
+    return reinterpret_cast<void*>(py::module_::import("torch.cuda")
+                                       .attr("current_stream")(device)
+                                       .attr("cuda_stream")
+                                       .cast<uintptr_t>());
+  if (module.rfind("cupy", 0) == 0)
+    return reinterpret_cast<void*>(
+        py::module_::import("cupy.cuda").attr("get_current_stream")().attr("ptr").cast<uintptr_t>());
+  *known = false;
+  return nullptr;
 }
 
 bool format_of(const DLTensor& t, Format* format) {

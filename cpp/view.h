@@ -23,6 +23,7 @@ struct View {
   const int64_t* stride;  // nullptr: C-contiguous
   bool stride_in_bytes;
   bool read_only;
+  int device = -1;  // the number of the open DeviceLibrary's device on which it lies, or the CPU
 
   int64_t step(int d) const { return stride_in_bytes ? stride[d] / int64_t(size_of(format)) : stride[d]; }
   int64_t size() const {
@@ -98,18 +99,22 @@ struct DLPackExchangeAPI {
   void* managed_from_object;
   void* object_from_managed;
   int (*tensor_from_object)(void* object, DLTensor* out);  // borrows; 0 on success, else a Python error is set
-  void* current_stream;
+  int (*current_stream)(int32_t device_type, int32_t device_id, void** out);  // likewise
 };
 
-constexpr int32_t kDLCpu = 1;
+constexpr int32_t kDLCpu = 1, kDLCuda = 2;
 constexpr uint8_t kDLInt = 0, kDLUInt = 1, kDLFloat = 2, kDLBfloat = 4;
 
 // The exchange API of a type, or nullptr.
 const DLPackExchangeAPI* exchange_api(py::handle type);
+// Where a tensor lies as View says it; false where it is neither the CPU nor served by a library. `why` says more.
+bool device_of(const DLTensor& t, int* device, std::string* why = nullptr);
+// The stream on which the library that an array belongs to works; `known` is false where only the default one can be meant.
+void* stream_of(py::handle array, int device, bool* known);
 // False where the element type is none of ours.
 bool format_of(const DLTensor& t, Format* format);
-inline View view_of(const DLTensor& t, Format format) {
-  return {static_cast<char*>(t.data) + t.byte_offset, format, t.ndim, t.shape, t.strides, false, false};
+inline View view_of(const DLTensor& t, Format format, int device) {
+  return {static_cast<char*>(t.data) + t.byte_offset, format, t.ndim, t.shape, t.strides, false, false, device};
 }
 
 // The implementation behind view_of: `why` receives a message without the name; returns false on failure, with

@@ -28,6 +28,12 @@ def use_isa(name: str | None) -> bool:
 def default_threads() -> int:
     """Threads of a step when nothing is set."""
 
+def set_device_library(path: str) -> None:
+    """Says where the library of a device's kernels is; "" for none."""
+
+def device_refusal(type: str) -> str:
+    """Why no kernels serve tensors on "cuda"; empty where they do. "cpu": the simulated device."""
+
 def torch_team() -> str:
     """What runs the steps beside torch: 'openmp', its own runtime, or 'pool', ours."""
 
@@ -181,7 +187,15 @@ class TorchPlan:
     def plain(self, tensor: Any) -> bool: ...
     def conflicts(self) -> list[tuple[int, int]]: ...
     def step(
-        self, state: dict[Any, Any], param_groups: list[dict[str, Any]], unscale: float, max_norm: float, threads: int
+        self,
+        state: dict[Any, Any],
+        param_groups: list[dict[str, Any]],
+        unscale: float,
+        max_norm: float,
+        threads: int,
+        found_inf: Any = None,
+        grad_scale: Any = None,
+        norm: Any = None,
     ) -> bool: ...
     @property
     def norm(self) -> float: ...

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import sys
+from pathlib import Path
 from typing import Any
 
 from . import _core
@@ -73,6 +74,9 @@ def _read_environment() -> bool:
 
 
 _from_environment = _read_environment()
+_cuda = next(Path(_core.__file__).parent.glob("_cuda.*"), None)  # opened when a tensor on a GPU is met
+if _cuda is not None:
+    _core.set_device_library(str(_cuda))
 
 
 def config() -> dict[str, Any]:
@@ -84,7 +88,7 @@ def config() -> dict[str, Any]:
         "isas": isas(),
         "threads": get_num_threads(),
         "runtime": "pool" if torch is None else f"pool; beside torch: {_core.torch_team()}",
-        "cuda": "not built",
+        "cuda": "not built" if _cuda is None else "built",
         "numpy": numpy.__version__,
         "torch": _installed_torch() if torch is None else str(torch.__version__),
         "python": platform.python_version(),

@@ -55,7 +55,9 @@ from .torch_forms import (
     form_of,
     like,
     memory_report,
+    on_device,
     recode,
+    refused,
 )
 
 __all__ = ["FallbackWarning", "InBackward", "memory_report", "step_in_backward"]
@@ -99,6 +101,11 @@ def _bump(tensors: list[torch.Tensor]) -> None:
                 torch.autograd.graph.increment_version(tensor)
 
 
+def _scalar_on(device: torch.device, x: torch.Tensor | None) -> bool:
+    """Can kernels on this device read it? None they need not."""
+    return x is None or (type(x) in _TYPES and x.device == device and x.dtype == torch.float32 and x.numel() == 1)
+
+
 def _outside() -> int:
     """The stack level of the nearest caller that is neither torch nor ours, for a warning."""
     level, frame = 1, sys._getframe(1)
@@ -115,7 +122,6 @@ class _Fused(Optimizer):
     """torch's own step, without hooks; None where torch has no such optimizer."""
 
     last_grad_norm: torch.Tensor | None
-    last_step_skipped: bool
 
     def _begin(self, options: dict[str, Any]) -> None:
         self._options = {key: _checked(key, options[key]) for key in NEW_OPTIONS}
@@ -130,8 +136,14 @@ class _Fused(Optimizer):
         self._every: list[torch.Tensor] | None = None  # torch_compile's
         self._views: dict[tuple[int, ...], Any] = {}
         _optimizers[self._number] = self
+        self._place: torch.device | None = None
         self.last_grad_norm = None
-        self.last_step_skipped = False
+        self._skipped: bool | torch.Tensor = False
+
+    @property
+    def last_step_skipped(self) -> bool:
+        """Did the last step see gradients that GradScaler found not finite? On a GPU, asking waits for the step."""
+        return bool(self._skipped)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         for entry in state.get("state", {}).values():
@@ -197,32 +209,51 @@ class _Fused(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        unscale = 1.0
+        unscale, found_inf, scale = 1.0, None, None
+        home = self._home()
+        if home is not None and home.type != "cpu" and "capturable" in self.defaults:
+            self._cuda_graph_capture_health_check()
+        self._skipped = False
         if "found_inf" in self.__dict__ or "grad_scale" in self.__dict__:
             found_inf, scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
-            self.last_step_skipped = found_inf is not None and float(found_inf) != 0
-            if self.last_step_skipped:
-                return loss
-            unscale = 1.0 if scale is None else 1.0 / float(scale)
-        else:
-            self.last_step_skipped = False
+            if home is not None and not self._foreign and all(_scalar_on(home, x) for x in (found_inf, scale)):
+                self._skipped = False if found_inf is None else found_inf  # looked at where it is, nobody waits
+            else:
+                self._skipped = found_inf is not None and float(found_inf) != 0
+                if self._skipped:
+                    return loss
+                unscale = 1.0 if scale is None else 1.0 / float(scale)
+                found_inf = scale = None
         groups = self.param_groups
         max_norm = groups[0]["max_grad_norm"] or 0.0 if groups else 0.0
         plan = self._plan
         if plan is None and self._sharded():
-            norm = self._shards.step(unscale, max_norm)
+            if found_inf is not None and float(found_inf):
+                return loss
+            norm = self._shards.step(unscale if scale is None else 1.0 / float(scale), max_norm)
             if max_norm:
                 self.last_grad_norm = norm.to(self._norm_dtype())
             return loss
+        norm = torch.empty((), dtype=self._norm_dtype(), device=home) if max_norm and home is not None else None
+        scaling = (unscale, max_norm, get_num_threads(), found_inf, scale, norm)
         if self._foreign:
-            self._refuse_foreign(unscale, max_norm)
-        if plan is None or not plan.step(self.state, groups, unscale, max_norm, get_num_threads()):
-            plan = self._replan(unscale, max_norm)
+            self._refuse_foreign(max_norm, unscale != 1.0 or scale is not None)
+        if plan is None or not plan.step(self.state, groups, *scaling):
+            plan = self._replan(scaling)
         if max_norm:
-            self.last_grad_norm = torch.tensor(plan.norm, dtype=self._norm_dtype())
-        if self._foreign:
+            self.last_grad_norm = torch.tensor(plan.norm, dtype=self._norm_dtype()) if norm is None else norm
+        if self._foreign and not self.last_step_skipped:
             self._step_foreign()
         return loss
+
+    def _home(self) -> torch.device | None:
+        """The device with kernels of ours where all parameters lie, if there is one; the CPU has its own way."""
+        if self._plan is None:
+            places = {p.device for group in self.param_groups for p in group["params"]}
+            self._place = places.pop() if len(places) == 1 else None
+            if self._place is not None and not on_device(self._place):
+                self._place = None
+        return self._place
 
     def _norm_dtype(self) -> torch.dtype:
         wide = any(p.dtype == torch.float64 for group in self.param_groups for p in group["params"])
@@ -237,16 +268,17 @@ class _Fused(Optimizer):
                 self._shards = Shards(self)
         return self._shards is not None
 
-    def _replan(self, unscale: float, max_norm: float) -> Any:
+    def _replan(self, scaling: tuple[Any, ...]) -> Any:
         """Sorts the parameters, creates missing state, and does the step by a new plan."""
         created: list[tuple[torch.Tensor, list[str]]] = []
         banned: dict[torch.Tensor, str] = {}
+        unscale, max_norm, _, _, scale, _ = scaling
         try:
             for _ in range(3):
                 self._plan = plan = self._build(created, banned)
-                self._refuse_foreign(unscale, max_norm)
+                self._refuse_foreign(max_norm, unscale != 1.0 or scale is not None)
                 clash = plan.conflicts()
-                if not clash and plan.step(self.state, self.param_groups, unscale, max_norm, get_num_threads()):
+                if not clash and plan.step(self.state, self.param_groups, *scaling):
                     return plan
                 for g, i in clash:
                     banned[self.param_groups[g]["params"][i]] = "its memory overlaps that of another parameter or state"
@@ -268,7 +300,8 @@ class _Fused(Optimizer):
 
     def _build(self, created: list[tuple[torch.Tensor, list[str]]], banned: dict[torch.Tensor, str]) -> Any:
         rule = self._rule
-        plan = _core.TorchPlan(self.state, _TYPES, tuple(DTYPES.values()), torch.Tensor.is_neg, _bump, _EXCHANGE)
+        dtypes = (*DTYPES.values(), *(INTEGERS[k] for k in ("int16", "int8", "uint8")))
+        plan = _core.TorchPlan(self.state, _TYPES, dtypes, torch.Tensor.is_neg, _bump, _EXCHANGE)
         self._foreign = {}
         for g, group in enumerate(self.param_groups):
             kernel = rule.kernel(group)
@@ -296,7 +329,7 @@ class _Fused(Optimizer):
                     if reason:
                         self._foreign.setdefault(reason, []).append((g, p))
                     continue
-                reason = reason or self._reason(plan, p, grad)
+                reason = reason or self._reason(plan, p, grad, group)
                 if not reason:
                     done, new = self._fill_state(p, group)
                     if new:
@@ -324,26 +357,30 @@ class _Fused(Optimizer):
     def _group_reason(self, group: dict[str, Any]) -> str | None:
         if group.get("fused") is False:
             return "fused=False asks for torch's own step"
-        for option in ("differentiable", "capturable"):
-            if group.get(option):
-                return f"{option}=True is not done by the fused kernels"
+        if group.get("differentiable"):
+            return "differentiable=True is not done by the fused kernels"
         return None
 
-    def _reason(self, plan: Any, p: torch.Tensor, grad: torch.Tensor) -> str | None:
+    def _reason(self, plan: Any, p: torch.Tensor, grad: torch.Tensor, group: dict[str, Any]) -> str | None:
         """Why the kernels do not take this parameter or its gradient; None if they do."""
+        if group.get("capturable") and not on_device(p.device):
+            return "capturable=True is not done by the fused kernels of the CPU"
         for name, t in (("parameter", p), ("gradient", grad)):
             if type(t) not in _TYPES:
                 return f"a {name} is a {type(t).__name__}, a subclass of Tensor"
             if t.layout != torch.strided:
                 return f"a {name} is sparse"
-            if t.device.type != "cpu":
-                return f"a {name} is on {t.device.type}; this build runs on the CPU alone"
+            refusal = refused(t.device.type)
+            if refusal:
+                return f"a {name} is on {t.device.type}; {refusal}"
             if t.dtype not in NAMES:
                 return f"a {name} has dtype {t.dtype}"
         if not plan.plain(p):
             return "elements of a parameter share memory, or it is a lazily negated view"
         if grad.is_neg():
             return "a gradient is a lazily negated view"
+        if p.device != grad.device:
+            return "a gradient is on another device than its parameter"
         if p.shape != grad.shape:
             return "a gradient has another shape than its parameter"
         return None
@@ -356,8 +393,8 @@ class _Fused(Optimizer):
         form = form_of(p, group, "int8" if names and f"{names[0]}_codes" in state else None)
         for name in forms.array_names(names, form, group["ema_decay"] is not None):
             s = state.get(name)
-            if not isinstance(s, torch.Tensor) or s.device.type != "cpu" or type(s) not in _TYPES:
-                return f"state {name!r} is missing, or no plain tensor on the CPU"
+            if not isinstance(s, torch.Tensor) or s.device != p.device or type(s) not in _TYPES:
+                return f"state {name!r} is missing, or no plain tensor beside its parameter"
             shape = (forms.blocks(p.numel()),) if name.endswith("_scale") else p.shape
             if s.shape != shape:
                 raise ValueError(f"state {name!r}: expected shape {tuple(shape)}, got {tuple(s.shape)}")
@@ -366,8 +403,8 @@ class _Fused(Optimizer):
                 raise ValueError(f"state {name!r}: expected {dtype}, got {s.dtype}")
         for name in self._rule.scalars:
             s = state.get(name)
-            if not isinstance(s, torch.Tensor) or s.numel() != 1 or s.device.type != "cpu" or s.dtype not in WIDE:
-                return f"state {name!r} is not a one-element tensor on the CPU"
+            if not isinstance(s, torch.Tensor) or s.numel() != 1 or s.device != p.device or s.dtype not in WIDE:
+                return f"state {name!r} is not a one-element tensor beside its parameter"
         if not form.quantised and names:
             dtypes = {state[name].dtype for name in names}
             known = NAMES.get(next(iter(dtypes))) if len(dtypes) == 1 else None
@@ -389,20 +426,25 @@ class _Fused(Optimizer):
         missing = [] if begun else [*rule.scalars, *names]
         new = [*rule.scalars, *forms.array_names(names, form, False)] if missing else []
         scalar = torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
+        for name in (*rule.scalars, "step"):  # where the kernels count
+            held = state.get(name)
+            if isinstance(held, torch.Tensor) and held.device != p.device:
+                state[name] = held.to(p.device)
         with torch.no_grad():
             for name in missing:
                 first = rule.first(name, self.defaults)
                 if name in rule.scalars:
-                    state[name] = torch.full((), first, dtype=scalar)
+                    state[name] = torch.full((), first, dtype=scalar, device=p.device)
                 elif form.quantised:
                     kind = INTEGERS[forms.code(name) or ""]
                     state[f"{name}_codes"] = like(p, kind).fill_(torch.iinfo(kind).max if first else 0)
-                    state[f"{name}_scale"] = torch.full((forms.blocks(p.numel()),), first, dtype=torch.float32)
+                    blocks = (forms.blocks(p.numel()),)
+                    state[f"{name}_scale"] = torch.full(blocks, first, dtype=torch.float32, device=p.device)
                 else:
                     state[name] = like(p, DTYPES[form.state]).fill_(first)
             if form.random and "step" not in rule.scalars and (missing or "step" not in state):
                 # Random numbers are drawn by the step: it has to come with a checkpoint.
-                state["step"] = torch.full((), float(begun), dtype=scalar)
+                state["step"] = torch.full((), float(begun), dtype=scalar, device=p.device)
                 new.append("step")
             for name in kept:
                 if name in state:
@@ -418,14 +460,14 @@ class _Fused(Optimizer):
 
     # --- what the kernels do not do ---
 
-    def _refuse_foreign(self, unscale: float, max_norm: float) -> None:
+    def _refuse_foreign(self, max_norm: float, scaled: bool) -> None:
         for reason, places in self._foreign.items():
             in_use = [(g, p) for g, p in places if p.grad is not None]
             options = [f"max_grad_norm={max_norm}"] if max_norm else []
             for option, default in forms.OPTIONS.items():
                 if option != "seed" and any(self.param_groups[g][option] != default for g, _ in in_use):
                     options.append(option)
-            if unscale != 1.0:
+            if scaled:
                 options.append("GradScaler's fused protocol")
             if self._plain_step is None:
                 options.append(self._rule.name)

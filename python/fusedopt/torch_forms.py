@@ -3,13 +3,14 @@ form into another, checkpoints loaded, bytes counted. No step here."""
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import numpy as np
 import torch
 from torch.optim import Optimizer
 
-from . import forms
+from . import _core, forms
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -40,8 +41,31 @@ def flat(t: torch.Tensor) -> Any:
     return t.detach().as_strided((t.numel(),), (1,)).numpy()
 
 
+@cache
+def _refused(device_type: str) -> str:
+    return _core.device_refusal(device_type)
+
+
+def refused(device_type: str) -> str:
+    """Why no kernels of ours work on such a device; empty where they do."""
+    return "" if device_type == "cpu" else _refused(device_type) if device_type == "cuda" else "no kernels serve it"
+
+
+def on_device(device: torch.device) -> bool:
+    """Do kernels of ours work there, other than the CPU's?"""
+    return not (_core.device_refusal("cpu") if device.type == "cpu" else refused(device.type))
+
+
 def recode(p: torch.Tensor, state: dict[str, Any], names: tuple[str, ...], form: forms.Form) -> None:
     """Turns states of whatever form into this one; those that have it stay as they are, to the bit."""
+    if p.device.type != "cpu":
+        before = {k: v.cpu() if isinstance(v, torch.Tensor) else v for k, v in state.items()}
+        after = dict(before)
+        recode(p.detach().cpu(), after, names, form)
+        for k in before.keys() - after.keys():
+            del state[k]
+        state.update({k: v.to(p.device) for k, v in after.items() if v is not before.get(k)})
+        return
     for name in names:
         codes = state.pop(f"{name}_codes", None)
         if codes is not None:
@@ -68,6 +92,11 @@ def recode_master(p: torch.Tensor, state: dict[str, Any], form: forms.Form) -> N
         return
     wanted = INTEGERS[forms.MASTERS[form.master][1]]
     if master.dtype == wanted:
+        return
+    if p.device.type != "cpu":
+        here = {"master": master.cpu()}
+        recode_master(p.detach().cpu(), here, form)
+        state["master"] = here["master"].to(p.device)
         return
     state["master"] = like(p, wanted)
     if p.dtype == torch.bfloat16:
@@ -113,7 +142,7 @@ def before_load(self: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
             k: v.detach().to(device=None if k == "step" else p.device, copy=True) if isinstance(v, torch.Tensor) else v
             for k, v in entry.items()
         }
-        if p.device.type == "cpu" and p.dtype in NAMES:
+        if not refused(p.device.type) and p.dtype in NAMES:
             recode(p, held, self._rule.states(group), form)
             recode_master(p, held, form)
         for k, v in held.items():

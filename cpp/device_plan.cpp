@@ -1,0 +1,297 @@
+// See device_plan.h.
+#include "device_plan.h"
+
+#include <stddef.h>
+#include <string.h>
+
+#include <algorithm>
+#include <atomic>
+#include <mutex>
+#include <numeric>
+#include <stdexcept>
+
+#include "dispatch.h"
+
+#if defined(_WIN32)
+#define WIN32_LEAN_AND_MEAN
+#include <windows.h>
+#else
+#include <dlfcn.h>
+#endif
+
+namespace fusedopt {
+namespace {
+
+std::mutex opening;
+std::string path, refusal;
+std::atomic<const DeviceLibrary*> opened{nullptr};
+bool tried = false;
+
+using Entry = const DeviceLibrary* (*)();
+
+Entry entry_of(const std::string& file, std::string* why) {
+#if defined(_WIN32)
+  HMODULE module = LoadLibraryA(file.c_str());
+  if (!module) *why = "Windows error " + std::to_string(GetLastError());
+  return module ? reinterpret_cast<Entry>(GetProcAddress(module, "fusedopt_device_library")) : nullptr;
+#else
+  void* module = dlopen(file.c_str(), RTLD_NOW | RTLD_LOCAL);
+  if (!module) *why = dlerror();
+  return module ? reinterpret_cast<Entry>(dlsym(module, "fusedopt_device_library")) : nullptr;
+#endif
+}
+
+void check(int error, const char* doing) {
+  if (!error) return;
+  throw std::runtime_error(std::string(device_library()->kind) + " error " + std::to_string(error) + " while " + doing +
+                           ": " + device_library()->message(error));
+}
+
+constexpr size_t kGap = 64;           // words between two changes that are sent along with them
+constexpr size_t kManyChanges = 16;  // after which all is sent
+
+constexpr size_t words_of(size_t bytes) { return (bytes + 7) / 8; }
+
+template <class T>
+void put(std::vector<uint64_t>& words, size_t at, const T& x) {
+  static_assert(sizeof(T) % 8 == 0, "whole words");
+  memcpy(&words[at], &x, sizeof x);
+}
+
+}  // namespace
+
+void set_device_library(const std::string& file) {
+  std::lock_guard<std::mutex> lock(opening);
+  path = file;
+  refusal.clear();
+  opened = nullptr;
+  tried = false;
+}
+
+const DeviceLibrary* device_library(std::string* why) {
+  std::lock_guard<std::mutex> lock(opening);
+  if (!tried) {
+    tried = true;
+    if (path.empty()) {
+      refusal = "this fusedopt was built without CUDA: pip install it with -C cmake.define.FUSEDOPT_CUDA=ON";
+    } else if (Entry entry = entry_of(path, &refusal)) {
+      const DeviceLibrary* found = entry();
+      if (strcmp(found->version, FUSEDOPT_VERSION) != 0 || found->n_kernels != table().n_kernels) {
+        refusal = path + " belongs to fusedopt " + found->version;
+      } else {
+        opened = found;
+      }
+    } else if (refusal.empty()) {
+      refusal = path + " is no library of fusedopt's";
+    }
+  }
+  if (why) *why = refusal;
+  return opened;
+}
+
+const DeviceLibrary* open_device_library() { return opened.load(std::memory_order_relaxed); }
+
+// The plan's device is current for as long as this lives.
+struct DevicePlan::Turn {
+  int device, before = 0;
+  explicit Turn(int d) : device(d) { check(device_library()->use(d, &before), "choosing the device"); }
+  ~Turn() {
+    int ignored;
+    if (before != device) device_library()->use(before, &ignored);
+  }
+};
+
+DevicePlan::~DevicePlan() {
+  if (!memory_ || !device_library()) return;
+  int before, ignored;
+  if (device_library()->use(device_, &before)) return;  // the driver is gone at the end of a process
+  device_library()->release(memory_);
+  if (before != device_) device_library()->use(before, &ignored);
+}
+
+void DevicePlan::wait(void* stream) {
+  Turn turn(device_);
+  check(device_library()->synchronize(stream), "waiting for the update");
+}
+
+// Fills words_ and launches_. Rows are sorted by loop, so that each loop is one launch.
+void DevicePlan::describe(const DeviceScaling& s) {
+  const size_t n = rows.size();
+  order_.resize(n);
+  std::iota(order_.begin(), order_.end(), size_t(0));
+  auto loop_of = [&](size_t r) { return std::make_pair(rows[r].row.kernel, rows[r].row.loop); };
+  std::stable_sort(order_.begin(), order_.end(), [&](size_t a, size_t b) { return loop_of(a) < loop_of(b); });
+
+  groups_at_ = words_of(sizeof(DeviceHead));
+  grads_at_ = groups_at_ + groups.size() * words_of(sizeof(DeviceGroup));
+  rows_at_ = grads_at_ + n;
+  layouts_at_ = rows_at_ + n * words_of(sizeof(DeviceRow));
+  chunks_at_ = layouts_at_;
+  size_t chunks = 0;
+  for (const DeviceParam& p : rows) {
+    if (p.row.strided) chunks_at_ += 1 + size_t(p.row.strided->ndim) * size_t(1 + p.row.strided->n);
+    chunks += size_t((p.row.span.n + kChunk - 1) / kChunk);
+  }
+  words_.assign(chunks_at_ + chunks, 0);
+
+  put(words_, 0, DeviceHead{s.found_inf, s.grad_scale, s.unscale, s.max_norm, s.norm, s.norm_wide});
+  for (size_t g = 0; g < groups.size(); ++g) {
+    const Group& from = groups[g];
+    DeviceGroup to{};
+    std::copy(from.hyper.begin(), from.hyper.end(), to.hyper);
+    to.lr = rates[g].at;
+    to.lr_wide = rates[g].wide;
+    to.maximize = from.maximize;
+    to.l1 = from.l1;
+    to.ema_weight = from.ema_weight;
+    to.seed = from.seed;
+    put(words_, groups_at_ + g * words_of(sizeof to), to);
+  }
+  launches_.clear();
+  int64_t chunk = 0;
+  size_t layout = layouts_at_;
+  for (size_t at = 0; at < n; ++at) {
+    const DeviceParam& p = rows[order_[at]];
+    const Span& span = p.row.span;
+    DeviceRow to{};
+    to.param = span.param;
+    uintptr_t all = reinterpret_cast<uintptr_t>(span.param) | reinterpret_cast<uintptr_t>(span.grad) |
+                    reinterpret_cast<uintptr_t>(span.rest) | reinterpret_cast<uintptr_t>(span.ema);
+    for (int k = 0; k < kDeviceStates; ++k) {
+      to.state[k] = span.state[k];
+      to.scale[k] = span.scale[k];
+      all |= reinterpret_cast<uintptr_t>(span.state[k]);
+    }
+    to.rest = span.rest;
+    to.ema = span.ema;
+    to.n = span.n;
+    if (const Strided* l = p.row.strided) {
+      to.layout = layout;
+      words_[layout++] = uint64_t(l->ndim);
+      for (int d = 0; d < l->ndim; ++d) words_[layout++] = uint64_t(l->shape[d]);
+      for (int o = 0; o < l->n; ++o)
+        for (int d = 0; d < l->ndim; ++d) words_[layout++] = uint64_t(l->stride[o][d]);
+    }
+    to.vector = all % 16 == 0 && !p.row.strided;
+    to.group = uint64_t(p.row.group);
+    to.step = p.step;
+    to.carry = p.carry;
+    to.step_wide = p.step_wide;
+    to.carry_wide = p.carry_wide;
+    to.done = p.row.clock.t;
+    to.stream = p.row.stream;
+    to.grad = uint64_t(table().kernels[p.row.kernel].loops[p.row.loop].form.grad);
+    to.chunk = chunk;
+    to.place = int64_t(order_[at]);
+    put(words_, rows_at_ + at * words_of(sizeof to), to);
+    words_[grads_at_ + at] = reinterpret_cast<uintptr_t>(span.grad);
+    if (at == 0 || loop_of(order_[at]) != loop_of(order_[at - 1]))
+      launches_.push_back({p.row.kernel, p.row.loop, int64_t(at), 0, chunk, 0});
+    Launch& launch = launches_.back();
+    ++launch.rows;
+    for (int64_t part = 0; part * kChunk < span.n; ++part, ++chunk, ++launch.chunks)
+      put(words_, chunks_at_ + size_t(chunk), DeviceChunk{uint32_t(at), uint32_t(part)});
+  }
+}
+
+size_t DevicePlan::done_at(size_t row) const {
+  return rows_at_ + row * words_of(sizeof(DeviceRow)) + offsetof(DeviceRow, done) / 8;
+}
+
+DeviceTables DevicePlan::tables() const {
+  auto* w = reinterpret_cast<uint64_t*>(memory_);
+  const size_t chunks = words_.size() - chunks_at_;
+  DeviceTables t{};
+  t.words = reinterpret_cast<const int64_t*>(w);
+  t.head = reinterpret_cast<DeviceHead*>(w);
+  t.groups = reinterpret_cast<const DeviceGroup*>(w + groups_at_);
+  t.grads = reinterpret_cast<const void* const*>(w + grads_at_);
+  t.rows = reinterpret_cast<DeviceRow*>(w + rows_at_);
+  t.chunks = reinterpret_cast<const DeviceChunk*>(w + chunks_at_);
+  t.ready = reinterpret_cast<DeviceReady*>(w + (words_.size() + 1) / 2 * 2);  // aligned to 16
+  t.chunk_sums = reinterpret_cast<double*>(t.ready + rows.size());
+  t.row_sums = t.chunk_sums + chunks;
+  t.norm = t.row_sums + rows.size();
+  return t;
+}
+
+// Brings what is on the device up to date.
+void DevicePlan::send(void* stream) {
+  const DeviceLibrary& library = *device_library();
+  bool graph = false;
+  check(library.capturing(stream, &graph), "asking whether a graph is being captured");
+  if (memory_ && (graph || captured_)) {  // a graph may be replayed at any time, and must find what it was captured with
+    of_graphs_.push_back(memory_);
+    memory_ = nullptr;
+  }
+  const std::vector<uint64_t> there = std::move(there_);  // unknown until all is sent
+  there_.clear();
+  const DeviceTables end = tables();
+  const size_t needed = size_t(reinterpret_cast<char*>(end.norm + 1) - memory_);
+  bool fresh = !memory_ || there.size() != words_.size();
+  if (!memory_ || needed > bytes_) {
+    if (memory_) check(library.release(memory_), "freeing memory");
+    memory_ = nullptr;
+    void* memory = nullptr;
+    check(library.allocate(needed + needed / 4, &memory), "allocating memory");
+    memory_ = static_cast<char*>(memory);
+    bytes_ = needed + needed / 4;
+    fresh = true;
+  }
+  captured_ = graph;
+  auto* to = reinterpret_cast<uint64_t*>(memory_);
+  std::vector<std::pair<size_t, size_t>> changed;  // stretches, a short one between two of them included
+  if (!fresh) {
+    auto counted = words_;
+    for (size_t r = 0; r < rows.size(); ++r)
+      if (rows[order_[r]].counted) counted[done_at(r)] = there[done_at(r)];
+    for (size_t i = 0; i < counted.size(); ++i) {
+      if (counted[i] == there[i]) continue;
+      if (changed.empty() || i - changed.back().second > kGap) changed.push_back({i, i});
+      changed.back().second = i + 1;
+    }
+    fresh = changed.size() > kManyChanges;
+    if (!fresh) words_.swap(counted);
+  }
+  if (fresh && !graph) {
+    check(library.upload(to, words_.data(), 8 * words_.size(), stream), "describing the tensors");
+  } else {
+    if (fresh) changed = {{0, words_.size()}};
+    for (auto [first, last] : changed)
+      check(library.patch(to + first, &words_[first], int64_t(last - first), stream), "describing the tensors");
+  }
+  there_ = words_;
+  for (size_t r = 0; r < rows.size(); ++r)
+    if (!rows[order_[r]].counted) ++there_[done_at(r)];  // as the device will
+}
+
+double DevicePlan::norm(void* stream) {
+  if (rows.empty()) return 0;
+  Turn turn(device_);
+  describe({});
+  send(stream);
+  const DeviceTables t = tables();
+  check(device_library()->norm(t, int64_t(rows.size()), int64_t(words_.size() - chunks_at_), stream), "starting the norm");
+  double norm;
+  check(device_library()->download(&norm, t.norm, sizeof norm, stream), "reading the norm");
+  for (size_t r = 0; r < rows.size(); ++r)
+    if (!rows[order_[r]].counted) --there_[done_at(r)];  // no step
+  return norm;
+}
+
+void DevicePlan::run(const DeviceScaling& scaling, void* stream) {
+  if (rows.empty()) return;
+  Turn turn(device_);
+  const DeviceLibrary& library = *device_library();
+  describe(scaling);
+  send(stream);
+  const DeviceTables t = tables();
+  if (scaling.max_norm > 0)
+    check(library.norm(t, int64_t(rows.size()), int64_t(words_.size() - chunks_at_), stream), "starting the norm");
+  for (const Launch& l : launches_)
+    check(library.loops(l.kernel)[l.loop].prepare(t, l.row, l.rows, stream), "starting the update");
+  for (const Launch& l : launches_)
+    check(library.loops(l.kernel)[l.loop].update(t, l.chunk, l.chunks, stream), "starting the update");
+}
+
+}  // namespace fusedopt

@@ -1,0 +1,116 @@
+// Instantiates grid.h for the rules whose number leaves FUSEDOPT_PART when divided by FUSEDOPT_PARTS; part 0 exports the
+// library's one function. Compiled by nvcc into fusedopt's CUDA library, and as C++ into the simulated device's.
+#ifdef __CUDACC__
+#include "runtime_cuda.h"
+#else
+#include "runtime_simulated.h"
+#endif
+#include "grid.h"
+
+#define FUSEDOPT_CAT_(a, b) a##b
+#define FUSEDOPT_CAT(a, b) FUSEDOPT_CAT_(a, b)
+
+namespace fusedopt {
+namespace {
+
+#define NUMBER(name, Rule) name##_number,
+enum { FUSEDOPT_RULES(NUMBER) kKernels };
+#undef NUMBER
+
+template <class U>
+int launch_prepare(const DeviceTables& t, int64_t first, int64_t rows, void* stream) {
+  return launch(prepare<U>, (rows + kThreads - 1) / kThreads, kThreads, stream, t, first, rows);
+}
+template <class U>
+int launch_update(const DeviceTables& t, int64_t first, int64_t chunks, void* stream) {
+  return launch(update<U>, chunks, kThreads, stream, t, first);
+}
+
+template <class U>
+constexpr DeviceLoop loop() {
+  if constexpr (U::exists) {
+    return {launch_prepare<Update<typename U::R, Plain<typename U::Wide>, typename U::Wide, typename U::Wide>>,
+            launch_update<U>, U::form};
+  } else {
+    return {nullptr, nullptr, U::form};
+  }
+}
+
+template <template <class> class Rule>
+struct Loops {
+#define LOOP(W, G, S) loop<Update<Rule<W::Weight::Number>, W, G, S>>(),
+  static constexpr DeviceLoop all[] = {FUSEDOPT_FORMATS(LOOP)};
+#undef LOOP
+};
+template <template <class> class Rule>
+constexpr DeviceLoop Loops<Rule>::all[];
+
+template <template <class> class Rule, int number>
+const DeviceLoop* of_this_part() {
+  if constexpr (number % FUSEDOPT_PARTS == FUSEDOPT_PART) {
+    return Loops<Rule>::all;
+  } else {
+    return nullptr;
+  }
+}
+
+}  // namespace
+
+// The loops of one rule, in the order of FUSEDOPT_FORMATS; nullptr where another part has them.
+const DeviceLoop* FUSEDOPT_CAT(grid_part_, FUSEDOPT_PART)(int kernel) {
+#define PART(name, Rule) \
+  if (kernel == name##_number) return of_this_part<Rule, name##_number>();
+  FUSEDOPT_RULES(PART)
+#undef PART
+  return nullptr;
+}
+
+#if FUSEDOPT_PART == 0
+const DeviceLoop* grid_part_1(int kernel);
+const DeviceLoop* grid_part_2(int kernel);
+const DeviceLoop* grid_part_3(int kernel);
+
+namespace {
+
+const DeviceLoop* loops(int kernel) {
+  for (auto part : {grid_part_0, grid_part_1, grid_part_2, grid_part_3})
+    if (const DeviceLoop* found = part(kernel)) return found;
+  return nullptr;
+}
+
+int patch(uint64_t* to, const uint64_t* words, int64_t n, void* stream) {
+  for (int64_t done = 0; done < n; done += kPatch) {
+    DevicePatch some;
+    const int count = int(n - done < kPatch ? n - done : kPatch);
+    memcpy(some.word, words + done, sizeof(uint64_t) * size_t(count));
+    if (int error = launch(write_words, (count + kThreads - 1) / kThreads, kThreads, stream, to + done, some, count))
+      return error;
+  }
+  return 0;
+}
+
+int norm(const DeviceTables& t, int64_t rows, int64_t chunks, void* stream) {
+  int error = launch(sum_chunks, chunks, kNormThreads, stream, t);
+  if (!error) error = launch(sum_rows, rows, kTreeThreads, stream, t);
+  return error ? error : launch(sum_all, 1, kTreeThreads, stream, t, rows);
+}
+
+const DeviceLibrary library = {FUSEDOPT_VERSION, kKind,   kDeviceType, kKernels, int(sizeof(Loops<Sgd>::all) / sizeof(DeviceLoop)),
+                               loops,            use,     allocate,    release,  upload, download,
+                               patch,            norm,    capturing,   synchronize, message};
+
+}  // namespace
+#endif
+
+}  // namespace fusedopt
+
+#if FUSEDOPT_PART == 0
+#if defined(_WIN32)
+extern "C" __declspec(dllexport)
+#else
+extern "C" __attribute__((visibility("default")))
+#endif
+const fusedopt::DeviceLibrary* fusedopt_device_library() {
+  return &fusedopt::library;
+}
+#endif
