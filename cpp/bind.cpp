@@ -37,15 +37,18 @@ py::dict kernels() {
   return d;
 }
 
-// kernel -> list of (param, grad, state, master, noisy, noisy_state): dtype names, "int8" for quantised states.
-py::dict formats() {
+// kernel -> list of (param, grad, state, master, noisy, noisy_state): dtype names, "int8" for quantised states. `loops`
+// gives a kernel's, those that do not exist among them.
+template <class Loops>
+py::dict formats_of(const Loops& loops) {
   py::dict out;
   const Table& t = table();
   for (int i = 0; i < t.n_kernels; ++i) {
     py::list forms;
     for (int l = 0; l < t.kernels[i].n_loops; ++l) {
-      const Form& f = t.kernels[i].loops[l].form;
-      if (t.kernels[i].loops[l].prepare)
+      const auto& loop = loops(i)[l];
+      const Form& f = loop.form;
+      if (loop.prepare)
         forms.append(py::make_tuple(name_of(f.param), name_of(f.grad), name_of(f.state), name_of(f.master), f.noisy,
                                     f.noisy_state));
     }
@@ -74,8 +77,9 @@ PYBIND11_MODULE(_core, m) {
   m.doc() = "The compiled core of fusedopt: fused update kernels over NumPy arrays and torch tensors.";
   m.attr("__version__") = FUSEDOPT_VERSION;
   m.def("kernels", &kernels, "name -> (index, hyperparameter names, state names, carries a scalar)");
-  m.def("formats", &formats,
-        "kernel -> the combinations that exist: (param, grad, state, master, noisy, noisy_state).");
+  m.def(
+      "formats", [] { return formats_of([](int kernel) { return table().kernels[kernel].loops; }); },
+      "kernel -> the combinations that exist: (param, grad, state, master, noisy, noisy_state).");
   m.attr("BLOCK") = kBlock;
   m.def(
       "code_of",
@@ -93,6 +97,14 @@ PYBIND11_MODULE(_core, m) {
   m.def("torch_team", &torch_team, "What runs the steps beside torch: 'openmp', its own runtime, or 'pool', ours.");
   m.def("set_device_library", &set_device_library, py::arg("path"),
         "Says where the library of a device's kernels is; it is opened when it is needed.");
+  m.def(
+      "device_formats",
+      [] {
+        const DeviceLibrary* library = device_library();
+        if (!library) throw py::value_error("there is no library to open");
+        return formats_of([&](int kernel) { return library->loops(kernel); });
+      },
+      "As formats(), of the library that has been set.");
   m.def(
       "device_refusal",
       [](const std::string& type) {

@@ -3,9 +3,11 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <map>
 #include <string>
 
 #include "bind.h"
+#include "device_plan.h"
 #include "dispatch.h"
 #include "view.h"
 
@@ -34,6 +36,12 @@ class Batch {
     extents_.clear();
     carries_.clear();
     foreign_.clear();
+    places_.clear();
+    for (auto& [device, there] : devices_) {
+      there.plan.rows.clear();
+      there.stream = nullptr;
+      there.wait = false;
+    }
   }
 
   // Checks and adds one group of tensors. names: param, grad, the kernel's states, then what is kept beside the weight
@@ -67,6 +75,8 @@ class Batch {
         if (o < alike && !v[o].same_shape(v[0]))
           throw py::value_error(where(o, i) + ": expected shape " + shape_text(v[0]) + " like " + where(0, i) +
                                 ", got " + shape_text(v[o]));
+        if (v[o].device != v[0].device)
+          throw py::value_error(where(o, i) + ": expected it on the same device as " + where(0, i));
         if (o != 1 && overlaps_itself(v[o]))
           throw py::value_error(where(o, i) + ": elements of the array overlap in memory");
       }
@@ -97,6 +107,8 @@ class Batch {
       for (int o = 0; o < n_operands; ++o) extents_.push_back(extent_of(v[o], o != 1, first + int(i), o));
       plan_.rows.push_back(row);
       carries_.push_back(carry);
+      places_.push_back(v[0].device);
+      if (v[0].device >= 0) settle(v[0].device, source.array(0, i));
     }
   }
 
@@ -125,6 +137,10 @@ class Batch {
   // One step over all that was added; the global gradient norm if max_norm > 0, else None.
   py::object run(double max_norm, int threads) {
     check(true);
+    if (std::any_of(places_.begin(), places_.end(), [](int device) { return device >= 0; })) {
+      run_on_devices(max_norm);
+      return py::none();
+    }
     for (size_t r = 0; r < plan_.rows.size(); ++r) {
       Row& row = plan_.rows[r];
       if (carries_[r]) row.clock.carry = *carries_[r];
@@ -141,6 +157,39 @@ class Batch {
   }
 
  private:
+  // The rows on one device, and the stream on which the arrays' own library works there.
+  struct There {
+    DevicePlan plan;
+    void* stream = nullptr;
+    bool wait = false;  // that stream is not known
+    explicit There(int device) : plan(device) {}
+  };
+
+  void settle(int device, py::handle array) {
+    There& there = devices_.try_emplace(device, device).first->second;
+    bool known;
+    there.stream = stream_of(array, device, &known);
+    there.wait |= !known;
+  }
+
+  void run_on_devices(double max_norm) {
+    if (max_norm > 0) throw py::value_error("max_norm: not for arrays on a device");
+    for (size_t r = 0; r < plan_.rows.size(); ++r) {
+      if (places_[r] < 0) throw py::value_error("some arrays are on the CPU, others on a device: update them apart");
+      devices_.at(places_[r]).plan.rows.push_back({plan_.rows[r], nullptr, carries_[r], false, true, false});
+    }
+    {
+      py::gil_scoped_release nogil;
+      for (auto& [device, there] : devices_) {
+        there.plan.groups = plan_.groups;
+        there.plan.rates.assign(plan_.groups.size(), {});
+        there.plan.run({}, there.stream);
+        if (there.wait) there.plan.wait(there.stream);
+      }
+    }
+    tell_autograd();
+  }
+
   // What a group's arrays are called, and the arrays themselves: a list for each operand.
   struct Source {
     py::tuple names;
@@ -244,6 +293,8 @@ class Batch {
   std::vector<Extent> extents_;
   std::vector<int64_t> layout_, checked_;  // where all operands lie: now, and when they were last found apart
   std::vector<double*> carries_;
+  std::vector<int> places_;  // of the rows: their device
+  std::map<int, There> devices_;
 };
 
 // The whole of an in-place function's call. The batch is kept, so that its vectors are, too; a call within a call (from

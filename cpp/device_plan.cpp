@@ -102,7 +102,7 @@ struct DevicePlan::Turn {
 };
 
 DevicePlan::~DevicePlan() {
-  if (!memory_ || !device_library()) return;
+  if (!memory_ || captured_ || !device_library()) return;
   int before, ignored;
   if (device_library()->use(device_, &before)) return;  // the driver is gone at the end of a process
   device_library()->release(memory_);

@@ -288,6 +288,7 @@ constexpr bool quantisable(const char* states) {  // all of them, and there is o
 }  // namespace
 
 // The combinations that exist: weight, gradient, state. The rest is refused by name.
+#ifndef FUSEDOPT_FORMATS  // some tools compile fewer
 #define FUSEDOPT_FORMATS(X)                \
   X(Plain<F64>, F64, F64)                  \
   X(Plain<F32>, F32, F32)                  \
@@ -321,5 +322,6 @@ constexpr bool quantisable(const char* states) {  // all of them, and there is o
   X(Copied<BF16>, BF16, Int8)              \
   X(Copied<F16>, F16, F32)                 \
   X(Copied<F16>, F16, Int8)
+#endif
 
 }  // namespace fusedopt

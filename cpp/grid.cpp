@@ -113,4 +113,13 @@ extern "C" __attribute__((visibility("default")))
 const fusedopt::DeviceLibrary* fusedopt_device_library() {
   return &fusedopt::library;
 }
+#ifndef __CUDACC__
+// For tests: 0 begins a capture, 1 ends it, 2 replays what has been captured.
+extern "C" __attribute__((visibility("default"))) void fusedopt_graph(int what) {
+  fusedopt::Graph& graph = fusedopt::graph();
+  if (what == 0) graph.launches.clear();
+  graph.capturing = what == 0;
+  for (size_t i = 0; what == 2 && i < graph.launches.size(); ++i) graph.launches[i]();
+}
+#endif
 #endif

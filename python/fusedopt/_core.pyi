@@ -31,6 +31,9 @@ def default_threads() -> int:
 def set_device_library(path: str) -> None:
     """Says where the library of a device's kernels is; "" for none."""
 
+def device_formats() -> dict[str, list[tuple[str, str, str, str, bool, bool]]]:
+    """As formats(), of the library that has been set."""
+
 def device_refusal(type: str) -> str:
     """Why no kernels serve tensors on "cuda"; empty where they do. "cpu": the simulated device."""
 

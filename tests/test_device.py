@@ -1,0 +1,346 @@
+"""The kernels of a GPU, run as host code on the simulated device: same bits as the CPU's loops for every rule and form,
+and what is around them: the norm, GradScaler, graphs, addresses that change, tensors beyond 2^31 elements."""
+
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import fusedopt
+import fusedopt.torch as optim
+from device import CHUNK, LIBRARY, Graph, opened
+from form_cases import CASES, Case, one_of_each_form
+from form_cases_torch import BOTH, DTYPES, filled, made
+from fusedopt import _core
+from torch_cases import NAMES
+from torch_compare import all_params
+
+pytestmark = pytest.mark.skipif(os.name != "posix", reason="the simulated device is built on POSIX systems alone")
+FULL = one_of_each_form()
+LENGTHS = (0, 1, 7, 8, 63, 64, 65, 200, 2047, CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK + 77)
+SHORT = (1, 8, 63, 65, 200, 0, 2100)
+
+
+@pytest.fixture
+def device() -> Iterator[None]:
+    with opened():
+        yield
+
+
+def everything(opt: Any) -> dict[str, torch.Tensor]:
+    out = {}
+    for i, p in enumerate(all_params(opt)):
+        out[f"{i}.param"] = p.detach()
+        out.update({f"{i}.{k}": v for k, v in opt.state[p].items() if isinstance(v, torch.Tensor)})
+    return out
+
+
+def assert_same_bits(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
+    """To the last bit and the sign of zero; a NaN is a NaN."""
+    assert a.keys() == b.keys()
+    for key, x in a.items():
+        y = b[key]
+        assert (x.dtype, x.shape, x.stride()) == (y.dtype, y.shape, y.stride()), key
+        if x.is_floating_point():
+            assert torch.equal(x.isnan(), y.isnan()), key
+            x, y = (torch.where(t.isnan(), 0, t) for t in (x, y))
+            x, y = (t.contiguous().view({8: torch.int64, 4: torch.int32, 2: torch.int16}[t.element_size()]) for t in (x, y))
+        assert torch.equal(x, y), f"{key}: {int((x != y).sum())} of {x.numel()} differ"
+
+
+def parameters(case: Case, lengths: tuple[int, ...]) -> list[torch.nn.Parameter]:
+    out = []
+    for i, n in enumerate(lengths):
+        p = torch.nn.Parameter(filled((n,), case.param, i))
+        if case.param != case.grad:
+            p.grad_dtype = None
+        out.append(p)
+    return out
+
+
+def specials(t: torch.Tensor, seed: int) -> torch.Tensor:
+    """Zeros, denormals, infinities, NaN and huge numbers among others."""
+    gen = torch.Generator().manual_seed(seed)
+    values = torch.tensor([0.0, -0.0, 1e-40, -1e-42, 6e-8, float("inf"), float("-inf"), float("nan"), 1e30, 6e4, -1.0])
+    chosen = values[torch.randint(len(values), t.shape, generator=gen)].to(t.dtype)
+    return torch.where(torch.rand(t.shape, generator=gen) < 0.1, chosen, t)
+
+
+def trained(case: Case, lengths: tuple[int, ...], steps: int = 3, odd: bool = True, **options: Any) -> Any:
+    params = parameters(case, lengths)
+    opt = made(case, params, **options)
+    for k in range(steps):
+        for i, p in enumerate(params):
+            g = filled(p.shape, case.grad, 100 * k + i)
+            p.grad = specials(g, k) if odd and k == steps - 1 and i % 2 else g
+        opt.step()
+    return opt
+
+
+def both(run: Callable[[], Any]) -> tuple[Any, Any]:
+    here = run()
+    with opened():
+        assert not _core.device_refusal("cpu")
+        there = run()
+    return here, there
+
+
+def test_the_library_has_every_rule_in_every_form(device: None) -> None:
+    assert _core.device_formats() == _core.formats()
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_every_rule_and_form_gives_the_cpus_bits(case: Case) -> None:
+    here, there = both(lambda: trained(case, SHORT))
+    assert_same_bits(everything(here), everything(there))
+
+
+@pytest.mark.parametrize("case", FULL, ids=str)
+def test_lengths_around_blocks_and_chunks_with_l1_and_average(case: Case) -> None:
+    here, there = both(lambda: trained(case, LENGTHS, steps=2, **BOTH))
+    assert_same_bits(everything(here), everything(there))
+
+
+@pytest.mark.parametrize("case", FULL, ids=str)
+def test_layouts_that_differ_and_addresses_that_are_not_aligned(case: Case) -> None:
+    def run() -> Any:
+        base = filled((6, 40, 33), case.param, 3)
+        odd = filled((5001,), case.param, 4)
+        params = [base.permute(2, 0, 1), odd[1:], filled((64, 33), case.param, 5).t(), filled((130,), case.param, 6)[::2]]
+        params = [torch.nn.Parameter(p) for p in params]
+        opt = made(case, params, **BOTH)
+        for k in range(2):
+            for i, p in enumerate(params):
+                if case.param != case.grad:
+                    p.grad_dtype = None
+                g = filled((*p.shape[:-1], p.shape[-1] + 1), case.grad, 10 * k + i)
+                p.grad = g[..., 1:]
+            opt.step()
+        return opt
+
+    here, there = both(run)
+    assert_same_bits(everything(here), everything(there))
+
+
+@pytest.mark.parametrize("dtype", list(DTYPES))
+@pytest.mark.parametrize("lengths", [(5,), SHORT, LENGTHS, (70 * CHUNK + 5, 3, 33 * CHUNK)], ids=len)
+def test_the_norm_is_the_cpus_to_the_bit(dtype: str, lengths: tuple[int, ...]) -> None:
+    case = next(c for c in CASES if c.rule.name == "SGD" and not c.variant and (c.param, c.grad) == (dtype, dtype))
+    here, there = both(lambda: trained(case, lengths, steps=2, odd=False, max_grad_norm=0.37))
+    assert isinstance(there.last_grad_norm, torch.Tensor)
+    assert torch.equal(here.last_grad_norm, there.last_grad_norm)
+    assert_same_bits(everything(here), everything(there))
+
+
+def test_an_infinite_norm_is_the_cpus() -> None:
+    def run() -> Any:
+        p = torch.nn.Parameter(torch.ones(70))
+        opt = optim.Adam([p], max_grad_norm=1.0)
+        p.grad = torch.full((70,), float("inf"))
+        opt.step()
+        return opt
+
+    here, there = both(run)
+    assert there.last_grad_norm.isinf()
+    assert_same_bits(everything(here), everything(there))
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("max_norm", [None, 0.5])
+def test_gradscalers_scalars_are_read_where_they_are(name: str, max_norm: float | None) -> None:
+    def run() -> Any:
+        params = [torch.nn.Parameter(filled((n,), "float32", n)) for n in (5, 300)]
+        opt = getattr(optim, name)(params, lr=0.01, max_grad_norm=max_norm)
+        skipped, kept = [], []
+        for k, found in enumerate((0.0, 1.0, 0.0, 2.0, 0.0)):
+            for p in params:
+                p.grad = filled(p.shape, "float32", 7 * k + p.numel()) * 1024
+                if found:
+                    p.grad[0] = float("nan")
+            opt.grad_scale, opt.found_inf = torch.tensor(1024.0), torch.tensor(found)
+            before = [p.detach().clone() for p in params]
+            opt.step()
+            skipped.append(opt.last_step_skipped)
+            kept.append(all(torch.equal(a, b) for a, b in zip(before, params, strict=True)))
+        assert skipped == kept == [False, True, False, True, False]
+        return opt
+
+    here, there = both(run)
+    assert there._place is not None
+    assert_same_bits(everything(here), everything(there))
+
+
+@pytest.mark.parametrize("wide", [False, True])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_learning_rate_on_the_device_is_read_there(name: str, wide: bool) -> None:
+    def run() -> Any:
+        p = torch.nn.Parameter(filled((300,), "float32", 1))
+        lr = torch.tensor(0.01, dtype=torch.float64 if wide else torch.float32)
+        opt = getattr(optim, name)([p], lr=lr)
+        for k in range(3):
+            p.grad = filled((300,), "float32", 5 + k)
+            lr.mul_(0.5)
+            opt.step()
+        return opt
+
+    here, there = both(run)
+    assert_same_bits(everything(here), everything(there))
+
+
+def test_groups_options_and_gradients_that_change(device: None) -> None:
+    def run() -> Any:
+        params = [torch.nn.Parameter(filled((n,), "float32", n)) for n in range(1, 60)]
+        groups = [{"params": params[::2]}, {"params": params[1::2], "lr": 0.1, "weight_decay": 0.3, "maximize": True}]
+        opt = optim.AdamW(groups, lr=0.01)
+        for k in range(6):
+            for i, p in enumerate(params):
+                p.grad = None if (i + k) % 7 == 0 else filled(p.shape, "float32", 50 * k + i)
+            opt.param_groups[k % 2]["lr"] *= 0.7
+            if k == 3:
+                opt.add_param_group({"params": [torch.nn.Parameter(torch.ones(5))], "betas": (0.5, 0.6)})
+                opt.param_groups[2]["params"][0].grad = torch.ones(5)
+            opt.step()
+        return opt
+
+    there = run()
+    _core.set_device_library("")
+    assert_same_bits(everything(run()), everything(there))
+
+
+GRAPHS = [c for c in FULL if c.param in ("float32", "bfloat16")] + [
+    c for c in CASES if c.rule.name == "SGD" and c.variant and c.param == c.grad == c.form.state == "float32"
+]
+
+
+@pytest.mark.parametrize("max_norm", [None, 1.0])
+@pytest.mark.parametrize("case", GRAPHS, ids=str)
+def test_a_replayed_graph_gives_the_values_of_plain_steps(case: Case, max_norm: float | None) -> None:
+    lengths = (5, 200, 64)
+
+    def gradients(params: list[torch.nn.Parameter], k: int) -> None:
+        for i, p in enumerate(params):
+            g = filled(p.shape, case.grad, 31 * k + i)
+            if p.grad is None:
+                p.grad = g
+            else:
+                p.grad.copy_(g)
+
+    plain = parameters(case, lengths)
+    want = made(case, plain, max_grad_norm=max_norm)
+    for k in range(7):
+        gradients(plain, k)
+        want.step()
+
+    with opened():
+        params, graph = parameters(case, lengths), Graph()
+        opt = made(case, params, max_grad_norm=max_norm)
+        for k in range(2):
+            gradients(params, k)
+            opt.step()
+        before = {k: v.clone() for k, v in everything(opt).items()}
+        with graph.capture():
+            opt.step()
+        assert_same_bits(everything(opt), before)
+        norm = opt.last_grad_norm  # the graph's: it writes there at every replay
+        for k in (2, 3):
+            gradients(params, k)
+            graph.replay()
+        static = [p.grad for p in params]
+        for p, g in zip(params, static, strict=True):  # plain steps in between, on gradients elsewhere
+            p.grad = None if g is None else g.clone()
+        for k in (4, 5):
+            gradients(params, k)
+            opt.step()
+        for p, g in zip(params, static, strict=True):
+            p.grad = g
+        gradients(params, 6)
+        graph.replay()
+    assert norm is None or torch.equal(norm, want.last_grad_norm)
+    assert_same_bits(everything(opt), everything(want))
+
+
+def test_a_step_that_has_to_send_everything_can_be_captured_first(device: None) -> None:
+    params = [torch.nn.Parameter(filled((n,), "float32", n)) for n in (5, 200)]
+    opt, graph = optim.Adam(params, lr=0.1, capturable=True), Graph()
+    for p in params:
+        p.grad = torch.ones_like(p)
+    with graph.capture():
+        opt.step()
+    assert float(opt.state[params[0]]["step"]) == 0
+    graph.replay()
+    graph.replay()
+    assert float(opt.state[params[0]]["step"]) == 2
+    assert bool((params[1] != filled((200,), "float32", 200)).all())
+
+
+def test_capturable_is_done_on_a_device_and_falls_back_on_the_cpu() -> None:
+    def run() -> Any:
+        p = torch.nn.Parameter(torch.ones(9))
+        p.grad = torch.ones(9)
+        opt = optim.Adam([p], capturable=True)
+        opt.step()
+        return opt
+
+    with opened(), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run()
+    with pytest.warns(optim.FallbackWarning, match="capturable=True"), pytest.raises(AssertionError):
+        run()  # torch's own refuses it there
+
+
+@pytest.mark.parametrize("n_states", [0, 1])
+def test_more_elements_than_32_bits_count(device: None, n_states: int) -> None:
+    function = (fusedopt.sgd_, fusedopt.lion_)[n_states]
+    n = 2**31 + CHUNK + 5  # reserved, not there: of so many the simulated device works on both ends alone
+    arrays = [torch.from_numpy(np.zeros(n, np.int16)).view(torch.bfloat16) for _ in range(2 + n_states)]
+    ends = [slice(0, 1000), slice(n - 1000, n)]
+    for end in ends:
+        for k in range(2):
+            arrays[k][end] = filled((1000,), "bfloat16", k)
+    want = [x[ends[0]].clone() for x in arrays]
+    function(*arrays, lr=0.1)
+    _core.set_device_library("")
+    function(*want, lr=0.1)
+    for end in ends:
+        assert all(torch.equal(x[end], y) for x, y in zip(arrays, want, strict=True))
+    assert not torch.equal(want[0], filled((1000,), "bfloat16", 0))
+
+
+# ---- in-place functions, and what is refused
+
+
+def test_functions_take_arrays_of_the_device() -> None:
+    def run() -> list[torch.Tensor]:
+        p, m, v = (filled((1000,), "float32", k) for k in range(3))
+        v.abs_()
+        for t in (1, 2, 2, 5):
+            fusedopt.adam_(p, filled((1000,), "float32", 10 + t), m, v, lr=0.1, step=t)
+        w, b = (filled((3, 50), "float64", k) for k in range(2))
+        fusedopt.sgd_(w, filled((50, 3), "float64", 8).t(), b, lr=0.1, momentum=0.9)
+        return [p, m, v, w, b]
+
+    here, there = both(run)
+    for a, b in zip(here, there, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_arrays_here_and_there_are_not_updated_together(device: None) -> None:
+    host, far = np.ones(5, np.float32), torch.ones(5)
+    with pytest.raises(ValueError, match="grad: expected it on the same device as param"):
+        fusedopt.sgd_(far, host, lr=0.1)
+    assert bool((far == 1).all())
+
+
+def test_a_library_that_is_none_says_so(tmp_path: Path) -> None:
+    assert "FUSEDOPT_CUDA=ON" in _core.device_refusal("cuda")
+    wrong = tmp_path / "_cuda.so"
+    wrong.write_bytes(b"no library")
+    with opened(wrong):
+        assert "_cuda.so" in _core.device_refusal("cuda")
+    with pytest.raises(ValueError, match="no library"):
+        _core.device_formats()
