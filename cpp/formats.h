@@ -288,7 +288,13 @@ constexpr bool quantisable(const char* states) {  // all of them, and there is o
 }  // namespace
 
 // The combinations that exist: weight, gradient, state. The rest is refused by name.
-#ifndef FUSEDOPT_FORMATS  // some tools compile fewer
+#ifdef FUSEDOPT_FEW_FORMATS  // one of each kind, for tools that need no more
+#define FUSEDOPT_FORMATS(X)                \
+  X(Plain<F64>, F64, F64)                  \
+  X(Plain<F32>, F32, F32)                  \
+  X(Plain<Noisy<BF16>>, BF16, Noisy<BF16>) \
+  X(Split8, BF16, Int8)
+#else
 #define FUSEDOPT_FORMATS(X)                \
   X(Plain<F64>, F64, F64)                  \
   X(Plain<F32>, F32, F32)                  \
