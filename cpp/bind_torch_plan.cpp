@@ -165,8 +165,8 @@ class TorchPlan {
            f < kFloats && device_of(t, &device) && !overlaps_itself(view_of(t, f, device));
   }
 
-  // One step. False: stale, nothing was touched. Where all is on one device found_inf, grad_scale and the tensor for the
-  // norm may lie there, too; else they are None.
+  // One step. False: stale, nothing was touched. Where all is on one device found_inf, grad_scale and the tensor for
+  // the norm may lie there, too; else they are None.
   bool step(py::handle state, py::list param_groups, double unscale, double max_norm, int threads, py::object found_inf,
             py::object grad_scale, py::object norm) {
     if (busy_) throw std::runtime_error("step() of this optimizer is already running in another thread");
@@ -308,10 +308,10 @@ class TorchPlan {
           type == "cpu" ? kDLCpu : kDLCuda,
           type == "cpu" ? 0 : place.attr("index").cast<int32_t>(),
           int32_t(shape.size()),
-          format == kBF16                    ? kDLBfloat
-          : format < kFloats                 ? kDLFloat
-          : format == kU8                    ? kDLUInt
-                                             : kDLInt,
+          format == kBF16    ? kDLBfloat
+          : format < kFloats ? kDLFloat
+          : format == kU8    ? kDLUInt
+                             : kDLInt,
           uint8_t(8 * size_of(Format(format))),
           1,
           sizes,
@@ -526,8 +526,9 @@ class TorchPlan {
       active_.push_back(&p);
     } else {
       row.clock = {p.done, 0, false};
-      plan_on(v[0].device).rows.push_back({row, p.step_at.data, p.carry_at.data, p.step_at.format == kF64,
-                                           p.carry_at.format == kF64, true});
+      plan_on(v[0].device)
+          .rows.push_back(
+              {row, p.step_at.data, p.carry_at.data, p.step_at.format == kF64, p.carry_at.format == kF64, true});
       on_device_.push_back(&p);
     }
     grads_.push_back(std::move(grad));

@@ -1,6 +1,6 @@
-// The border between this module and a library with the kernels of a device (CUDA's, or the one that the tests simulate):
-// what lies in the device's memory, in words of 8 bytes that the host compares with those of the last step, and a table
-// of functions. No Python, no CUDA and no arithmetic here.
+// The border between this module and a library with the kernels of a device (CUDA's, or the one that the tests
+// simulate): what lies in the device's memory, in words of 8 bytes that the host compares with those of the last step,
+// and a table of functions. No Python, no CUDA and no arithmetic here.
 #pragma once
 #include "table.h"
 
@@ -10,7 +10,8 @@ constexpr int kDeviceHyper = 8;
 constexpr int kDeviceStates = 3;
 constexpr int kThreads = 256;      // of a block
 constexpr int64_t kChunk = 16384;  // elements that one block updates
-static_assert(kChunk % kNormBlock == 0 && kChunk % kBlock == 0, "leaves of the norm and blocks of codes lie in one chunk");
+static_assert(kChunk % kNormBlock == 0 && kChunk % kBlock == 0,
+              "leaves of the norm and blocks of codes lie in one chunk");
 
 // Once in a step.
 struct DeviceHead {
@@ -86,11 +87,12 @@ struct DeviceLibrary {
   int32_t device_type;  // DLPack's
   int n_kernels, n_loops;
   const DeviceLoop* (*loops)(int kernel);
-  int (*use)(int device, int* before);  // makes it current
+  int (*use)(int device, int* before);           // makes it current
+  int (*ready)();                                // loads what a graph may need
   int (*allocate)(size_t bytes, void** memory);  // while a graph is captured, too
   int (*release)(void* memory);
-  int (*upload)(void* to, const void* from, size_t bytes, void* stream);  // not into a graph
-  int (*download)(void* to, const void* from, size_t bytes, void* stream);  // and waits for it
+  int (*upload)(void* to, const void* from, size_t bytes, void* stream);       // not into a graph
+  int (*download)(void* to, const void* from, size_t bytes, void* stream);     // and waits for it
   int (*patch)(uint64_t* to, const uint64_t* words, int64_t n, void* stream);  // carries the words by value
   int (*norm)(const DeviceTables& t, int64_t rows, int64_t chunks, void* stream);
   int (*capturing)(void* stream, bool* yes);

@@ -47,8 +47,8 @@ void check(int error, const char* doing) {
                            ": " + device_library()->message(error));
 }
 
-constexpr size_t kGap = 64;           // words between two changes that are sent along with them
-constexpr size_t kManyChanges = 16;  // after which all is sent
+constexpr size_t kGap = 512;            // words between two changes that are sent along with them
+constexpr size_t kManyWords = 100'000;  // after which all is copied, which waits for the stream
 
 constexpr size_t words_of(size_t bytes) { return (bytes + 7) / 8; }
 
@@ -220,7 +220,8 @@ void DevicePlan::send(void* stream) {
   const DeviceLibrary& library = *device_library();
   bool graph = false;
   check(library.capturing(stream, &graph), "asking whether a graph is being captured");
-  if (memory_ && (graph || captured_)) {  // a graph may be replayed at any time, and must find what it was captured with
+  if (memory_ &&
+      (graph || captured_)) {  // a graph may be replayed at any time, and must find what it was captured with
     of_graphs_.push_back(memory_);
     memory_ = nullptr;
   }
@@ -245,15 +246,18 @@ void DevicePlan::send(void* stream) {
     auto counted = words_;
     for (size_t r = 0; r < rows.size(); ++r)
       if (rows[order_[r]].counted) counted[done_at(r)] = there[done_at(r)];
+    size_t total = 0;
     for (size_t i = 0; i < counted.size(); ++i) {
       if (counted[i] == there[i]) continue;
       if (changed.empty() || i - changed.back().second > kGap) changed.push_back({i, i});
+      total += i + 1 - changed.back().second;
       changed.back().second = i + 1;
     }
-    fresh = changed.size() > kManyChanges;
+    fresh = total > kManyWords;
     if (!fresh) words_.swap(counted);
   }
   if (fresh && !graph) {
+    check(library.ready(), "loading kernels");
     check(library.upload(to, words_.data(), 8 * words_.size(), stream), "describing the tensors");
   } else {
     if (fresh) changed = {{0, words_.size()}};
@@ -271,7 +275,8 @@ double DevicePlan::norm(void* stream) {
   describe({});
   send(stream);
   const DeviceTables t = tables();
-  check(device_library()->norm(t, int64_t(rows.size()), int64_t(words_.size() - chunks_at_), stream), "starting the norm");
+  check(device_library()->norm(t, int64_t(rows.size()), int64_t(words_.size() - chunks_at_), stream),
+        "starting the norm");
   double norm;
   check(device_library()->download(&norm, t.norm, sizeof norm, stream), "reading the norm");
   for (size_t r = 0; r < rows.size(); ++r)

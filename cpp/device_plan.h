@@ -1,5 +1,6 @@
 // A step over the tensors of one device: describes them in the device's memory, where the description stays, and starts
-// the kernels on a stream. What changes between steps (as a rule addresses of gradients) is sent; nothing is waited for.
+// the kernels on a stream. What changes between steps (as a rule addresses of gradients) is sent; nothing is waited
+// for.
 #pragma once
 #include <string>
 #include <vector>
@@ -66,10 +67,10 @@ class DevicePlan {
 
   int device_;
   char* memory_ = nullptr;
-  size_t bytes_ = 0;       // of memory_
-  bool captured_ = false;  // by a graph
+  size_t bytes_ = 0;                     // of memory_
+  bool captured_ = false;                // by a graph
   std::vector<uint64_t> words_, there_;  // what the device should know, and does
-  std::vector<size_t> order_;  // in which rows are described: by loop
+  std::vector<size_t> order_;            // in which rows are described: by loop
   std::vector<Launch> launches_;
   std::vector<char*> of_graphs_;  // memory that captured graphs use: theirs for good
   size_t groups_at_ = 0, grads_at_ = 0, rows_at_ = 0, layouts_at_ = 0, chunks_at_ = 0;  // in words

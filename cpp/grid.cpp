@@ -1,5 +1,5 @@
-// Instantiates grid.h for the rules whose number leaves FUSEDOPT_PART when divided by FUSEDOPT_PARTS; part 0 exports the
-// library's one function. Compiled by nvcc into fusedopt's CUDA library, and as C++ into the simulated device's.
+// Instantiates grid.h for the rules whose number leaves FUSEDOPT_PART when divided by FUSEDOPT_PARTS; part 0 exports
+// the library's one function. Compiled by nvcc into fusedopt's CUDA library, and as C++ into the simulated device's.
 #ifdef __CUDACC__
 #include "runtime_cuda.h"
 #else
@@ -78,15 +78,29 @@ const DeviceLoop* loops(int kernel) {
   return nullptr;
 }
 
+template <int size>
+int write(uint64_t* to, const uint64_t* words, int n, void* stream) {
+  Words<size> some;
+  memcpy(some.word, words, sizeof(uint64_t) * size_t(n));
+  return launch(write_words<size>, (n + kThreads - 1) / kThreads, kThreads, stream, to, some, n);
+}
 int patch(uint64_t* to, const uint64_t* words, int64_t n, void* stream) {
-  for (int64_t done = 0; done < n; done += kPatch) {
-    DevicePatch some;
-    const int count = int(n - done < kPatch ? n - done : kPatch);
-    memcpy(some.word, words + done, sizeof(uint64_t) * size_t(count));
-    if (int error = launch(write_words, (count + kThreads - 1) / kThreads, kThreads, stream, to + done, some, count))
-      return error;
+  int error = 0;
+  for (int64_t done = 0, count; done < n && !error; done += count) {
+    const bool many = n - done > kFewWords && many_words();
+    count = n - done < (many ? kManyWords : kFewWords) ? n - done : many ? kManyWords : kFewWords;
+    error = (many ? write<kManyWords> : write<kFewWords>)(to + done, words + done, int(count), stream);
   }
-  return 0;
+  return error;
+}
+
+// What a captured step may need and the plain ones before it have not launched.
+int ready() {
+  int error = load(write_words<kFewWords>);
+  if (!error && many_words()) error = load(write_words<kManyWords>);
+  if (!error) error = load(sum_chunks);
+  if (!error) error = load(sum_rows);
+  return error ? error : load(sum_all);
 }
 
 int norm(const DeviceTables& t, int64_t rows, int64_t chunks, void* stream) {
@@ -95,9 +109,23 @@ int norm(const DeviceTables& t, int64_t rows, int64_t chunks, void* stream) {
   return error ? error : launch(sum_all, 1, kTreeThreads, stream, t, rows);
 }
 
-const DeviceLibrary library = {FUSEDOPT_VERSION, kKind,   kDeviceType, kKernels, int(sizeof(Loops<Sgd>::all) / sizeof(DeviceLoop)),
-                               loops,            use,     allocate,    release,  upload, download,
-                               patch,            norm,    capturing,   synchronize, message};
+const DeviceLibrary library = {FUSEDOPT_VERSION,
+                               kKind,
+                               kDeviceType,
+                               kKernels,
+                               int(sizeof(Loops<Sgd>::all) / sizeof(DeviceLoop)),
+                               loops,
+                               use,
+                               ready,
+                               allocate,
+                               release,
+                               upload,
+                               download,
+                               patch,
+                               norm,
+                               capturing,
+                               synchronize,
+                               message};
 
 }  // namespace
 #endif

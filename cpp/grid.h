@@ -1,6 +1,7 @@
-// The loop of a device: update.h over chunks of many tensors in one launch. Every thread works on `width` neighbours, in
-// accesses of 16 bytes where all operands are aligned; what lies beyond a tensor's end counts as zero and is not written.
-// Compiled by nvcc as CUDA, and by any compiler for the simulated device (runtime_*.h say what a block of threads is).
+// The loop of a device: update.h over chunks of many tensors in one launch. Every thread works on `width` neighbours,
+// in accesses of 16 bytes where all operands are aligned; what lies beyond a tensor's end counts as zero and is not
+// written. Compiled by nvcc as CUDA, and by any compiler for the simulated device (runtime_*.h say what a block of
+// threads is).
 #pragma once
 #include "device.h"
 #include "update.h"
@@ -46,7 +47,8 @@ FUSEDOPT_DEVICE int32_t largest_of_8(int32_t x) {
 
 // Before the update, a thread for each row: counts the step and computes its constants.
 template <class U>
-FUSEDOPT_KERNEL prepare(DeviceTables t, int64_t first, int64_t rows) {
+FUSEDOPT_KERNEL(kThreads)
+prepare(DeviceTables t, int64_t first, int64_t rows) {
   const int64_t at = int64_t(block_index()) * kThreads + thread_index();
   if (at >= rows || skipped(*t.head)) return;
   DeviceRow& row = t.rows[first + at];
@@ -89,7 +91,9 @@ struct Grid {
   template <class Stored>
   static constexpr bool narrow = sizeof(Stored) < 4;
   static constexpr int width =
-      sizeof(T) == 8 ? 2 : U::blocked || narrow<typename P::Stored> || narrow<typename G::Stored> || narrow<typename S::Stored> ? 8 : 4;
+      sizeof(T) == 8                                                                                         ? 2
+      : U::blocked || narrow<typename P::Stored> || narrow<typename G::Stored> || narrow<typename S::Stored> ? 8
+                                                                                                             : 4;
   template <class Stored>
   struct alignas(sizeof(Stored) * width < 16 ? sizeof(Stored) * width : 16) Pack {
     Stored x[width];
@@ -166,7 +170,8 @@ struct Grid {
   }
 
   template <int J = 0>
-  static FUSEDOPT_DEVICE void decode(const Elements& e, float* const* scale, int64_t block, bool inside, T (*s)[width]) {
+  static FUSEDOPT_DEVICE void decode(const Elements& e, float* const* scale, int64_t block, bool inside,
+                                     T (*s)[width]) {
     if constexpr (J < N) {
       if constexpr (U::quantised) {
         const Decoder<typename U::template CodeOf<J>> decoder(inside ? scale[J][block] : 0.0f);
@@ -205,7 +210,8 @@ struct Grid {
   }
 
   // 8 threads work on a block of codes.
-  static FUSEDOPT_DEVICE void blocks(const Ready& ready, uint32_t key, const Place& at, float* const* scale, Elements& e) {
+  static FUSEDOPT_DEVICE void blocks(const Ready& ready, uint32_t key, const Place& at, float* const* scale,
+                                     Elements& e) {
     T s[N + 1][width];
     uint32_t random[width];
     const int64_t block = at.i / kBlock;
@@ -282,7 +288,8 @@ struct Grid {
 };
 
 template <class U>
-FUSEDOPT_KERNEL update(DeviceTables t, int64_t first) {
+FUSEDOPT_KERNEL(kThreads)
+update(DeviceTables t, int64_t first) {
   Grid<U>::run(t, first + block_index());
 }
 
@@ -311,7 +318,7 @@ FUSEDOPT_DEVICE void pair_up(double* x, int n, int thread, bool halves) {
   block_barrier();
 }
 
-FUSEDOPT_KERNEL sum_chunks(DeviceTables t) {
+FUSEDOPT_KERNEL(kNormThreads) sum_chunks(DeviceTables t) {
   FUSEDOPT_SHARED double lanes[kNormThreads];
   FUSEDOPT_SHARED double leaves[kLeaves];
   const DeviceChunk c = t.chunks[block_index()];
@@ -323,10 +330,17 @@ FUSEDOPT_KERNEL sum_chunks(DeviceTables t) {
   const int64_t* const layout = row.layout ? t.words + row.layout : nullptr;
   double sum = 0;
   switch (row.grad) {
-    case kF64: sum = lane_sum<F64>(grad, layout, begin, end, lane); break;
-    case kF32: sum = lane_sum<F32>(grad, layout, begin, end, lane); break;
-    case kBF16: sum = lane_sum<BF16>(grad, layout, begin, end, lane); break;
-    default: sum = lane_sum<F16>(grad, layout, begin, end, lane);
+    case kF64:
+      sum = lane_sum<F64>(grad, layout, begin, end, lane);
+      break;
+    case kF32:
+      sum = lane_sum<F32>(grad, layout, begin, end, lane);
+      break;
+    case kBF16:
+      sum = lane_sum<BF16>(grad, layout, begin, end, lane);
+      break;
+    default:
+      sum = lane_sum<F16>(grad, layout, begin, end, lane);
   }
   lanes[thread] = sum;
   pair_up(lanes + leaf * kLanes, kLanes, lane, true);
@@ -336,7 +350,7 @@ FUSEDOPT_KERNEL sum_chunks(DeviceTables t) {
 }
 
 // A block for each row. Rounds of kTreeThreads chunks give one number each, kept where the round began.
-FUSEDOPT_KERNEL sum_rows(DeviceTables t) {
+FUSEDOPT_KERNEL(kTreeThreads) sum_rows(DeviceTables t) {
   FUSEDOPT_SHARED double some[kTreeThreads];
   const DeviceRow& row = t.rows[block_index()];
   double* const x = t.chunk_sums + row.chunk;
@@ -355,7 +369,7 @@ FUSEDOPT_KERNEL sum_rows(DeviceTables t) {
 }
 
 // One block: rows one after the other.
-FUSEDOPT_KERNEL sum_all(DeviceTables t, int64_t rows) {
+FUSEDOPT_KERNEL(kTreeThreads) sum_all(DeviceTables t, int64_t rows) {
   FUSEDOPT_SHARED double some[kTreeThreads];
   const int thread = thread_index();
   double sum = 0;
@@ -373,7 +387,13 @@ FUSEDOPT_KERNEL sum_all(DeviceTables t, int64_t rows) {
   write_number(t.head->norm, t.head->norm_wide, *t.norm * magnitude(factor));
 }
 
-FUSEDOPT_KERNEL write_words(uint64_t* to, DevicePatch words, int n) {
+template <int size>
+struct Words {
+  uint64_t word[size];
+};
+template <int size>
+FUSEDOPT_KERNEL(kThreads)
+write_words(uint64_t* to, Words<size> words, int n) {
   const int i = int(block_index()) * kThreads + thread_index();
   if (i < n) to[i] = words.word[i];
 }

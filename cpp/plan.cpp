@@ -215,8 +215,7 @@ struct Plan::Work {
         prepared = &row;
       }
       const Ready ready{loop, kernel.n_states, constants, {group.hyper[0] * group.l1, group.ema_weight}};
-      const uint32_t key =
-          loop.counts ? noise_key(group.seed, row.clock.t, row.stream) : 0;
+      const uint32_t key = loop.counts ? noise_key(group.seed, row.clock.t, row.stream) : 0;
       (row.strided ? sweep_strided : sweep_dense)(ready, row, key, begin, end);
     });
   }

@@ -3,7 +3,7 @@
 #include <cuda_runtime.h>
 
 #define FUSEDOPT_DEVICE __device__ inline
-#define FUSEDOPT_KERNEL __global__ void
+#define FUSEDOPT_KERNEL(threads) __global__ void __launch_bounds__(threads)
 #define FUSEDOPT_SHARED __shared__
 #define FUSEDOPT_ROLLED _Pragma("unroll 1")
 #define FUSEDOPT_UNROLL _Pragma("unroll")
@@ -19,23 +19,34 @@ FUSEDOPT_DEVICE void block_barrier() { __syncthreads(); }
 // The value of the thread whose number differs by this power of 2; all threads of a warp take part.
 FUSEDOPT_DEVICE int32_t exchange(int32_t x, int distance) { return __shfl_xor_sync(0xffffffffu, x, distance); }
 
-// As many words as a launch's arguments hold.
+// Words that fit into a launch's arguments: of any, and of those since CUDA 12.1.
+constexpr int kFewWords = 480, kManyWords = 4000;
+inline bool many_words() {
 #if CUDART_VERSION >= 12010
-constexpr int kPatch = 4000;
+  static const bool yes = [] {
+    int driver = 0;
+    return cudaDriverGetVersion(&driver) == cudaSuccess && driver >= 12010;
+  }();
+  return yes;
 #else
-constexpr int kPatch = 480;
+  return false;
 #endif
-struct DevicePatch {
-  uint64_t word[kPatch];
-};
+}
 
 template <class... Parameters, class... Arguments>
 int launch(void (*kernel)(Parameters...), int64_t blocks, int threads, void* stream, Arguments... arguments) {
   if (blocks == 0) return 0;
   if (blocks > 0x7fffffff) return cudaErrorInvalidConfiguration;
   void* list[] = {&arguments...};
-  return cudaLaunchKernel(reinterpret_cast<const void*>(kernel), dim3(unsigned(blocks)), dim3(unsigned(threads)), list, 0,
-                          static_cast<cudaStream_t>(stream));
+  return cudaLaunchKernel(reinterpret_cast<const void*>(kernel), dim3(unsigned(blocks)), dim3(unsigned(threads)), list,
+                          0, static_cast<cudaStream_t>(stream));
+}
+
+// Brings a kernel to the device before a graph is captured that has it.
+template <class... Parameters>
+int load(void (*kernel)(Parameters...)) {
+  cudaFuncAttributes ignored;
+  return cudaFuncGetAttributes(&ignored, reinterpret_cast<const void*>(kernel));
 }
 
 constexpr const char* kKind = "cuda";

@@ -1,8 +1,8 @@
-// What grid.h needs of a device, and the functions of DeviceLibrary that have no kernel in them: a device that lies in the
-// host's memory, for tests. The threads of a block are fibres of one thread of the host, blocks run one after the other
-// and the last first; nothing may depend on their order. Where threads of a block part ways at a barrier the process
-// ends. Of very large launches only the first and the last blocks run, so that tensors of more than 2^31 elements, in
-// memory that is reserved but not there, can be tried. A graph is a list of launches. POSIX only.
+// What grid.h needs of a device, and the functions of DeviceLibrary that have no kernel in them: a device that lies in
+// the host's memory, for tests. The threads of a block are fibres of one thread of the host, blocks run one after the
+// other and the last first; nothing may depend on their order. Where threads of a block part ways at a barrier the
+// process ends. Of very large launches only the first and the last blocks run, so that tensors of more than 2^31
+// elements, in memory that is reserved but not there, can be tried. A graph is a list of launches. POSIX only.
 #pragma once
 #include <stdio.h>
 #include <stdlib.h>
@@ -14,9 +14,9 @@
 #include <vector>
 
 #define FUSEDOPT_DEVICE inline
-#define FUSEDOPT_KERNEL inline void
+#define FUSEDOPT_KERNEL(threads) inline void
 #define FUSEDOPT_SHARED static
-#define FUSEDOPT_ROLLED 
+#define FUSEDOPT_ROLLED
 #define FUSEDOPT_UNROLL
 
 #include "device.h"
@@ -58,8 +58,8 @@ class Block {
         done += fibres_[size_t(now_)].done;
       }
       if (done != 0 && done != left) {
-        fprintf(stderr, "simulated device: %d of %d threads wait at a barrier that the others never reach\n", left - done,
-                left);
+        fprintf(stderr, "simulated device: %d of %d threads wait at a barrier that the others never reach\n",
+                left - done, left);
         abort();
       }
       left -= done;
@@ -108,10 +108,8 @@ FUSEDOPT_DEVICE int thread_index() { return running().thread(); }
 FUSEDOPT_DEVICE void block_barrier() { running().barrier(); }
 FUSEDOPT_DEVICE int32_t exchange(int32_t x, int distance) { return running().exchange(x, distance); }
 
-constexpr int kPatch = 8;  // few, so that tests need several
-struct DevicePatch {
-  uint64_t word[kPatch];
-};
+constexpr int kFewWords = 4, kManyWords = 16;  // so that tests need several launches
+inline bool many_words() { return true; }
 
 constexpr int64_t kAllBlocks = 16384, kSomeBlocks = 16;
 
@@ -129,6 +127,11 @@ int launch(void (*kernel)(Parameters...), int64_t blocks, int threads, void*, Ar
   } else {
     all();
   }
+  return 0;
+}
+
+template <class... Parameters>
+int load(void (*)(Parameters...)) {
   return 0;
 }
 

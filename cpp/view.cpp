@@ -203,7 +203,8 @@ bool device_of(const DLTensor& t, int* device, std::string* why) {
     *device = t.device_id;
     return true;
   }
-  if (why && why->empty()) *why = "expected an array on the CPU, got DLPack device type " + std::to_string(t.device_type);
+  if (why && why->empty())
+    *why = "expected an array on the CPU, got DLPack device type " + std::to_string(t.device_type);
   return false;
 }
 
@@ -219,10 +220,8 @@ void* stream_of(py::handle array, int device, bool* known) {
   }
   const auto module = py::type::handle_of(array).attr("__module__").cast<std::string>();
   if (module.rfind("torch", 0) == 0)
-    return reinterpret_cast<void*>(py::module_::import("torch.cuda")
-                                       .attr("current_stream")(device)
-                                       .attr("cuda_stream")
-                                       .cast<uintptr_t>());
+    return reinterpret_cast<void*>(
+        py::module_::import("torch.cuda").attr("current_stream")(device).attr("cuda_stream").cast<uintptr_t>());
   if (module.rfind("cupy", 0) == 0)
     return reinterpret_cast<void*>(
         py::module_::import("cupy.cuda").attr("get_current_stream")().attr("ptr").cast<uintptr_t>());

@@ -109,7 +109,8 @@ constexpr uint8_t kDLInt = 0, kDLUInt = 1, kDLFloat = 2, kDLBfloat = 4;
 const DLPackExchangeAPI* exchange_api(py::handle type);
 // Where a tensor lies as View says it; false where it is neither the CPU nor served by a library. `why` says more.
 bool device_of(const DLTensor& t, int* device, std::string* why = nullptr);
-// The stream on which the library that an array belongs to works; `known` is false where only the default one can be meant.
+// The stream on which the library that an array belongs to works; `known` is false where only the default one can be
+// meant.
 void* stream_of(py::handle array, int device, bool* known);
 // False where the element type is none of ours.
 bool format_of(const DLTensor& t, Format* format);
