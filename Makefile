@@ -12,7 +12,7 @@ CHECKED := python tests bench examples
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test integrations bench lint format stubs sanitize vectorized clean distclean
+.PHONY: help demo test integrations bench lint format stubs sanitize cuda vectorized clean distclean
 
 help: ## this list
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -34,19 +34,22 @@ lint: $(VENV)/.dev ## ruff, mypy, clang-format, stubs
 	$(BIN)/ruff format --check $(CHECKED)
 	$(BIN)/mypy python/fusedopt python/make_stubs.py bench examples
 	$(BIN)/mypy python/fusedopt/__init__.py python/fusedopt/numpy.py python/fusedopt/torch.py # behind their stubs
-	$(BIN)/clang-format --dry-run -Werror cpp/*.h cpp/*.cpp tests/sanitize/*.cpp
+	$(BIN)/clang-format --dry-run -Werror cpp/*.h cpp/*.cpp cpp/*.cu tests/sanitize/*.cpp
 	$(PY) python/make_stubs.py --check
 
 format: $(VENV)/.dev ## what of lint can be put right by machine
 	$(BIN)/ruff check --fix $(CHECKED)
 	$(BIN)/ruff format $(CHECKED)
-	$(BIN)/clang-format -i cpp/*.h cpp/*.cpp tests/sanitize/*.cpp
+	$(BIN)/clang-format -i cpp/*.h cpp/*.cpp cpp/*.cu tests/sanitize/*.cpp
 
 stubs: $(VENV)/.dev ## write the type stubs from the rules
 	$(PY) python/make_stubs.py
 
 sanitize: ## the core under the address, undefined-behaviour and thread sanitizers
 	sh tests/sanitize/run.sh
+
+cuda: $(VENV)/.dev ## compile the CUDA library and read its code; needs nvcc, no GPU
+	$(PY) bench/ptx.py $(ARGS)
 
 vectorized: ## which loops the compiler vectorises (GCC)
 	$(PYTHON) bench/vectorized.py $(ARGS)
@@ -59,13 +62,14 @@ distclean: clean ## remove .venv, too
 	rm -rf $(VENV)
 
 # One environment; the stamp's name is the extra that has been installed into it. Built without isolation, so that the
-# pinned build tools are used and only what changed is compiled again. A warning is an error, but not for somebody who
-# only wants to see the demo.
+# pinned build tools are used and only what changed is compiled again. A warning is an error, and the tests' simulated
+# device is built, but not for somebody who only wants to see the demo.
+$(VENV)/.%: strict = $(if $(filter test dev,$*)$(wildcard $(VENV)/.test $(VENV)/.dev),ON,OFF)
 $(VENV)/.%: $(SOURCES) | $(PY)
 	@echo "Installing fusedopt[$*] into $(VENV); the first time this takes minutes, most of them PyTorch's download"
 	@$(PY) -m pip install --quiet -c constraints.txt $(BUILD_TOOLS)
 	@$(PY) -m pip install --quiet -c constraints.txt --no-build-isolation --editable '.[$*]' -C build-dir=build/dev \
-	  -C cmake.define.FUSEDOPT_WERROR=$(if $(filter test dev,$*)$(wildcard $(VENV)/.test $(VENV)/.dev),ON,OFF)
+	  -C cmake.define.FUSEDOPT_WERROR=$(strict) -C cmake.define.FUSEDOPT_SIMULATED=$(strict)
 	@touch $@
 
 $(PY):

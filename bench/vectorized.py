@@ -45,7 +45,7 @@ def required() -> dict[str, set[int]]:
             r"  (?:static )?FUSEDOPT_\w+ (?:static )?void (\w+)\(|  static FUSEDOPT_\w+ void (\w+)\(", line
         ):
             function = m[1] or m[2]
-        if "for (int i = 0; i < kBlock" in line or ("for (int i = 0; i < n;" in line and function == "draw"):
+        if "for (int i = 0; i < kBlock" in line or ("for (int i = 0; i < U::numbers;" in line and function == "draw"):
             lines.setdefault(function, set()).add(number)
     return lines
 

@@ -1,0 +1,112 @@
+"""Builds the CUDA library for one architecture and reads its code: ``make cuda``. Needs nvcc, no GPU.
+
+Exits 1 unless the library opens and has every rule in every form; no kernel keeps a register in memory; every
+division and root is rounded to nearest; nothing is flushed to zero or approximated; and the compiler fuses nothing by
+itself: compiled with every ``fma1`` of the rules written as ``a * b + c``, the code has no fma at all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import shlex
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pybind11
+
+from fusedopt import _core
+
+ROOT = Path(__file__).parents[1]
+BUILD = ROOT / "build" / "cuda"
+FLOAT = r"\.(?:f32|f64|f16|bf16)\b"
+EXACT = re.compile(rf"\b(?:div|sqrt|rcp)\.(?!rn{FLOAT}).*{FLOAT}|\.ftz\b|\.approx\b|\brsqrt\.|\bex2\.|\blg2\.")
+FUSED = re.compile(rf"\b(?:fma|mad)\.\w+{FLOAT}")
+
+
+def build(architecture: str) -> None:
+    define = {
+        "FUSEDOPT_CUDA": "ON",
+        "FUSEDOPT_WERROR": "ON",  # registers in memory are warnings of ptxas
+        "CMAKE_CUDA_ARCHITECTURES": architecture,
+        "CMAKE_BUILD_TYPE": "Release",
+        "CMAKE_EXPORT_COMPILE_COMMANDS": "ON",
+        "Python_EXECUTABLE": sys.executable,
+        "pybind11_DIR": pybind11.get_cmake_dir(),
+        "SKBUILD_PROJECT_VERSION_FULL": _core.__version__,
+    }
+    beside = Path(sys.executable).parent
+    options = [f"-D{name}={value}" for name, value in define.items()]
+    ninja = f"-DCMAKE_MAKE_PROGRAM={beside / 'ninja'}"
+    subprocess.run([beside / "cmake", "-G", "Ninja", ninja, *options, "-S", ROOT, "-B", BUILD], check=True)
+    subprocess.run([beside / "cmake", "--build", BUILD, "--target", "cuda"], check=True)
+
+
+def commands() -> list[list[str]]:
+    """How the parts of the library have been compiled, up to the output."""
+    out = []
+    for entry in json.loads((BUILD / "compile_commands.json").read_text()):
+        words = shlex.split(entry["command"])
+        if words[-3].endswith("grid.cu"):
+            out.append(words[: words.index("-x")])
+    return out
+
+
+def ptx(command: list[str], *more: str) -> str:
+    """The code that is compiled with this command, as text."""
+    words = [w for w in command if not w.startswith(("--generate-code", "--compress"))]
+    architecture = re.search(r"compute_(\d+)", " ".join(command))
+    assert architecture
+    words += [f"-arch=compute_{architecture[1]}", *more, "-x", "cu", "-ptx", str(ROOT / "cpp" / "grid.cu"), "-o", "-"]
+    return subprocess.run(words, check=True, capture_output=True, text=True).stdout
+
+
+def kernels(text: str) -> dict[str, list[str]]:
+    """Instructions by kernel."""
+    parts = re.split(r"\.entry\s+(\w+)\(", text)[1:]
+    return {
+        name: [line.strip() for line in body.splitlines() if line.startswith("\t")]
+        for name, body in zip(parts[::2], parts[1::2], strict=True)
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--architecture", default="90")
+    build(parser.parse_args().architecture)
+    wrong = []
+
+    _core.set_device_library(str(next(BUILD.glob("_cuda.*"))))
+    expected = _core.formats()
+    if _core.device_formats() != expected:
+        wrong.append("the library does not have every rule in every form")
+    with ThreadPoolExecutor(2) as pool:
+        whole = list(pool.map(ptx, commands()))
+        plain = list(pool.map(lambda c: ptx(c, "-DFUSEDOPT_NO_FMA", "-DFUSEDOPT_FEW_FORMATS"), commands()))
+
+    found = {name: body for text in whole for name, body in kernels(text).items()}
+    updates = [name for name in found if "update" in name.partition("Update")[0]]
+    if len(updates) != sum(map(len, expected.values())):
+        wrong.append(f"{len(updates)} kernels for {sum(map(len, expected.values()))} combinations of rule and form")
+    for name, body in found.items():
+        wrong += [f"{name}: {line}" for line in body if EXACT.search(line)]
+    fused = sum(bool(FUSED.search(line)) for body in found.values() for line in body)
+    divided = sum(line.startswith(("div.rn", "sqrt.rn")) for body in found.values() for line in body)
+    if not fused or not divided:
+        wrong.append("no fma, division or root was found: the code is not read right")
+    for text in plain:
+        for name, body in kernels(text).items():
+            wrong += [f"{name}: fused by the compiler: {line}" for line in body if FUSED.search(line)]
+    for line in wrong[:20]:
+        print(line, file=sys.stderr)
+    print(
+        f"{len(updates)} update kernels of {len(found)}: {divided} divisions and roots, {fused} fma; {len(wrong)} wrong"
+    )
+    return bool(wrong)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
