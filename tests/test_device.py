@@ -13,7 +13,7 @@ import torch
 
 import fusedopt
 import fusedopt.torch as optim
-from device import CHUNK, LIBRARY, Graph, opened
+from device import CHUNK, Graph, opened
 from form_cases import CASES, Case, one_of_each_form
 from form_cases_torch import BOTH, DTYPES, filled, made
 from fusedopt import _core
@@ -49,7 +49,9 @@ def assert_same_bits(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> 
         if x.is_floating_point():
             assert torch.equal(x.isnan(), y.isnan()), key
             x, y = (torch.where(t.isnan(), 0, t) for t in (x, y))
-            x, y = (t.contiguous().view({8: torch.int64, 4: torch.int32, 2: torch.int16}[t.element_size()]) for t in (x, y))
+            x, y = (
+                t.contiguous().view({8: torch.int64, 4: torch.int32, 2: torch.int16}[t.element_size()]) for t in (x, y)
+            )
         assert torch.equal(x, y), f"{key}: {int((x != y).sum())} of {x.numel()} differ"
 
 
@@ -111,7 +113,12 @@ def test_layouts_that_differ_and_addresses_that_are_not_aligned(case: Case) -> N
     def run() -> Any:
         base = filled((6, 40, 33), case.param, 3)
         odd = filled((5001,), case.param, 4)
-        params = [base.permute(2, 0, 1), odd[1:], filled((64, 33), case.param, 5).t(), filled((130,), case.param, 6)[::2]]
+        params = [
+            base.permute(2, 0, 1),
+            odd[1:],
+            filled((64, 33), case.param, 5).t(),
+            filled((130,), case.param, 6)[::2],
+        ]
         params = [torch.nn.Parameter(p) for p in params]
         opt = made(case, params, **BOTH)
         for k in range(2):

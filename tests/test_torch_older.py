@@ -26,3 +26,19 @@ def test_steps_without_the_exchange_api_have_the_same_bits(name: str, monkeypatc
     monkeypatch.setattr(ours, "_EXCHANGE", False)
     for got, expected in zip(run(name), want, strict=True):
         assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("master", ["split16", "split8", "float32"])
+def test_forms_of_integers_are_read_there_too(master: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def kept() -> list[torch.Tensor]:
+        p = torch.nn.Parameter(torch.linspace(-1, 1, 200).bfloat16())
+        opt = ours.AdamW([p], lr=0.1, state_dtype="int8", master=master)
+        for k in range(3):
+            p.grad = torch.linspace(k, -1, 200).bfloat16()
+            opt.step()
+        return [p.detach(), *(v for v in opt.state[p].values() if isinstance(v, torch.Tensor))]
+
+    want = kept()
+    monkeypatch.setattr(ours, "_EXCHANGE", False)
+    for got, expected in zip(kept(), want, strict=True):
+        assert torch.equal(got, expected)

@@ -248,7 +248,7 @@ class _Fused(Optimizer):
 
     def _home(self) -> torch.device | None:
         """The device with kernels of ours where all parameters lie, if there is one; the CPU has its own way."""
-        if self._plan is None:
+        if self._plan is None and self._shards is None:
             places = {p.device for group in self.param_groups for p in group["params"]}
             self._place = places.pop() if len(places) == 1 else None
             if self._place is not None and not on_device(self._place):

@@ -94,9 +94,9 @@ def recode_master(p: torch.Tensor, state: dict[str, Any], form: forms.Form) -> N
     if master.dtype == wanted:
         return
     if p.device.type != "cpu":
-        here = {"master": master.cpu()}
-        recode_master(p.detach().cpu(), here, form)
-        state["master"] = here["master"].to(p.device)
+        moved: dict[str, Any] = {"master": master.cpu()}
+        recode_master(p.detach().cpu(), moved, form)
+        state["master"] = moved["master"].to(p.device)
         return
     state["master"] = like(p, wanted)
     if p.dtype == torch.bfloat16:
