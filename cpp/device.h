@@ -87,6 +87,7 @@ struct DeviceLibrary {
   int32_t device_type;  // DLPack's
   int n_kernels, n_loops;
   const DeviceLoop* (*loops)(int kernel);
+  int (*number)(const void* memory);  // the device that it lies on, -1 for the host; nullptr: as DLPack says
   int (*use)(int device, int* before);           // makes it current
   int (*ready)();                                // loads what a graph may need
   int (*allocate)(size_t bytes, void** memory);  // while a graph is captured, too

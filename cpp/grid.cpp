@@ -115,6 +115,7 @@ const DeviceLibrary library = {FUSEDOPT_VERSION,
                                kKernels,
                                int(sizeof(Loops<Sgd>::all) / sizeof(DeviceLoop)),
                                loops,
+                               kNumber,
                                use,
                                ready,
                                allocate,
@@ -142,12 +143,18 @@ const fusedopt::DeviceLibrary* fusedopt_device_library() {
   return &fusedopt::library;
 }
 #ifndef __CUDACC__
-// For tests: 0 begins a capture, 1 ends it, 2 replays what has been captured.
+// For tests: 0 begins a capture, 1 ends it, 2 replays what has been captured; 3: launches fail, until 1.
 extern "C" __attribute__((visibility("default"))) void fusedopt_graph(int what) {
   fusedopt::Graph& graph = fusedopt::graph();
   if (what == 0) graph.launches.clear();
   graph.capturing = what == 0;
+  graph.failing = what == 3;
   for (size_t i = 0; what == 2 && i < graph.launches.size(); ++i) graph.launches[i]();
+}
+// This memory shall lie on another device than 0, or on the host (-1); no bytes: all lies on 0 again.
+extern "C" __attribute__((visibility("default"))) void fusedopt_place(const char* begin, int64_t bytes, int device) {
+  if (bytes == 0) fusedopt::elsewhere().clear();
+  fusedopt::elsewhere().push_back({begin, begin + bytes, device});
 }
 #endif
 #endif

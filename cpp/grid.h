@@ -47,8 +47,7 @@ FUSEDOPT_DEVICE int32_t largest_of_8(int32_t x) {
 
 // Before the update, a thread for each row: counts the step and computes its constants.
 template <class U>
-FUSEDOPT_KERNEL(kThreads)
-prepare(DeviceTables t, int64_t first, int64_t rows) {
+FUSEDOPT_KERNEL prepare(DeviceTables t, int64_t first, int64_t rows) {
   const int64_t at = int64_t(block_index()) * kThreads + thread_index();
   if (at >= rows || skipped(*t.head)) return;
   DeviceRow& row = t.rows[first + at];
@@ -288,8 +287,7 @@ struct Grid {
 };
 
 template <class U>
-FUSEDOPT_KERNEL(kThreads)
-update(DeviceTables t, int64_t first) {
+FUSEDOPT_KERNEL update(DeviceTables t, int64_t first) {
   Grid<U>::run(t, first + block_index());
 }
 
@@ -318,7 +316,7 @@ FUSEDOPT_DEVICE void pair_up(double* x, int n, int thread, bool halves) {
   block_barrier();
 }
 
-FUSEDOPT_KERNEL(kNormThreads) sum_chunks(DeviceTables t) {
+FUSEDOPT_KERNEL sum_chunks(DeviceTables t) {
   FUSEDOPT_SHARED double lanes[kNormThreads];
   FUSEDOPT_SHARED double leaves[kLeaves];
   const DeviceChunk c = t.chunks[block_index()];
@@ -350,7 +348,7 @@ FUSEDOPT_KERNEL(kNormThreads) sum_chunks(DeviceTables t) {
 }
 
 // A block for each row. Rounds of kTreeThreads chunks give one number each, kept where the round began.
-FUSEDOPT_KERNEL(kTreeThreads) sum_rows(DeviceTables t) {
+FUSEDOPT_BIG_KERNEL(kTreeThreads) sum_rows(DeviceTables t) {
   FUSEDOPT_SHARED double some[kTreeThreads];
   const DeviceRow& row = t.rows[block_index()];
   double* const x = t.chunk_sums + row.chunk;
@@ -369,7 +367,7 @@ FUSEDOPT_KERNEL(kTreeThreads) sum_rows(DeviceTables t) {
 }
 
 // One block: rows one after the other.
-FUSEDOPT_KERNEL(kTreeThreads) sum_all(DeviceTables t, int64_t rows) {
+FUSEDOPT_BIG_KERNEL(kTreeThreads) sum_all(DeviceTables t, int64_t rows) {
   FUSEDOPT_SHARED double some[kTreeThreads];
   const int thread = thread_index();
   double sum = 0;
@@ -392,8 +390,7 @@ struct Words {
   uint64_t word[size];
 };
 template <int size>
-FUSEDOPT_KERNEL(kThreads)
-write_words(uint64_t* to, Words<size> words, int n) {
+FUSEDOPT_KERNEL write_words(uint64_t* to, Words<size> words, int n) {
   const int i = int(block_index()) * kThreads + thread_index();
   if (i < n) to[i] = words.word[i];
 }

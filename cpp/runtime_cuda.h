@@ -3,7 +3,8 @@
 #include <cuda_runtime.h>
 
 #define FUSEDOPT_DEVICE __device__ inline
-#define FUSEDOPT_KERNEL(threads) __global__ void __launch_bounds__(threads)
+#define FUSEDOPT_KERNEL __global__ void
+#define FUSEDOPT_BIG_KERNEL(threads) __global__ void __launch_bounds__(threads)  // of so many that registers run short
 #define FUSEDOPT_SHARED __shared__
 #define FUSEDOPT_ROLLED _Pragma("unroll 1")
 #define FUSEDOPT_UNROLL _Pragma("unroll")
@@ -51,6 +52,7 @@ int load(void (*kernel)(Parameters...)) {
 
 constexpr const char* kKind = "cuda";
 constexpr int32_t kDeviceType = 2;
+constexpr int (*kNumber)(const void*) = nullptr;
 
 inline int use(int device, int* before) {
   const cudaError_t error = cudaGetDevice(before);

@@ -14,7 +14,8 @@
 #include <vector>
 
 #define FUSEDOPT_DEVICE inline
-#define FUSEDOPT_KERNEL(threads) inline void
+#define FUSEDOPT_KERNEL inline void
+#define FUSEDOPT_BIG_KERNEL(threads) inline void
 #define FUSEDOPT_SHARED static
 #define FUSEDOPT_ROLLED
 #define FUSEDOPT_UNROLL
@@ -25,12 +26,22 @@ namespace fusedopt {
 
 // What has been launched since the capture began; one for all parts of the library.
 struct Graph {
-  bool capturing = false;
+  bool capturing = false, failing = false;
   std::vector<std::function<void()>> launches;
 };
 inline Graph& graph() {
   static Graph g;
   return g;
+}
+
+// Memory that does not lie on device 0.
+struct Elsewhere {
+  const char *begin, *end;
+  int device;
+};
+inline std::vector<Elsewhere>& elsewhere() {
+  static std::vector<Elsewhere> list;
+  return list;
 }
 
 namespace {
@@ -122,6 +133,7 @@ int launch(void (*kernel)(Parameters...), int64_t blocks, int threads, void*, Ar
     for (int64_t b = blocks - 1; b >= 0; --b)
       if (blocks <= kAllBlocks || b < kSomeBlocks || b >= blocks - kSomeBlocks) running().run(b, threads, body);
   };
+  if (graph().failing) return 2;
   if (graph().capturing) {
     graph().launches.push_back(all);
   } else {
@@ -137,6 +149,12 @@ int load(void (*)(Parameters...)) {
 
 constexpr const char* kKind = "simulated";
 constexpr int32_t kDeviceType = 1;  // DLPack's CPU
+inline int number(const void* memory) {
+  for (const Elsewhere& e : elsewhere())
+    if (memory >= e.begin && memory < e.end) return e.device;
+  return 0;
+}
+constexpr int (*kNumber)(const void*) = number;
 
 inline int use(int, int* before) { return *before = 0; }
 inline int allocate(size_t bytes, void** memory) {
@@ -163,7 +181,7 @@ inline int capturing(void*, bool* yes) {
   return 0;
 }
 inline int synchronize(void*) { return 0; }
-inline const char* message(int) { return "not while a graph is being captured"; }
+inline const char* message(int error) { return error == 2 ? "told to fail" : "not while a graph is being captured"; }
 
 }  // namespace
 }  // namespace fusedopt

@@ -200,7 +200,7 @@ bool device_of(const DLTensor& t, int* device, std::string* why) {
   if (t.device_type == kDLCpu && (!library || library->device_type != kDLCpu)) return true;
   if (t.device_type == kDLCuda && !library) library = device_library(why);
   if (library && library->device_type == t.device_type) {
-    *device = t.device_id;
+    *device = library->number ? library->number(static_cast<const char*>(t.data) + t.byte_offset) : t.device_id;
     return true;
   }
   if (why && why->empty())

@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
+
 from fusedopt import _core
 
 LIBRARY = Path(_core.__file__).with_name("_simulated.so")
@@ -27,19 +29,43 @@ def opened(path: Path = LIBRARY) -> Iterator[None]:
         _core.set_device_library("")
 
 
-class Graph:
-    """What is launched within ``capture`` runs at each ``replay``, and not before."""
+def _graph(what: int) -> None:
+    ctypes.CDLL(str(LIBRARY)).fusedopt_graph(what)
 
-    def __init__(self) -> None:
-        self._act = ctypes.CDLL(str(LIBRARY)).fusedopt_graph
 
-    @contextmanager
-    def capture(self) -> Iterator[None]:
-        self._act(0)
-        try:
-            yield
-        finally:
-            self._act(1)
+@contextmanager
+def capture() -> Iterator[None]:
+    """What is launched now runs at each ``replay``, and not before."""
+    _graph(0)
+    try:
+        yield
+    finally:
+        _graph(1)
 
-    def replay(self) -> None:
-        self._act(2)
+
+def replay() -> None:
+    _graph(2)
+
+
+@contextmanager
+def failing() -> Iterator[None]:
+    """Nothing can be launched."""
+    _graph(3)
+    try:
+        yield
+    finally:
+        _graph(1)
+
+
+@contextmanager
+def placed(devices: dict[torch.Tensor, int]) -> Iterator[None]:
+    """These tensors lie on other devices than 0, or on the host (-1)."""
+    place = ctypes.CDLL(str(LIBRARY)).fusedopt_place
+    place.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int]
+    place(None, 0, 0)
+    for tensor, device in devices.items():
+        place(tensor.data_ptr(), tensor.untyped_storage().nbytes(), device)
+    try:
+        yield
+    finally:
+        place(None, 0, 0)

@@ -13,7 +13,7 @@ import torch
 
 import fusedopt
 import fusedopt.torch as optim
-from device import CHUNK, Graph, opened
+from device import CHUNK, capture, failing, opened, placed, replay
 from form_cases import CASES, Case, one_of_each_form
 from form_cases_torch import BOTH, DTYPES, filled, made
 from fusedopt import _core
@@ -244,19 +244,19 @@ def test_a_replayed_graph_gives_the_values_of_plain_steps(case: Case, max_norm: 
         want.step()
 
     with opened():
-        params, graph = parameters(case, lengths), Graph()
+        params = parameters(case, lengths)
         opt = made(case, params, max_grad_norm=max_norm)
         for k in range(2):
             gradients(params, k)
             opt.step()
         before = {k: v.clone() for k, v in everything(opt).items()}
-        with graph.capture():
+        with capture():
             opt.step()
         assert_same_bits(everything(opt), before)
         norm = opt.last_grad_norm  # the graph's: it writes there at every replay
         for k in (2, 3):
             gradients(params, k)
-            graph.replay()
+            replay()
         static = [p.grad for p in params]
         for p, g in zip(params, static, strict=True):  # plain steps in between, on gradients elsewhere
             p.grad = None if g is None else g.clone()
@@ -266,21 +266,21 @@ def test_a_replayed_graph_gives_the_values_of_plain_steps(case: Case, max_norm: 
         for p, g in zip(params, static, strict=True):
             p.grad = g
         gradients(params, 6)
-        graph.replay()
+        replay()
     assert norm is None or torch.equal(norm, want.last_grad_norm)
     assert_same_bits(everything(opt), everything(want))
 
 
 def test_a_step_that_has_to_send_everything_can_be_captured_first(device: None) -> None:
     params = [torch.nn.Parameter(filled((n,), "float32", n)) for n in (5, 200)]
-    opt, graph = optim.Adam(params, lr=0.1, capturable=True), Graph()
+    opt = optim.Adam(params, lr=0.1, capturable=True)
     for p in params:
         p.grad = torch.ones_like(p)
-    with graph.capture():
+    with capture():
         opt.step()
     assert float(opt.state[params[0]]["step"]) == 0
-    graph.replay()
-    graph.replay()
+    replay()
+    replay()
     assert float(opt.state[params[0]]["step"]) == 2
     assert bool((params[1] != filled((200,), "float32", 200)).all())
 
@@ -316,6 +316,67 @@ def test_more_elements_than_32_bits_count(device: None, n_states: int) -> None:
     for end in ends:
         assert all(torch.equal(x[end], y) for x, y in zip(arrays, want, strict=True))
     assert not torch.equal(want[0], filled((1000,), "bfloat16", 0))
+
+
+# ---- several devices, failures
+
+
+@pytest.mark.parametrize("max_norm", [None, 0.5])
+def test_one_optimizer_over_two_devices_and_the_host(max_norm: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    params = [torch.nn.Parameter(filled((n,), "float32", n)) for n in (300, 5, CHUNK + 3, 77)]
+    twins = [torch.nn.Parameter(p.detach().clone()) for p in params]
+    want, opt = (optim.AdamW(list(ps), lr=0.01, max_grad_norm=max_norm) for ps in (twins, params))
+
+    def gradients(k: int) -> None:
+        for i, (p, twin) in enumerate(zip(params, twins, strict=True)):
+            g = filled(p.shape, "float32", 31 * k + i)
+            p.grad = g if p.grad is None else p.grad.copy_(g)
+            twin.grad = g.clone()
+
+    for k in range(4):
+        gradients(k)
+        want.step()
+        if k == 0:
+            opt.step()  # all on the CPU
+            continue
+        with opened():
+            monkeypatch.setattr(optim, "on_device", lambda device: False)  # to torch there is one device only
+            there = dict(zip(params, (0, 1, -1, 1), strict=True))
+            all_of = [(t, d) for p, d in there.items() for t in (p.detach(), p.grad, *opt.state[p].values())]
+            with placed(dict(all_of)):
+                opt.step()
+    if max_norm is None:
+        assert_same_bits(everything(opt), everything(want))
+        return
+    assert opt.last_grad_norm == pytest.approx(want.last_grad_norm.item(), rel=1e-6)
+    for name, x in everything(want).items():
+        assert torch.allclose(everything(opt)[name], x, rtol=1e-5, atol=1e-7), name
+
+
+def test_operands_on_different_devices_are_refused_before_anything_is_written(device: None) -> None:
+    p = torch.nn.Parameter(torch.ones(9))
+    p.grad = torch.ones(9)
+    opt = optim.SGD([p], lr=0.1)
+    with placed({p.grad: 1}), pytest.raises(RuntimeError, match="change while step"):
+        opt.step()
+    assert bool((p == 1).all())
+    opt.step()
+    assert bool((p != 1).all())
+
+
+def test_a_launch_that_fails_raises_the_devices_own_message_and_the_next_step_is_whole(device: None) -> None:
+    def run(fail: bool) -> Any:
+        p = torch.nn.Parameter(torch.ones(300))
+        opt = optim.Adam([p], lr=0.1)
+        for k in range(4):
+            p.grad = filled((300,), "float32", k)
+            if fail and k in (0, 2):
+                with failing(), pytest.raises(RuntimeError, match=r"simulated error 2 while .*: told to fail"):
+                    opt.step()
+            opt.step()
+        return opt
+
+    assert_same_bits(everything(run(fail=True)), everything(run(fail=False)))
 
 
 # ---- in-place functions, and what is refused

@@ -16,7 +16,7 @@ from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch.optim import optimizer as _torch_optimizer
 
 from .torch import _TYPES, _optimizers
-from .torch_forms import DTYPES
+from .torch_forms import DTYPES, refused
 
 Tensors = Sequence[torch.Tensor]
 
@@ -59,7 +59,8 @@ def _fake(number: str, chosen: Sequence[int], params: Tensors, grads: Tensors, s
     """Has no result; what it changes, it has declared."""
 
 
-_library.impl("step", _run, "CPU")
+for _device in ("CPU", "CUDA"):
+    _library.impl("step", _run, _device)
 torch.library.register_fake("fusedopt::step", _fake, lib=_library)
 
 
@@ -83,7 +84,7 @@ def _prepare(number: str, chosen: tuple[int, ...]) -> bool:
     everything = [(group, p) for group in opt.param_groups for p in group["params"]]
     picked = [everything[i] for i in chosen]
     for group, p in picked:
-        plain = type(p) in _TYPES and p.layout == torch.strided and p.device.type == "cpu" and p.dtype in _NAMES
+        plain = type(p) in _TYPES and p.layout == torch.strided and not refused(p.device.type) and p.dtype in _NAMES
         if not plain or opt._group_reason(group):
             return False
     states: list[torch.Tensor] = []

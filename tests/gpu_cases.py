@@ -1,0 +1,144 @@
+"""What the tests on a GPU share: whether there is one, numbers of every kind, runs on the CPU and on the GPU, their
+comparison to the bit. No tests here."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+
+from form_cases import Case, Options
+from form_cases_torch import DTYPES, made
+from fusedopt import forms
+from fusedopt.bench.gpu import missing
+from fusedopt.rules import RULES
+from torch_cases import generator, values
+from torch_compare import all_params
+
+DEVICE = "cuda"
+MISSING = missing()
+NEEDS_GPU = [pytest.mark.gpu, pytest.mark.skipif(bool(MISSING), reason=f"needs a GPU: {MISSING}")]
+
+# Around a block of codes and a chunk of 16384, nothing, and a length that is a multiple of neither.
+LENGTHS = (0, 1, 63, 64, 65, 16383, 16384, 16385, 100_003)
+BASE = LENGTHS[-1]
+WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+class Plain(Case):
+    """A rule as torch has it: one dtype throughout, states of 16 bits rounded to nearest."""
+
+    @property
+    def kept(self) -> Options:
+        return {}
+
+    def __str__(self) -> str:
+        return f"plain-{super().__str__()}"
+
+
+def plain(name: str, dtype: str = "float32", variant: tuple[str, ...] = ()) -> Case:
+    return Plain(RULES[name], variant, dtype, dtype, forms.Form(dtype, None, False, False))
+
+
+PLAIN = [plain(name, dtype, variant) for name in RULES for variant in RULES[name].variants for dtype in DTYPES]
+
+
+@cache
+def _numbers(n: int, dtype: str, seed: int) -> torch.Tensor:
+    return values((n,), torch.float64, generator(seed)).to(DTYPES[dtype])
+
+
+def numbers(n: int, dtype: str = "float32", seed: int = 0) -> torch.Tensor:
+    """Normal numbers whose size varies over two decades; long ones repeat. On the CPU, and shared: write to none."""
+    return _numbers(n, dtype, seed) if n <= BASE else _numbers(BASE, dtype, seed).repeat(n // BASE + 1)[:n]
+
+
+@cache
+def patterns(n: int, dtype: str) -> torch.Tensor:
+    """Bits as numbers: all there are of 16 bits, of more some at random. NaN, infinities, denormals are among them."""
+    size = DTYPES[dtype].itemsize
+    if size == 2:
+        return torch.arange(n).to(torch.int16).view(DTYPES[dtype])
+    return torch.randint(-128, 128, (n * size,), generator=generator(n), dtype=torch.int8).view(DTYPES[dtype])
+
+
+def gradient(n: int, dtype: str, step: int, place: int) -> torch.Tensor:
+    """Zeros, denormals or any bits for some tensors in some of the first steps, else numbers."""
+    usual = numbers(n, dtype, 100 * step + place)
+    if step == 0 and place % 3 == 0:
+        return torch.zeros_like(usual)
+    if step == 1 and place % 3 == 1:
+        return usual * torch.finfo(usual.dtype).tiny
+    return patterns(n, dtype) if step == 3 and place % 2 == 0 else usual
+
+
+def parameters(case: Case, device: str, lengths: Sequence[int] = LENGTHS) -> list[torch.nn.Parameter]:
+    return [parameter(case, numbers(n, case.param, 7000 + i).to(device, copy=True)) for i, n in enumerate(lengths)]
+
+
+def parameter(case: Case, data: torch.Tensor) -> torch.nn.Parameter:
+    p = torch.nn.Parameter(data)
+    if case.param != case.grad:
+        p.grad_dtype = None
+    return p
+
+
+def stepped(opt: Any, case: Case, steps: Sequence[int]) -> None:
+    """These steps of the case's run; every gradient is a new tensor."""
+    for k in steps:
+        for i, p in enumerate(all_params(opt)):
+            p.grad = gradient(p.numel(), case.grad, k, i).view(p.shape).to(p.device, copy=True)
+        opt.step()
+
+
+def trained(case: Case, device: str, steps: int = 5, lengths: Sequence[int] = LENGTHS, **options: Any) -> Any:
+    opt = made(case, parameters(case, device, lengths), **options)
+    stepped(opt, case, range(steps))
+    return opt
+
+
+def both(run: Callable[[str], Any]) -> tuple[Any, Any]:
+    """What the run gives on the CPU and on the GPU."""
+    return run("cpu"), run(DEVICE)
+
+
+def kept(opt: Any) -> dict[str, torch.Tensor]:
+    """Every parameter and all its state, end to end by name and dtype, on the CPU."""
+    parts: dict[str, list[torch.Tensor]] = defaultdict(list)
+    for p in all_params(opt):
+        for name, t in {"param": p.detach(), **opt.state.get(p, {})}.items():
+            if isinstance(t, torch.Tensor):
+                assert t.device == p.device, f"{name} is on {t.device}, its parameter on {p.device}"
+                parts[f"{name} {t.dtype}"].append(t.reshape(-1))
+    return {key: torch.cat([t.to(some[0].device) for t in some]).cpu() for key, some in parts.items()}
+
+
+def differing(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Where the bits differ; any NaN is like any other, as payloads differ between machines."""
+    word = WORDS[a.element_size()]
+    wrong = a.view(word) != b.view(word)
+    return wrong & ~(a.isnan() & b.isnan()) if a.is_floating_point() else wrong
+
+
+def assert_same_bits(a: torch.Tensor, b: torch.Tensor, what: str = "") -> None:
+    assert (a.dtype, a.shape) == (b.dtype, b.shape), f"{what}: {a.dtype} {a.shape} against {b.dtype} {b.shape}"
+    wrong = differing(a, b)
+    if wrong.any():
+        i = int(wrong.flatten().int().argmax())
+        pair = f"{a.flatten()[i].item()!r} against {b.flatten()[i].item()!r}"
+        raise AssertionError(f"{what}: {int(wrong.sum())} of {a.numel()} differ, first at {i}: {pair}")
+
+
+def assert_same(there: Any, here: Any) -> None:
+    """Two optimizers have the same bits in all they keep, and neither has left a tensor to torch's own step."""
+    for opt in (there, here):
+        assert opt._plan is not None
+        assert not opt._foreign
+    a, b = kept(there), kept(here)
+    assert a.keys() == b.keys()
+    for key, value in b.items():
+        assert_same_bits(a[key], value, key)

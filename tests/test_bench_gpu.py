@@ -1,0 +1,145 @@
+"""The suite ``gpu`` of the benchmark, where there is no GPU: its cases, its clock over a device that is made up, a case
+run with the CPU in a GPU's place, the table, and what the command line says."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("torch")
+
+from fusedopt.__main__ import SUITES as DESCRIBED
+from fusedopt.__main__ import main
+from fusedopt.bench import LARGE, SUITES, Case, Result, gpu, render, run_case, save
+from fusedopt.bench.cases import CEILING
+from fusedopt.bench.contenders import OURS
+from fusedopt.bench.timing import Contender, Times, race
+from fusedopt.rules import RULES
+
+
+class Device:
+    """A GPU that does what is queued when somebody waits for it: milliseconds, one kernel after the other."""
+
+    def __init__(self) -> None:
+        self.now, self.queue = 0.0, []  # type: float, list[Any]
+
+    def launch(self, milliseconds: float) -> None:
+        self.queue.append(milliseconds)
+
+    def synchronize(self) -> None:
+        for entry in self.queue:
+            if isinstance(entry, float):
+                self.now += entry
+            else:
+                entry.at = self.now
+        self.queue.clear()
+
+    def Event(self, enable_timing: bool) -> Any:  # torch.cuda's name
+        assert enable_timing
+        device = self
+
+        class Event:
+            at: float | None = None
+
+            def record(self) -> None:
+                device.queue.append(self)
+
+            def synchronize(self) -> None:
+                device.synchronize()
+
+            def elapsed_time(self, end: Any) -> float:
+                assert self.at is not None
+                assert end.at is not None, "read before it was reached"
+                return float(end.at - self.at)
+
+        return Event()
+
+
+def test_a_span_is_that_of_the_devices_events_and_not_of_the_calls() -> None:
+    device = Device()
+    clock = gpu.events(device)
+    device.launch(7.0)  # of somebody before
+    clock.settle()
+    start = clock.mark()
+    device.launch(2.0)
+    device.launch(1.5)
+    assert clock.seconds(start, clock.mark()) == pytest.approx(3.5e-3)
+
+
+def test_contenders_are_raced_by_the_devices_clock() -> None:
+    device = Device()
+    slow, fast = Contender(lambda: device.launch(3.0)), Contender(lambda: device.launch(0.1))
+    fresh = Contender(lambda: device.launch(0.5), setup=lambda: device.launch(50.0))
+    times = race({"slow": slow, "fast": fast, "fresh": fresh}, rounds=6, sample_seconds=1e-3, clock=gpu.events(device))
+    assert {name: t.calls for name, t in times.items()} == {"slow": 10, "fast": 10, "fresh": 10}
+    assert {name: t.median for name, t in times.items()} == pytest.approx({"slow": 3e-3, "fast": 1e-4, "fresh": 5e-4})
+
+
+def test_the_cases_can_be_listed_without_a_gpu() -> None:
+    assert set(DESCRIBED) == set(SUITES)
+    cases = SUITES["gpu"](LARGE)
+    assert len({case.label for case in cases}) == len(cases)
+    assert {case.rule for case in cases} == set(RULES)
+    assert all(case.kind == "gpu" and case.bytes for case in cases)
+    assert all(bar in case.against for case in cases for bar in case.bars)
+    sizes = [case.elements for case in cases]
+    assert 1 << 28 in sizes
+    assert 64_000 in sizes
+    assert 640_000 in sizes
+    assert 1_235_814_400 in sizes
+
+
+@pytest.fixture
+def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fusedopt.bench.timing import HOST
+
+    monkeypatch.setattr(gpu, "DEVICE", "cpu")
+    monkeypatch.setattr(gpu, "clock", lambda: HOST)
+
+
+@pytest.mark.parametrize("label", ["Adam f32, 2K", "RMSprop f32", "SGD f32", "Lion f32", "split8"])
+def test_a_case_runs_with_the_cpu_in_a_gpus_place(on_the_cpu: None, label: str, tmp_path: Path) -> None:
+    case = next(c for c in SUITES["gpu"](64) if c.label.startswith(label) or label in c.label)
+    result = run_case(case, "gpu", rounds=2)
+    ran = {OURS} | ({CEILING} & set(case.against)) | {n for n in gpu.TORCH if n in case.against}
+    ran -= set(gpu.TORCH) if case.rule == "Lion" else {"fused"} if case.rule == "RMSprop" else set()
+    assert ran <= set(result.times)
+    text = render([result])
+    assert case.label in text
+    assert "copy_" in text
+    save([result], tmp_path / "gpu.json")
+    assert json.loads((tmp_path / "gpu.json").read_text())["results"][0]["case"] == case.label
+
+
+def test_ours_may_not_be_torchs_own_step(on_the_cpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fusedopt.torch import Adam, FallbackWarning
+
+    monkeypatch.setattr(Adam, "_group_reason", lambda self, group: "it is not there")
+    with pytest.raises(FallbackWarning, match="it is not there"):
+        run_case(Case("Adam", ("default",), shapes=((8,),), kind="gpu"), rounds=1)
+
+
+def test_the_table_has_times_and_bars_and_the_copy_as_ceiling() -> None:
+    def result(bars: dict[str, float], label: str) -> Result:
+        case = Case(label, ("fused", CEILING), shapes=((1 << 20,),), kind="gpu", bars=bars)
+        seconds = {OURS: 28e-6, "fused": 42e-6, CEILING: 7e-6}  # 28 bytes a parameter against 8
+        return Result("gpu", case, {name: Times(1, [s] * 5) for name, s in seconds.items()})
+
+    rows = [result({"fused": 1.0, CEILING: 0.92}, "promised"), result({}, "shown")]
+    assert rows[0].share == pytest.approx(0.875)
+    assert [bar.ok for bar in rows[0].bars] == [True, False]
+    text = render(rows)
+    assert "of copy_" in text
+    assert "1.50x" in text
+    assert "share of copy_" in text
+    assert "missed" in text
+    assert "mul_" not in text
+
+
+def test_a_machine_without_a_gpu_is_told_why_nothing_runs(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu, "missing", lambda: "torch finds no GPU")
+    assert main(["bench", "--suite", "gpu", "--quiet"]) == 2
+    assert "skipped gpu: torch finds no GPU" in capsys.readouterr().err
