@@ -83,11 +83,12 @@ struct DeviceLoop {
 
 struct DeviceLibrary {
   const char* version;  // of fusedopt
+  size_t size;          // kLibrarySize, as it was when the library was compiled
   const char* kind;
   int32_t device_type;  // DLPack's
   int n_kernels, n_loops;
   const DeviceLoop* (*loops)(int kernel);
-  int (*number)(const void* memory);  // the device that it lies on, -1 for the host; nullptr: as DLPack says
+  int (*number)(const void* memory);             // the device that it lies on, -1 for the host; nullptr: as DLPack says
   int (*use)(int device, int* before);           // makes it current
   int (*ready)();                                // loads what a graph may need
   int (*allocate)(size_t bytes, void** memory);  // while a graph is captured, too
@@ -100,5 +101,9 @@ struct DeviceLibrary {
   int (*synchronize)(void* stream);
   const char* (*message)(int error);
 };
+
+// Of all that crosses the border.
+constexpr size_t kLibrarySize = sizeof(DeviceLibrary) + sizeof(DeviceHead) + sizeof(DeviceGroup) + sizeof(DeviceRow) +
+                                sizeof(DeviceReady) + sizeof(DeviceTables);
 
 }  // namespace fusedopt

@@ -76,8 +76,9 @@ const DeviceLibrary* device_library(std::string* why) {
       refusal = "this fusedopt was built without CUDA: pip install it with -C cmake.define.FUSEDOPT_CUDA=ON";
     } else if (Entry entry = entry_of(path, &refusal)) {
       const DeviceLibrary* found = entry();
-      if (strcmp(found->version, FUSEDOPT_VERSION) != 0 || found->n_kernels != table().n_kernels) {
-        refusal = path + " belongs to fusedopt " + found->version;
+      if (strcmp(found->version, FUSEDOPT_VERSION) != 0 || found->size != kLibrarySize ||
+          found->n_kernels != table().n_kernels) {
+        refusal = path + " belongs to another build of fusedopt, " + found->version;
       } else {
         opened = found;
       }

@@ -110,6 +110,7 @@ int norm(const DeviceTables& t, int64_t rows, int64_t chunks, void* stream) {
 }
 
 const DeviceLibrary library = {FUSEDOPT_VERSION,
+                               kLibrarySize,
                                kKind,
                                kDeviceType,
                                kKernels,

@@ -144,6 +144,19 @@ def test_the_norm_is_the_cpus_to_the_bit(dtype: str, lengths: tuple[int, ...]) -
     assert_same_bits(everything(here), everything(there))
 
 
+def test_the_norm_of_more_chunks_than_a_block_has_threads() -> None:
+    def run() -> Any:
+        p = torch.nn.Parameter(filled((1030 * CHUNK + 9,), "bfloat16", 1))
+        opt = optim.SGD([p], lr=0.1, max_grad_norm=1.0)
+        p.grad = filled(p.shape, "bfloat16", 2)
+        opt.step()
+        return opt
+
+    here, there = both(run)
+    assert torch.equal(here.last_grad_norm, there.last_grad_norm)
+    assert_same_bits(everything(here), everything(there))
+
+
 def test_an_infinite_norm_is_the_cpus() -> None:
     def run() -> Any:
         p = torch.nn.Parameter(torch.ones(70))
