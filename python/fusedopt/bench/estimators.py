@@ -47,13 +47,14 @@ def _chunks() -> Callable[[], slice]:
     return lambda: slice((k := next(turn) * CHUNK % ROWS), k + CHUNK)
 
 
-def _network(batch: int, name: str) -> Contender:
+def network(batch: int, name: str, seed: int = 0) -> Contender:
+    """A step trains on the next CHUNK rows; the note is the accuracy on the test rows so far."""
     x, y, x_test, y_test = images()
     part, classes = _chunks(), np.arange(10)
     if name == TORCH:
-        return _torch_network(batch)
+        return _torch_network(batch, seed)
     module = importlib.import_module("fusedopt.estimators" if name == OURS else "sklearn.neural_network")
-    model = module.MLPClassifier((128,), batch_size=batch, random_state=0)
+    model = module.MLPClassifier((128,), batch_size=batch, random_state=seed)
 
     def step() -> None:
         rows = part()
@@ -62,16 +63,25 @@ def _network(batch: int, name: str) -> Contender:
     return Contender(step, note=lambda: f"test accuracy {model.score(x_test, y_test):.2%}")
 
 
-def _torch_network(batch: int) -> Contender:
+def _torch_network(batch: int, seed: int) -> Contender:
+    """The same network: initialised and penalised as scikit-learn does it."""
     import torch
     from torch import nn
 
     x, y, x_test, y_test = (torch.from_numpy(a) for a in images())
     with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = nn.Sequential(nn.Linear(784, 128), nn.ReLU(), nn.Linear(128, 10))
-    opt = torch.optim.Adam(model.parameters(), fused=True)
-    part, random = _chunks(), torch.Generator().manual_seed(0)
+        torch.manual_seed(seed)
+        layers = nn.Linear(784, 128), nn.Linear(128, 10)
+        model = nn.Sequential(layers[0], nn.ReLU(), layers[1])
+        for layer in layers:
+            bound = (6 / (layer.in_features + layer.out_features)) ** 0.5
+            for p in layer.parameters():
+                nn.init.uniform_(p, -bound, bound)
+    weights, biases = ([p for p in model.parameters() if p.ndim == n] for n in (2, 1))
+    alpha = 1e-4 / batch
+    groups: list[dict[str, Any]] = [{"params": weights, "weight_decay": alpha}, {"params": biases}]
+    opt = torch.optim.Adam(groups, fused=True)
+    part, random = _chunks(), torch.Generator().manual_seed(seed)
 
     def step() -> None:
         rows = part()
@@ -161,5 +171,5 @@ def _softmax(name: str) -> Contender:
 def builder(case: Case) -> Callable[[str], Contender]:
     """What makes the contenders of a case, by name."""
     if case.model.startswith("MLP"):
-        return lambda name: _network(int(case.model.split()[1]), name)
+        return lambda name: network(int(case.model.split()[1]), name)
     return _logistic if case.model == "logistic" else _softmax
