@@ -101,6 +101,12 @@ def _bump(tensors: list[torch.Tensor]) -> None:
                 torch.autograd.graph.increment_version(tensor)
 
 
+def _check_capture(opt: Any) -> None:
+    """torch's own check that what is captured into a graph can be; it has had two names."""
+    now = getattr(opt, "_accelerator_graph_capture_health_check", None)
+    (now or opt._cuda_graph_capture_health_check)()
+
+
 def _scalar_on(device: torch.device, x: torch.Tensor | None) -> bool:
     """Can kernels on this device read it? None they need not."""
     return x is None or (type(x) in _TYPES and x.device == device and x.dtype == torch.float32 and x.numel() == 1)
@@ -212,7 +218,7 @@ class _Fused(Optimizer):
         unscale, found_inf, scale = 1.0, None, None
         home = self._home()
         if home is not None and home.type != "cpu" and "capturable" in self.defaults:
-            self._cuda_graph_capture_health_check()
+            _check_capture(self)
         self._skipped = False
         if "found_inf" in self.__dict__ or "grad_scale" in self.__dict__:
             found_inf, scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
