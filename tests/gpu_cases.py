@@ -16,6 +16,7 @@ from form_cases_torch import DTYPES, made
 from fusedopt import forms
 from fusedopt.bench.gpu import missing
 from fusedopt.rules import RULES
+from helpers import SPECIAL
 from torch_cases import generator, values
 from torch_compare import all_params
 
@@ -59,11 +60,13 @@ def numbers(n: int, dtype: str = "float32", seed: int = 0) -> torch.Tensor:
 
 @cache
 def patterns(n: int, dtype: str) -> torch.Tensor:
-    """Bits as numbers: all there are of 16 bits, of more some at random. NaN, infinities, denormals are among them."""
+    """Bits as numbers: all there are of 16 bits, of more some at random behind NaN, infinities, zeros, denormals."""
     size = DTYPES[dtype].itemsize
     if size == 2:
         return torch.arange(n).to(torch.int16).view(DTYPES[dtype])
-    return torch.randint(-128, 128, (n * size,), generator=generator(n), dtype=torch.int8).view(DTYPES[dtype])
+    out = torch.randint(-128, 128, (n * size,), generator=generator(n), dtype=torch.int8).view(DTYPES[dtype])
+    out[: len(SPECIAL)] = torch.tensor(SPECIAL[:n], dtype=torch.float64).to(out.dtype)
+    return out
 
 
 def gradient(n: int, dtype: str, step: int, place: int) -> torch.Tensor:
@@ -99,6 +102,21 @@ def trained(case: Case, device: str, steps: int = 5, lengths: Sequence[int] = LE
     opt = made(case, parameters(case, device, lengths), **options)
     stepped(opt, case, range(steps))
     return opt
+
+
+def start(device: str, lengths: Sequence[int] = (5, 64, 20_000)) -> list[torch.nn.Parameter]:
+    """A few parameters in float32."""
+    return parameters(plain("SGD"), device, lengths)
+
+
+def rows(steps: int, device: str, lengths: Sequence[int] = (5, 64, 20_000)) -> list[list[torch.Tensor]]:
+    """Gradients for them, made beforehand."""
+    return [[numbers(n, seed=50 * k + i).to(device, copy=True) for i, n in enumerate(lengths)] for k in range(steps)]
+
+
+def give(params: Sequence[torch.Tensor], grads: Sequence[torch.Tensor]) -> None:
+    for p, g in zip(params, grads, strict=True):
+        p.grad = g
 
 
 def both(run: Callable[[str], Any]) -> tuple[Any, Any]:

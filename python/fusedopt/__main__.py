@@ -25,6 +25,7 @@ SUITES = {
     "estimators": "fits and the softmax loss against scikit-learn, torch and NumPy, each with its bar",
     "denormals": "what denormal moments cost",
     "integrations": "DDP and FSDP2 in two processes, compiled iterations",
+    "gpu": "every rule, small tensors and networks on a GPU, against torch's paths and other projects",
     "short": "every rule at 4M parameters, in less than a minute",
 }
 
@@ -168,9 +169,14 @@ def _bench(args: argparse.Namespace) -> int:
     if missing := _missing(["torch", *(["matplotlib"] if args.plot else [])]):
         print(f"fusedopt bench needs {' and '.join(missing)}: pip install fusedopt[bench]", file=sys.stderr)
         return 2
-    from fusedopt.bench import LARGE, render, run_suites, save
+    from fusedopt.bench import LARGE, gpu, render, run_suites, save
 
     suites = [s for s in SUITES if s != "short"] if "all" in args.suite else args.suite
+    if "gpu" in suites and (why := gpu.missing()):
+        print(f"fusedopt bench: skipped gpu: {why}", file=sys.stderr)
+        suites = [s for s in suites if s != "gpu"]
+        if not suites:
+            return 2
     results = run_suites(
         suites,
         args.elements or LARGE,

@@ -37,7 +37,7 @@ class Case:
     options: Mapping[str, Any] = field(default_factory=dict)
     format: Format = F32
     shapes: Shapes = ((LARGE,),)
-    kind: str = "torch"  # or numpy, training, denormals, estimators: who builds the contenders
+    kind: str = "torch"  # or gpu, numpy, training, denormals, estimators, ...: who builds the contenders
     model: str = ""  # of a case of training or estimators
     grouped: bool = False  # one parameter group per tensor
     fresh: bool = False  # gradients replaced, untimed, before every step
@@ -246,6 +246,13 @@ def integrations(large: int) -> list[Case]:
     ]  # fmt: skip
 
 
-_SUITES = (bars, rules, formats, shapes, bytes_, numpy, training, estimators, denormals, integrations, short)
+def gpu(large: int) -> list[Case]:
+    """Adam and every rule on a GPU, beside torch's paths and other projects' optimizers."""
+    from fusedopt.bench.gpu import cases
+
+    return cases(large)
+
+
+_SUITES = (bars, rules, formats, shapes, bytes_, numpy, training, estimators, denormals, integrations, gpu, short)
 SUITES: dict[str, Callable[[int], list[Case]]] = {f.__name__.rstrip("_"): f for f in _SUITES}
 SECONDS = {"bars": 8.0, "estimators": 12.0, "short": 1.5, "formats": 2.5}  # a case's share of time, where it is not 4

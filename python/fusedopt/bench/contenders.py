@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import inspect
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fusedopt.bench import estimators, numpy_best, peers
+from fusedopt.bench import estimators, gpu, numpy_best, peers
 from fusedopt.bench.cases import CEILING, COMPILED, FUSED_F32, FUSED_LERP, LARGE, NUMPY, Case
 from fusedopt.bench.timing import Contender
 
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
 Builder = Callable[[str], "Contender | None"]
 
 OURS = "ours"
-CEILING_BYTES = 2 * 4 * LARGE
 DENORMAL = " denormal"  # ends the name of a contender that works on denormal moments
 COMPILING_CALLS = 3
 
@@ -31,7 +31,7 @@ COMPILING_CALLS = 3
 def builder(case: Case) -> Builder:
     """What makes the contenders of a case, by name; the data they share is made here."""
     builders = {"torch": _torch, "denormals": _torch, "training": _training, "compiled": _training, "numpy": _numpy}
-    builders |= {"estimators": estimators.builder, "ddp": _pair, "fsdp": _pair}
+    builders |= {"estimators": estimators.builder, "ddp": _pair, "fsdp": _pair, "gpu": _torch}
     return builders[case.kind](case)
 
 
@@ -45,10 +45,23 @@ def contender_names(case: Case, *, compiled: bool = False, with_peers: bool = Fa
     return names
 
 
-def ceiling() -> Contender:
-    """Multiplies a large float32 tensor in place: the speed of memory as one read and one write see it."""
+def ceiling_name(case: Case) -> str:
+    """What is timed as the speed of memory, as one read and one write see it."""
+    return "copy_" if case.kind == "gpu" else "mul_"
+
+
+def ceiling_bytes(case: Case) -> int:
+    return 2 * 4 * (case.elements if case.kind == "gpu" else LARGE)
+
+
+def ceiling(case: Case) -> Contender:
+    """Multiplies a large float32 tensor in place; on a GPU, copies one of as many elements as the case has."""
     import torch
 
+    if case.kind == "gpu":
+        x = torch.ones(case.elements, device=gpu.DEVICE)
+        y = torch.empty_like(x)
+        return Contender(lambda: y.copy_(x))
     x = torch.ones(LARGE)
     return Contender(lambda: x.mul_(1.0))
 
@@ -108,10 +121,28 @@ def _compiled(step: Callable[[], object]) -> Contender:
 def _data(case: Case) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     import torch
 
-    make = torch.Generator().manual_seed(0)
-    params = [torch.randn(s, generator=make).to(_dtype(case.format.param)) for s in case.shapes]
-    grads = [torch.randn(s, generator=make).mul_(1e-2).to(_dtype(case.format.grad)) for s in case.shapes]
-    return params, grads
+    device = gpu.DEVICE if case.kind == "gpu" else "cpu"
+    make = torch.Generator(device).manual_seed(0)
+
+    def normal(size: float, dtype: torch.dtype) -> list[torch.Tensor]:
+        return [torch.randn(s, generator=make, device=device).mul_(size).to(dtype) for s in case.shapes]
+
+    return normal(1.0, _dtype(case.format.param)), normal(1e-2, _dtype(case.format.grad))
+
+
+def _works(contender: Contender, name: str) -> bool:
+    """One call: what a path cannot do on a GPU is found before the race. Ours must not be torch's own step."""
+    from fusedopt.torch import FallbackWarning
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FallbackWarning)
+        try:
+            contender.step()
+        except NotImplementedError:  # a fused step that torch has for the CPU alone
+            if name != "fused":
+                raise
+            return False
+    return True
 
 
 def _torch(case: Case) -> Builder:
@@ -122,14 +153,15 @@ def _torch(case: Case) -> Builder:
 
     def build(name: str) -> Contender | None:
         if name == CEILING:
-            return ceiling()
+            return ceiling(case)
         name, denormal = name.removesuffix(DENORMAL), name.endswith(DENORMAL)
         if name in (FUSED_F32, FUSED_LERP):
             return _fused_f32(case, base_params, base_grads, name == FUSED_LERP)
         params = [p.clone().requires_grad_() for p in base_params]
         grouped: Any = [{"params": [p]} for p in params] if case.grouped else params
-        if name in peers.PEERS["torch"]:
-            opt = peers.PEERS["torch"][name](case, grouped)
+        others = peers.PEERS[case.kind]
+        if name in others:
+            opt = others[name](case, grouped)
         else:
             opt = optimizer(name, case, grouped)
         if opt is None:
@@ -176,7 +208,7 @@ def _torch(case: Case) -> Builder:
             contender.setup = replace
         elif case.kind == "denormals":
             contender.setup = put_back
-        return contender
+        return None if case.kind == "gpu" and not _works(contender, name) else contender
 
     return build
 

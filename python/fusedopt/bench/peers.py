@@ -59,6 +59,16 @@ def torchao_8bit(case: Case, params: Any) -> Any:
     return import_module("torchao.optim").AdamW8bit(params, bf16_stochastic_round=True, **case.options)
 
 
+def flashoptim(case: Case, params: Any) -> Any:
+    """FlashOptim: 8-bit states beside 24-bit weights where ours has 8-bit states, else as the case is stored."""
+    names = {"SGD": "FlashSGD", "Adam": "FlashAdam", "AdamW": "FlashAdamW", "Lion": "FlashLion"}
+    if case.rule not in names:
+        return None
+    small = case.format.state == "int8"
+    kept = {"quantize": small, "master_weight_bits": 24 if small else None}
+    return getattr(import_module("flashoptim"), names[case.rule])(params, **kept, **case.options)
+
+
 def numba(row: str, params: Arrays, grads: Arrays) -> Step | None:
     """The loop one would write with numba: Adam, exact arithmetic, parallel when large."""
     nb = import_module("numba")
@@ -121,6 +131,13 @@ PEERS: dict[str, dict[str, Callable[..., Any]]] = {
         "DeepSpeed": deepspeed,
         "bitsandbytes": bitsandbytes,
         "torchao": torchao,
+        "bitsandbytes 8-bit": bitsandbytes_8bit,
+        "torchao 8-bit": torchao_8bit,
+    },
+    "gpu": {
+        "bitsandbytes": bitsandbytes,
+        "torchao": torchao,
+        "FlashOptim": flashoptim,
         "bitsandbytes 8-bit": bitsandbytes_8bit,
         "torchao 8-bit": torchao_8bit,
     },

@@ -10,10 +10,11 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from fusedopt.bench import gpu
 from fusedopt.bench.cases import BEST_NUMPY, CEILING, NUMPY, SECONDS, SUITES, Case
-from fusedopt.bench.contenders import CEILING_BYTES, DENORMAL, OURS, builder, contender_names
+from fusedopt.bench.contenders import DENORMAL, OURS, builder, ceiling_bytes, contender_names
 from fusedopt.bench.peers import PEERS
-from fusedopt.bench.timing import WARMUP, Times, race
+from fusedopt.bench.timing import HOST, WARMUP, Times, race
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class Result:
     def bandwidth(self, name: str = OURS) -> float | None:
         """GB/s by the floor of memory traffic: what a step needs to move, whatever this contender moves."""
         seconds = self.seconds(name)
-        size = CEILING_BYTES if name == CEILING else self.case.bytes
+        size = ceiling_bytes(self.case) if name == CEILING else self.case.bytes
         return None if seconds is None or size is None else size / seconds * 1e-9
 
     @property
@@ -119,7 +120,8 @@ def run_case(
                 raise
             notes.append(f"{name}: not installed ({error})")
         except Exception as error:  # a peer, or the compiler torch.compile wants, may fail in any way of its own
-            if name == OURS or name in ("default", "foreach", "fused"):
+            no_room = type(error).__name__ == "OutOfMemoryError"
+            if name == OURS or (name in ("default", "foreach", "fused") and not no_room):
                 raise
             notes.append(f"{name}: {type(error).__name__}: {error}".splitlines()[0])
         else:
@@ -129,11 +131,14 @@ def run_case(
     tick("timing")
     sample_seconds = 5e-3 if case.kind in ("training", "estimators") else 2e-4
     warmup = 1 if case.kind == "estimators" else WARMUP  # fits take seconds
-    times = race(contenders, seconds=seconds, rounds=rounds, sample_seconds=sample_seconds, warmup=warmup)
+    clock = gpu.clock() if case.kind == "gpu" else HOST
+    times = race(contenders, seconds=seconds, rounds=rounds, sample_seconds=sample_seconds, warmup=warmup, clock=clock)
     notes += [f"{case.label}, {name}: {c.note()}" for name, c in contenders.items() if c.note is not None]
     contenders.clear()
     del build
     gc.collect()
+    if case.kind == "gpu":
+        gpu.let_go()
     return Result(suite, case, times, first, notes)
 
 

@@ -46,7 +46,7 @@ def count(shapes: Iterable[tuple[int, ...]]) -> int:
 
 def human(n: int) -> str:
     """33554432 -> 32M, 1000 -> 1000."""
-    for unit, power in (("M", 20), ("K", 10)):
+    for unit, power in (("G", 30), ("M", 20), ("K", 10)):
         if n >= 1 << power and n % (1 << power) == 0:
             return f"{n >> power}{unit}"
     return str(n) if n < 10_000 else f"{n / 1e6:.1f}M" if n >= 1_000_000 else f"{n / 1e3:.0f}K"
@@ -79,6 +79,13 @@ def gpt2(width: int = 768, layers: int = 12) -> Shapes:
     attention: Shapes = ((width, 3 * width), (3 * width,), (width, width), (width,))
     feed_forward: Shapes = ((width, 4 * width), (4 * width,), (4 * width, width), (width,))
     return ((50257, width), (1024, width), *(norm + attention + norm + feed_forward) * layers, *norm)
+
+
+def llama(width: int = 2048, layers: int = 16, heads: int = 512, inner: int = 8192, words: int = 128_256) -> Shapes:
+    """Llama 3.2 1B, head tied to the embedding: 146 tensors, 1,235,814,400 parameters."""
+    attention: Shapes = ((width, width), (heads, width), (heads, width), (width, width))
+    feed_forward: Shapes = ((inner, width), (inner, width), (width, inner))
+    return ((words, width), *(attention + feed_forward + ((width,), (width,))) * layers, (width,))
 
 
 MANY: Shapes = ((64,),) * 1000

@@ -12,11 +12,12 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from fusedopt.bench import gpu
 from fusedopt.bench.cases import CEILING
-from fusedopt.bench.contenders import OURS
+from fusedopt.bench.contenders import OURS, ceiling_name
 from fusedopt.bench.results import Result
 
-PACKAGES = ("fusedopt", "numpy", "torch", "deepspeed", "bitsandbytes", "torchao", "optax", "jax", "numba")
+PACKAGES = ("fusedopt", "numpy", "torch", "deepspeed", "bitsandbytes", "torchao", "flashoptim", "optax", "jax", "numba")
 
 
 def machine() -> dict[str, Any]:
@@ -40,6 +41,7 @@ def machine() -> dict[str, Any]:
         "python": platform.python_version(),
         "versions": versions,
         "fusedopt": fusedopt.config(),
+        **({"gpu": found} if (found := gpu.machine()) else {}),
     }
 
 
@@ -90,7 +92,7 @@ def _times(results: Sequence[Result]) -> str:
     header = ["case", "ours"]
     for n in names:
         header += [f"{n} / ours", f"{n}: first calls"][: 1 + first[n]]
-    header += ["GB/s"] * bandwidth + ["of mul_"] * share + ["rounds"]
+    header += ["GB/s"] * bandwidth + [f"of {ceiling_name(results[0].case)}"] * share + ["rounds"]
     return _grid(header, map(line, results))
 
 
@@ -98,25 +100,34 @@ def _bars(results: Sequence[Result]) -> str:
     lines = []
     for r in results:
         for bar in r.bars:
-            what = "share of mul_ (GB/s)" if bar.against == CEILING else f"{bar.against} / ours"
+            what = f"share of {ceiling_name(r.case)} (GB/s)" if bar.against == CEILING else f"{bar.against} / ours"
             verdict = "ok" if bar.ok else "missed"
             lines.append([r.case.label, what, f"{bar.least:.2f}", str(bar), verdict, duration(r.seconds())])
     return _grid(["case", "", "at least", "measured", "", "ours"], lines)
 
 
 def render(results: Sequence[Result]) -> str:
-    """Every suite under its name; a suite of bars says ok or missed."""
+    """Every suite under its name; bars say ok or missed, and are all that a suite of bars shows."""
     texts = []
     for suite, group in groupby(results, key=lambda r: r.suite):
         rows = list(group)
-        texts.append(f"{suite}\n{_bars(rows) if any(r.case.bars for r in rows) else _times(rows)}")
+        tables = [_times(rows)] * (not all(r.case.bars for r in rows)) + [_bars(rows)] * any(r.case.bars for r in rows)
+        texts.append(f"{suite}\n" + "\n\n".join(tables))
         texts += ["\n".join(dict.fromkeys(note for r in rows for note in r.notes))]
     about = machine()
     versions = ", ".join(f"{k} {v}" for k, v in about["versions"].items())
+    device = ""
+    if "gpu" in about:
+        device = "{name}, driver {driver}, CUDA {cuda}; ".format(**about["gpu"])
+    ceilings = {
+        "mul_": "mul_: an in-place multiplication of 32M float32",
+        "copy_": "copy_: a copy, on the GPU, of as many float32 as the case has",
+    }
+    timed = dict.fromkeys(ceilings[ceiling_name(r.case)] for r in results)
     texts.append(
-        f"{about['processor']}, {about['cores']} cores, {about['torch_threads']} torch threads; {versions}\n"
+        f"{about['processor']}, {about['cores']} cores, {about['torch_threads']} torch threads; {device}{versions}\n"
         "x / ours: ratio of medians, turn by turn in one run, above 1 where ours is faster. "
-        "GB/s: the bytes a step must move / its time; mul_: an in-place multiplication of 32M float32 in the same run."
+        f"GB/s: the bytes a step must move / its time; {'; '.join(timed)} in the same run."
     )
     return "\n\n".join(text for text in texts if text)
 

@@ -1,7 +1,7 @@
 """Turn-by-turn timing: every contender is set up once, then all run in rotating order, round after round.
 
 Noise of the machine hits all contenders alike, so the ratio of their medians is what is worth quoting. Nothing here
-knows what it times, and nothing here touches the number of threads.
+knows what it times or by which clock, and nothing here touches the number of threads.
 """
 
 from __future__ import annotations
@@ -11,9 +11,22 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 WARMUP = 6  # untimed calls; RAdam changes branch after its fifth step
 FEWEST = 5  # rounds, whatever the time budget says
+
+
+@dataclass(frozen=True)
+class Clock:
+    """How a span is timed. A mark may be set before what precedes it is done, as a GPU's event is."""
+
+    mark: Callable[[], Any]
+    seconds: Callable[[Any, Any], float]  # between two marks; waits for both
+    settle: Callable[[], object]  # waits for all that is under way
+
+
+HOST = Clock(time.perf_counter_ns, lambda start, end: (end - start) * 1e-9, lambda: None)
 
 
 @dataclass
@@ -44,32 +57,33 @@ class Times:
         return low, high
 
 
-def _sample(contender: Contender, calls: int) -> float:
+def _sample(contender: Contender, calls: int, clock: Clock) -> float:
     """Mean seconds of so many calls in a row; what ``setup`` takes is not counted."""
     if contender.measure is not None:
         return contender.measure(calls) / calls
-    step, setup, clock = contender.step, contender.setup, time.perf_counter_ns
-    spent = 0
+    step, setup, mark = contender.step, contender.setup, clock.mark
     if setup is None:
-        start = clock()
+        clock.settle()
+        start = mark()
         for _ in range(calls):
             step()
-        spent = clock() - start
-    else:
-        for _ in range(calls):
-            setup()
-            start = clock()
-            step()
-            spent += clock() - start
-    return spent * 1e-9 / calls
+        return clock.seconds(start, mark()) / calls
+    spent = 0.0
+    for _ in range(calls):
+        setup()
+        clock.settle()
+        start = mark()
+        step()
+        spent += clock.seconds(start, mark())
+    return spent / calls
 
 
-def _calls(contenders: Sequence[Contender], sample_seconds: float) -> int:
+def _calls(contenders: Sequence[Contender], sample_seconds: float, clock: Clock) -> int:
     """So many calls that the fastest contender's turn is long against the clock and what the turns before it left in
     the caches; the same number for all."""
-    fastest = min(_sample(c, 1) for c in contenders)
+    fastest = min(_sample(c, 1, clock) for c in contenders)
     if fastest < sample_seconds:  # else once is enough
-        fastest = min(fastest, *(_sample(c, 1) for c in contenders for _ in range(2)))
+        fastest = min(fastest, *(_sample(c, 1, clock) for c in contenders for _ in range(2)))
     return max(1, min(1000, round(sample_seconds / max(fastest, 1e-9))))
 
 
@@ -80,13 +94,14 @@ def race(
     rounds: int | None = None,
     sample_seconds: float = 2e-2,
     warmup: int = WARMUP,
+    clock: Clock = HOST,
 ) -> dict[str, Times]:
     """Times the contenders for ``seconds`` in all, or for exactly ``rounds`` rounds."""
     runners = list(contenders.values())
     for contender in runners:
         for _ in range(warmup):
-            _sample(contender, 1)
-    calls = _calls(runners, sample_seconds)
+            _sample(contender, 1, clock)
+    calls = _calls(runners, sample_seconds, clock)
     times = {name: Times(calls) for name in contenders}
     names = list(contenders)
     collecting = gc.isenabled()
@@ -101,7 +116,7 @@ def race(
             order = names[turn:] + names[:turn]
             # The other way round in every second cycle, so that nobody always follows the same neighbour.
             for name in reversed(order) if done // len(names) % 2 else order:
-                times[name].samples.append(_sample(contenders[name], calls))
+                times[name].samples.append(_sample(contenders[name], calls, clock))
             done += 1
     finally:
         if collecting:

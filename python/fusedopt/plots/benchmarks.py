@@ -70,7 +70,7 @@ def speedups(
 
 
 def bandwidth(results: Sequence[Result], path: PathLike | None = None) -> Figure:
-    """GB/s of ours as bars, of the others as dots, and the ceiling that ``mul_`` reached beside each as a line."""
+    """GB/s of ours as bars, of the others as dots, and the ceiling that was raced beside each as a line."""
     rows = [r for r in results if r.bandwidth() is not None]
     figure, axes = canvas(
         "How close to the speed of memory",
@@ -82,7 +82,8 @@ def bandwidth(results: Sequence[Result], path: PathLike | None = None) -> Figure
         ours, top = r.bandwidth() or 0.0, r.bandwidth("ceiling")
         axes.barh(y, ours, 0.62, color=OURS, label=NAMES["ours"] if y == 0 else None)
         if top is not None:
-            label = "mul_ in place: the ceiling" if y == 0 else None
+            ceiling = "a copy on the GPU" if r.case.kind == "gpu" else "mul_ in place"
+            label = f"{ceiling}: the ceiling" if y == 0 else None
             axes.plot([top, top], [y - 0.42, y + 0.42], color=INK, linewidth=2, label=label)
             axes.text(1.01, y, f"{ours / top:.0%}", transform=axes.get_yaxis_transform(), va="center", color=INK)
         for name in others:
