@@ -1,8 +1,9 @@
 """Builds the CUDA library for one architecture and reads its code: ``make cuda``. Needs nvcc, no GPU.
 
-Exits 1 unless the library opens and has every rule in every form; no kernel keeps a register in memory; every
-division and root is rounded to nearest; nothing is flushed to zero or approximated; and the compiler fuses nothing by
-itself: compiled with every ``fma1`` of the rules written as ``a * b + c``, the code has no fma at all.
+Exits 1 unless the library opens and has every rule in every form; no kernel keeps a register in memory; every update
+has accesses of 16 bytes; every division and root is rounded to nearest; nothing is flushed to zero or approximated;
+and the compiler fuses nothing by itself: with every ``fma1`` of the rules written as ``a * b + c``, the code has no
+fma at all.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ ROOT = Path(__file__).parents[1]
 BUILD = ROOT / "build" / "cuda"
 FLOAT = r"\.(?:f32|f64|f16|bf16)\b"
 EXACT = re.compile(rf"\b(?:div|sqrt|rcp)\.(?!rn{FLOAT}).*{FLOAT}|\.ftz\b|\.approx\b|\brsqrt\.|\bex2\.|\blg2\.")
+WIDE = re.compile(r"\b(?:ld|st)\b[.\w]*\.(?:v4\.[bfsu]32|v2\.[bfsu]64)\b")  # 16 bytes at once
 FUSED = re.compile(rf"\b(?:fma|mad)\.\w+{FLOAT}")
 
 
@@ -93,6 +95,7 @@ def main() -> int:
         wrong.append(f"{len(updates)} kernels for {sum(map(len, expected.values()))} combinations of rule and form")
     for name, body in found.items():
         wrong += [f"{name}: {line}" for line in body if EXACT.search(line)]
+    wrong += [f"{name}: no accesses of 16 bytes" for name in updates if not any(map(WIDE.search, found[name]))]
     fused = sum(bool(FUSED.search(line)) for body in found.values() for line in body)
     divided = sum(line.startswith(("div.rn", "sqrt.rn")) for body in found.values() for line in body)
     if not fused or not divided:

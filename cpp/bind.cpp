@@ -107,13 +107,19 @@ PYBIND11_MODULE(_core, m) {
       "As formats(), of the library that has been set.");
   m.def(
       "device_refusal",
-      [](const std::string& type) {
+      [](const std::string& type, int index) {
         std::string why;
         const DeviceLibrary* library = type == "cpu" ? open_device_library() : device_library(&why);
-        if (library && library->device_type == (type == "cpu" ? kDLCpu : kDLCuda)) return std::string();
-        return why.empty() ? "it is not served" : why;
+        if (!library || library->device_type != (type == "cpu" ? kDLCpu : kDLCuda))
+          return why.empty() ? std::string("it is not served") : why;
+        if (index < 0) return std::string();
+        int before, error = library->use(index, &before);
+        if (!error) error = library->ready();
+        if (!error && before != index) error = library->use(before, &index);
+        return error ? std::string("its kernels do not run there: ") + library->message(error) : std::string();
       },
-      py::arg("type"), "Why no kernels serve tensors on 'cuda'; empty where they do. 'cpu': the simulated device.");
+      py::arg("type"), py::arg("index") = -1,
+      "Why no kernels serve tensors on 'cuda'; empty where they do. 'cpu': the simulated device.");
   bind_batch(m);
   bind_losses(m);
   bind_torch_plan(m);

@@ -37,9 +37,9 @@ class Batch {
     carries_.clear();
     foreign_.clear();
     places_.clear();
-    for (auto& [device, there] : devices_) {
+    for (auto& [place, there] : devices_) {
       there.plan.rows.clear();
-      there.stream = nullptr;
+      there.awaited.clear();
       there.wait = false;
     }
   }
@@ -107,8 +107,7 @@ class Batch {
       for (int o = 0; o < n_operands; ++o) extents_.push_back(extent_of(v[o], o != 1, first + int(i), o));
       plan_.rows.push_back(row);
       carries_.push_back(carry);
-      places_.push_back(v[0].device);
-      if (v[0].device >= 0) settle(v[0].device, source.array(0, i));
+      places_.push_back(v[0].device < 0 ? nullptr : &settle(v[0].device, source, n_operands, i));
     }
   }
 
@@ -137,7 +136,7 @@ class Batch {
   // One step over all that was added; the global gradient norm if max_norm > 0, else None.
   py::object run(double max_norm, int threads) {
     check(true);
-    if (std::any_of(places_.begin(), places_.end(), [](int device) { return device >= 0; })) {
+    if (std::any_of(places_.begin(), places_.end(), [](const There* there) { return there != nullptr; })) {
       run_on_devices(max_norm);
       return py::none();
     }
@@ -157,32 +156,41 @@ class Batch {
   }
 
  private:
-  // The rows on one device, and the stream on which the arrays' own library works there.
+  struct Source;
+
+  // The rows on one device that belong to one stream: that of the parameters' own library.
   struct There {
     DevicePlan plan;
-    void* stream = nullptr;
-    bool wait = false;  // that stream is not known
-    explicit There(int device) : plan(device) {}
+    void* stream;
+    std::vector<void*> awaited;  // streams of other libraries' operands
+    bool wait = false;           // for the end: the stream is not known
+    There(int device, void* s) : plan(device), stream(s) {}
   };
 
-  void settle(int device, py::handle array) {
-    There& there = devices_.try_emplace(device, device).first->second;
+  There& settle(int device, const Source& source, int n_operands, size_t i) {
     bool known;
-    there.stream = stream_of(array, device, &known);
+    void* const stream = stream_of(py::type::handle_of(source.array(0, i)), device, &known);
+    There& there = devices_.try_emplace({device, stream}, device, stream).first->second;
     there.wait |= !known;
+    for (int o = 1; o < n_operands; ++o) {
+      void* const its = stream_of(py::type::handle_of(source.array(o, i)), device, &known);
+      if (its != stream) there.awaited.push_back(its);
+    }
+    return there;
   }
 
   void run_on_devices(double max_norm) {
     if (max_norm > 0) throw py::value_error("max_norm: not for arrays on a device");
     for (size_t r = 0; r < plan_.rows.size(); ++r) {
-      if (places_[r] < 0) throw py::value_error("some arrays are on the CPU, others on a device: update them apart");
-      devices_.at(places_[r]).plan.rows.push_back({plan_.rows[r], nullptr, carries_[r], false, true, false});
+      if (!places_[r]) throw py::value_error("some arrays are on the CPU, others on a device: update them apart");
+      places_[r]->plan.rows.push_back({plan_.rows[r], nullptr, carries_[r], false, true, false});
     }
     {
       py::gil_scoped_release nogil;
-      for (auto& [device, there] : devices_) {
+      for (auto& [place, there] : devices_) {
         there.plan.groups = plan_.groups;
         there.plan.rates.assign(plan_.groups.size(), {});
+        for (void* stream : there.awaited) there.plan.wait(stream);
         there.plan.run({}, there.stream);
         if (there.wait) there.plan.wait(there.stream);
       }
@@ -293,8 +301,8 @@ class Batch {
   std::vector<Extent> extents_;
   std::vector<int64_t> layout_, checked_;  // where all operands lie: now, and when they were last found apart
   std::vector<double*> carries_;
-  std::vector<int> places_;  // of the rows: their device
-  std::map<int, There> devices_;
+  std::vector<There*> places_;  // of the rows; nullptr: here
+  std::map<std::pair<int, void*>, There> devices_;
 };
 
 // The whole of an in-place function's call. The batch is kept, so that its vectors are, too; a call within a call (from

@@ -194,7 +194,8 @@ class TorchPlan {
       plan->rates = rates_;
       devices.emplace_back(plan.get(), stream_of(types_[0], device, &known));
     }
-    const bool host = !plan_.rows.empty() || devices.empty();
+    // Where no device leaves its norm in the caller's tensor it is found here, as is one over several devices.
+    const bool host = !plan_.rows.empty() || devices.empty() || (max_norm > 0 && !scaling.norm);
     {
       Busy busy(busy_);
       py::gil_scoped_release nogil;
@@ -342,9 +343,14 @@ class TorchPlan {
   // A learning rate that lies on a device, where steps there read it.
   bool rate_on_device(PyObject* o, DevicePlan::Rate* rate) const {
     if (PyFloat_CheckExact(o) || !open_device_library() || !exact(o)) return false;
-    const Scalar s = scalar(py::reinterpret_borrow<py::object>(o));
-    *rate = {s.data, s.format == kF64};
-    return s.device >= 0;
+    DLTensor t;
+    Format format;
+    int device;
+    if (!read(o, &t) || !format_of(t, &format) || !device_of(t, &device)) return false;
+    const View v = view_of(t, format, device);
+    if (device < 0 || v.size() != 1 || (format != kF32 && format != kF64)) return false;
+    *rate = {v.data, format == kF64, device};
+    return true;
   }
 
   void add_extents(const Param& p, int row, std::vector<Extent>& extents) const {
@@ -391,10 +397,20 @@ class TorchPlan {
         if (PyList_GET_ITEM(params, py::ssize_t(i)) != p.tensor.ptr()) throw Stale();
         if (p.kind != kForeign) moved |= look(p, int(g), group);
       }
-      const bool here = !plan_.rows.empty() && plan_.rows.back().group == int(g);
-      if (far && here) to.hyper[0] = value(group.options, lr);  // waits for it
+      if (far && !all_on(rates_[g].device, int(g))) {  // not everybody can read it: waits for it
+        rates_[g] = {};
+        to.hyper[0] = value(group.options, lr);
+      }
     }
     if (moved && py::len(conflicts()) > 0) throw Stale();
+  }
+
+  // Do all rows of the group looked at last lie on this device?
+  bool all_on(int device, int group) const {
+    if (!plan_.rows.empty() && plan_.rows.back().group == group) return false;
+    for (const auto& [number, plan] : devices_)
+      if (number != device && !plan->rows.empty() && plan->rows.back().row.group == group) return false;
+    return true;
   }
 
   // The optimizer's state dict holds the very objects that it held when the plan was made.

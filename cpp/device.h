@@ -10,6 +10,7 @@ constexpr int kDeviceHyper = 8;
 constexpr int kDeviceStates = 3;
 constexpr int kThreads = 256;      // of a block
 constexpr int64_t kChunk = 16384;  // elements that one block updates
+static_assert(kChunk % (kThreads * 8) == 0, "the threads of a block take up to 8 elements each");
 static_assert(kChunk % kNormBlock == 0 && kChunk % kBlock == 0,
               "leaves of the norm and blocks of codes lie in one chunk");
 
@@ -78,6 +79,7 @@ struct DeviceTables {
 struct DeviceLoop {
   int (*prepare)(const DeviceTables& t, int64_t first_row, int64_t rows, void* stream);  // nullptr: does not exist
   int (*update)(const DeviceTables& t, int64_t first_chunk, int64_t chunks, void* stream);
+  int (*load)();  // both, as a graph may not
   Form form;
 };
 
@@ -93,7 +95,8 @@ struct DeviceLibrary {
   int (*ready)();                                // loads what a graph may need
   int (*allocate)(size_t bytes, void** memory);  // while a graph is captured, too
   int (*release)(void* memory);
-  int (*upload)(void* to, const void* from, size_t bytes, void* stream);       // not into a graph
+  // In the stream's order, and waits for it; `apart` from it, while a graph is captured, to memory that is new.
+  int (*upload)(void* to, const void* from, size_t bytes, void* stream, bool apart);
   int (*download)(void* to, const void* from, size_t bytes, void* stream);     // and waits for it
   int (*patch)(uint64_t* to, const uint64_t* words, int64_t n, void* stream);  // carries the words by value
   int (*norm)(const DeviceTables& t, int64_t rows, int64_t chunks, void* stream);

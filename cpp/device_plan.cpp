@@ -47,8 +47,8 @@ void check(int error, const char* doing) {
                            ": " + device_library()->message(error));
 }
 
-constexpr size_t kGap = 512;            // words between two changes that are sent along with them
-constexpr size_t kManyWords = 100'000;  // after which all is copied, which waits for the stream
+constexpr size_t kGap = 512;          // words between two changes that are sent along with them
+constexpr size_t kCopyFrom = 32'000;  // words; to copy them all waits for the stream
 
 constexpr size_t words_of(size_t bytes) { return (bytes + 7) / 8; }
 
@@ -103,7 +103,7 @@ struct DevicePlan::Turn {
 };
 
 DevicePlan::~DevicePlan() {
-  if (!memory_ || captured_ || !device_library()) return;
+  if (!memory_ || !device_library()) return;
   int before, ignored;
   if (device_library()->use(device_, &before)) return;  // the driver is gone at the end of a process
   device_library()->release(memory_);
@@ -121,7 +121,8 @@ void DevicePlan::describe(const DeviceScaling& s) {
   order_.resize(n);
   std::iota(order_.begin(), order_.end(), size_t(0));
   auto loop_of = [&](size_t r) { return std::make_pair(rows[r].row.kernel, rows[r].row.loop); };
-  std::stable_sort(order_.begin(), order_.end(), [&](size_t a, size_t b) { return loop_of(a) < loop_of(b); });
+  auto before = [&](size_t a, size_t b) { return loop_of(a) < loop_of(b); };
+  if (!std::is_sorted(order_.begin(), order_.end(), before)) std::stable_sort(order_.begin(), order_.end(), before);
 
   groups_at_ = words_of(sizeof(DeviceHead));
   grads_at_ = groups_at_ + groups.size() * words_of(sizeof(DeviceGroup));
@@ -199,8 +200,8 @@ size_t DevicePlan::done_at(size_t row) const {
   return rows_at_ + row * words_of(sizeof(DeviceRow)) + offsetof(DeviceRow, done) / 8;
 }
 
-DeviceTables DevicePlan::tables() const {
-  auto* w = reinterpret_cast<uint64_t*>(memory_);
+DeviceTables DevicePlan::tables(char* memory) const {
+  auto* w = reinterpret_cast<uint64_t*>(memory);
   const size_t chunks = words_.size() - chunks_at_;
   DeviceTables t{};
   t.words = reinterpret_cast<const int64_t*>(w);
@@ -216,72 +217,76 @@ DeviceTables DevicePlan::tables() const {
   return t;
 }
 
-// Brings what is on the device up to date.
-void DevicePlan::send(void* stream) {
+// Memory for all that tables() points to, and the kernels that a graph may want to have been loaded.
+char* DevicePlan::allocate(size_t bytes) const {
+  const DeviceLibrary& library = *device_library();
+  check(library.ready(), "loading kernels");
+  for (const Launch& l : launches_) check(library.loops(l.kernel)[l.loop].load(), "loading kernels");
+  void* memory = nullptr;
+  check(library.allocate(bytes, &memory), "allocating memory");
+  return static_cast<char*>(memory);
+}
+
+// Brings what is on the device up to date; where it is.
+DeviceTables DevicePlan::send(void* stream) {
   const DeviceLibrary& library = *device_library();
   bool graph = false;
   check(library.capturing(stream, &graph), "asking whether a graph is being captured");
-  if (memory_ &&
-      (graph || captured_)) {  // a graph may be replayed at any time, and must find what it was captured with
-    of_graphs_.push_back(memory_);
-    memory_ = nullptr;
+  const size_t needed = size_t(reinterpret_cast<uintptr_t>(tables(nullptr).norm + 1));
+  if (graph) {  // It may be replayed at any time, and must find what it was captured with: memory of its own, for good.
+    char* memory = allocate(needed);
+    check(library.upload(memory, words_.data(), 8 * words_.size(), stream, true), "describing the tensors");
+    return tables(memory);
   }
-  const std::vector<uint64_t> there = std::move(there_);  // unknown until all is sent
+  std::vector<uint64_t> there = std::move(there_);  // unknown until all is sent
   there_.clear();
-  const DeviceTables end = tables();
-  const size_t needed = size_t(reinterpret_cast<char*>(end.norm + 1) - memory_);
-  bool fresh = !memory_ || there.size() != words_.size();
-  if (!memory_ || needed > bytes_) {
+  bool fresh = there.size() != words_.size();
+  if (needed > bytes_) {
     if (memory_) check(library.release(memory_), "freeing memory");
     memory_ = nullptr;
-    void* memory = nullptr;
-    check(library.allocate(needed + needed / 4, &memory), "allocating memory");
-    memory_ = static_cast<char*>(memory);
+    bytes_ = 0;
+    memory_ = allocate(needed + needed / 4);
     bytes_ = needed + needed / 4;
     fresh = true;
   }
-  captured_ = graph;
-  auto* to = reinterpret_cast<uint64_t*>(memory_);
   std::vector<std::pair<size_t, size_t>> changed;  // stretches, a short one between two of them included
-  if (!fresh) {
-    auto counted = words_;
+  size_t total = words_.size();
+  if (fresh) {
+    changed = {{0, total}};
+  } else {
+    total = 0;
     for (size_t r = 0; r < rows.size(); ++r)
-      if (rows[order_[r]].counted) counted[done_at(r)] = there[done_at(r)];
-    size_t total = 0;
-    for (size_t i = 0; i < counted.size(); ++i) {
-      if (counted[i] == there[i]) continue;
+      if (rows[order_[r]].counted) there[done_at(r)] = words_[done_at(r)];  // the device knows better
+    for (size_t i = 0; i < words_.size(); ++i) {
+      if (words_[i] == there[i]) continue;
       if (changed.empty() || i - changed.back().second > kGap) changed.push_back({i, i});
       total += i + 1 - changed.back().second;
       changed.back().second = i + 1;
     }
-    fresh = total > kManyWords;
-    if (!fresh) words_.swap(counted);
   }
-  if (fresh && !graph) {
-    check(library.ready(), "loading kernels");
-    check(library.upload(to, words_.data(), 8 * words_.size(), stream), "describing the tensors");
+  auto* to = reinterpret_cast<uint64_t*>(memory_);
+  if (total > kCopyFrom) {
+    check(library.upload(to, words_.data(), 8 * words_.size(), stream, false), "describing the tensors");
   } else {
-    if (fresh) changed = {{0, words_.size()}};
     for (auto [first, last] : changed)
       check(library.patch(to + first, &words_[first], int64_t(last - first), stream), "describing the tensors");
   }
-  there_ = words_;
+  there_.swap(words_);
+  words_.resize(there_.size());  // tables() counts them
   for (size_t r = 0; r < rows.size(); ++r)
     if (!rows[order_[r]].counted) ++there_[done_at(r)];  // as the device will
+  return tables(memory_);
 }
 
 double DevicePlan::norm(void* stream) {
   if (rows.empty()) return 0;
   Turn turn(device_);
   describe({});
-  send(stream);
-  const DeviceTables t = tables();
+  const DeviceTables t = send(stream);
   check(device_library()->norm(t, int64_t(rows.size()), int64_t(words_.size() - chunks_at_), stream),
         "starting the norm");
   double norm;
   check(device_library()->download(&norm, t.norm, sizeof norm, stream), "reading the norm");
-  for (size_t r = 0; r < rows.size(); ++r)
-    if (!rows[order_[r]].counted) --there_[done_at(r)];  // no step
   return norm;
 }
 
@@ -290,14 +295,18 @@ void DevicePlan::run(const DeviceScaling& scaling, void* stream) {
   Turn turn(device_);
   const DeviceLibrary& library = *device_library();
   describe(scaling);
-  send(stream);
-  const DeviceTables t = tables();
-  if (scaling.max_norm > 0)
-    check(library.norm(t, int64_t(rows.size()), int64_t(words_.size() - chunks_at_), stream), "starting the norm");
-  for (const Launch& l : launches_)
-    check(library.loops(l.kernel)[l.loop].prepare(t, l.row, l.rows, stream), "starting the update");
-  for (const Launch& l : launches_)
-    check(library.loops(l.kernel)[l.loop].update(t, l.chunk, l.chunks, stream), "starting the update");
+  try {
+    const DeviceTables t = send(stream);
+    if (scaling.max_norm > 0)
+      check(library.norm(t, int64_t(rows.size()), int64_t(words_.size() - chunks_at_), stream), "starting the norm");
+    for (const Launch& l : launches_)
+      check(library.loops(l.kernel)[l.loop].prepare(t, l.row, l.rows, stream), "starting the update");
+    for (const Launch& l : launches_)
+      check(library.loops(l.kernel)[l.loop].update(t, l.chunk, l.chunks, stream), "starting the update");
+  } catch (...) {
+    there_.clear();
+    throw;
+  }
 }
 
 }  // namespace fusedopt

@@ -37,6 +37,7 @@ class DevicePlan {
   struct Rate {  // a learning rate on the device
     const void* at = nullptr;
     bool wide = false;
+    int device = -1;
   };
   std::vector<DeviceParam> rows;
   std::vector<Group> groups;
@@ -61,8 +62,9 @@ class DevicePlan {
   };
   struct Turn;
   void describe(const DeviceScaling& scaling);
-  void send(void* stream);
-  DeviceTables tables() const;
+  DeviceTables send(void* stream);
+  char* allocate(size_t bytes) const;
+  DeviceTables tables(char* memory) const;
   size_t done_at(size_t row) const;  // the word with a row's count of steps
 
   int device_;
@@ -72,7 +74,6 @@ class DevicePlan {
   std::vector<uint64_t> words_, there_;  // what the device should know, and does
   std::vector<size_t> order_;            // in which rows are described: by loop
   std::vector<Launch> launches_;
-  std::vector<char*> of_graphs_;  // memory that captured graphs use: theirs for good
   size_t groups_at_ = 0, grads_at_ = 0, rows_at_ = 0, layouts_at_ = 0, chunks_at_ = 0;  // in words
 };
 

@@ -27,12 +27,17 @@ int launch_update(const DeviceTables& t, int64_t first, int64_t chunks, void* st
 }
 
 template <class U>
+int load_both() {
+  const int error = load(prepare<typename U::Alone>);
+  return error ? error : load(update<U>);
+}
+
+template <class U>
 constexpr DeviceLoop loop() {
   if constexpr (U::exists) {
-    return {launch_prepare<Update<typename U::R, Plain<typename U::Wide>, typename U::Wide, typename U::Wide>>,
-            launch_update<U>, U::form};
+    return {launch_prepare<typename U::Alone>, launch_update<U>, load_both<U>, U::form};
   } else {
-    return {nullptr, nullptr, U::form};
+    return {nullptr, nullptr, nullptr, U::form};
   }
 }
 

@@ -21,7 +21,7 @@ FUSEDOPT_DEVICE void block_barrier() { __syncthreads(); }
 FUSEDOPT_DEVICE int32_t exchange(int32_t x, int distance) { return __shfl_xor_sync(0xffffffffu, x, distance); }
 
 // Words that fit into a launch's arguments: of any, and of those since CUDA 12.1.
-constexpr int kFewWords = 480, kManyWords = 4000;
+constexpr int kFewWords = 480, kManyWords = CUDART_VERSION >= 12010 ? 4000 : kFewWords;
 inline bool many_words() {
 #if CUDART_VERSION >= 12010
   static const bool yes = [] {
@@ -43,9 +43,17 @@ int launch(void (*kernel)(Parameters...), int64_t blocks, int threads, void* str
                           0, static_cast<cudaStream_t>(stream));
 }
 
+// Allowed even while a graph is captured: what is allocated then is no part of the graph.
+struct Relaxed {
+  cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
+  Relaxed() { cudaThreadExchangeStreamCaptureMode(&mode); }
+  ~Relaxed() { cudaThreadExchangeStreamCaptureMode(&mode); }
+};
+
 // Brings a kernel to the device before a graph is captured that has it.
 template <class... Parameters>
 int load(void (*kernel)(Parameters...)) {
+  Relaxed relaxed;
   cudaFuncAttributes ignored;
   return cudaFuncGetAttributes(&ignored, reinterpret_cast<const void*>(kernel));
 }
@@ -59,13 +67,6 @@ inline int use(int device, int* before) {
   return error != cudaSuccess || *before == device ? error : cudaSetDevice(device);
 }
 
-// Allowed even while a graph is captured: what is allocated then is no part of the graph.
-struct Relaxed {
-  cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
-  Relaxed() { cudaThreadExchangeStreamCaptureMode(&mode); }
-  ~Relaxed() { cudaThreadExchangeStreamCaptureMode(&mode); }
-};
-
 inline int allocate(size_t bytes, void** memory) {
   Relaxed relaxed;
   return cudaMalloc(memory, bytes);
@@ -74,8 +75,15 @@ inline int release(void* memory) {
   Relaxed relaxed;
   return cudaFree(memory);
 }
-inline int upload(void* to, const void* from, size_t bytes, void* stream) {
-  return cudaMemcpyAsync(to, from, bytes, cudaMemcpyHostToDevice, static_cast<cudaStream_t>(stream));
+inline int upload(void* to, const void* from, size_t bytes, void* stream, bool apart) {
+  auto s = static_cast<cudaStream_t>(stream);
+  Relaxed relaxed;
+  cudaError_t error = apart ? cudaStreamCreateWithFlags(&s, cudaStreamNonBlocking) : cudaSuccess;
+  if (error) return error;
+  error = cudaMemcpyAsync(to, from, bytes, cudaMemcpyHostToDevice, s);
+  if (!error) error = cudaStreamSynchronize(s);
+  if (apart) cudaStreamDestroy(s);
+  return error;
 }
 inline int download(void* to, const void* from, size_t bytes, void* stream) {
   const auto s = static_cast<cudaStream_t>(stream);

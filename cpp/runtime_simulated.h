@@ -166,8 +166,8 @@ inline int release(void* memory) {
   free(memory);
   return 0;
 }
-inline int upload(void* to, const void* from, size_t bytes, void*) {
-  if (graph().capturing) return 1;
+inline int upload(void* to, const void* from, size_t bytes, void*, bool apart) {
+  if (graph().capturing != apart) return 1;
   memcpy(to, from, bytes);
   return 0;
 }

@@ -70,7 +70,8 @@ struct Update {
   using T = typename P::Number;
   using Rest = typename W::Rest;
   using Ready = Prepared<Rule, T>;
-  using Wide = typename P::Wide;  // the format of T itself
+  using Wide = typename P::Wide;                        // the format of T itself
+  using Alone = Update<Rule, Plain<Wide>, Wide, Wide>;  // with the same constants
   static constexpr int N = words(Rule::states);
   template <int K>
   using CodeOf = typename Code<code_of(word(Rule::states, K))>::type;

@@ -94,10 +94,28 @@ bool dlpack_view(py::handle object, std::vector<py::object>& keep, View* v, std:
   there.device_id = place[1].cast<int32_t>();
   int device;
   if (!device_of(there, &device, why)) return false;
+  const py::handle type = py::type::handle_of(object);
   py::dict ask;
-  if (there.device_type != kDLCpu) {  // -1: no waiting, it is used on the stream that works on it; 1: the default one
-    bool known;
-    stream_of(object, device, &known);
+  if (there.device_type == kDLCuda) {
+    const DLPackExchangeAPI* api = exchange_api(type);
+    if (api) {  // __dlpack__ refuses tensors that are not on the current device
+      DLTensor t;
+      Format format;
+      if (object.attr("requires_grad").cast<bool>()) {
+        *why = "it requires grad: pass its detach()";
+        return false;
+      }
+      if (api->tensor_from_object(object.ptr(), &t) != 0) throw py::error_already_set();
+      if (!format_of(t, &format) || format >= kFloats) {
+        *why = "expected float64, float32, float16 or bfloat16 elements";
+        return false;
+      }
+      *v = view_of(t, format, device);
+      keep.push_back(py::reinterpret_borrow<py::object>(object));
+      return true;
+    }
+    bool known;  // -1: no waiting, Batch sees to the streams that it knows; 1: the default one
+    stream_of(type, device, &known);
     ask["stream"] = known ? -1 : 1;
   }
   py::object capsule;
@@ -197,6 +215,7 @@ const DLPackExchangeAPI* exchange_api(py::handle type) {
 bool device_of(const DLTensor& t, int* device, std::string* why) {
   const DeviceLibrary* library = open_device_library();
   *device = -1;
+  if (t.device_type == kDLCudaHost) return true;
   if (t.device_type == kDLCpu && (!library || library->device_type != kDLCpu)) return true;
   if (t.device_type == kDLCuda && !library) library = device_library(why);
   if (library && library->device_type == t.device_type) {
@@ -208,23 +227,31 @@ bool device_of(const DLTensor& t, int* device, std::string* why) {
   return false;
 }
 
-void* stream_of(py::handle array, int device, bool* known) {
+void* stream_of(py::handle type, int device, bool* known) {
   *known = true;
   const DeviceLibrary* library = open_device_library();
   if (!library || library->device_type == kDLCpu) return nullptr;
-  const DLPackExchangeAPI* api = exchange_api(py::type::handle_of(array));
+  const DLPackExchangeAPI* api = exchange_api(type);
   void* stream = nullptr;
   if (api && api->current_stream) {
     if (api->current_stream(library->device_type, device, &stream) != 0) throw py::error_already_set();
     return stream;
   }
-  const auto module = py::type::handle_of(array).attr("__module__").cast<std::string>();
+  const auto module = type.attr("__module__").cast<std::string>();
   if (module.rfind("torch", 0) == 0)
     return reinterpret_cast<void*>(
         py::module_::import("torch.cuda").attr("current_stream")(device).attr("cuda_stream").cast<uintptr_t>());
-  if (module.rfind("cupy", 0) == 0)
-    return reinterpret_cast<void*>(
-        py::module_::import("cupy.cuda").attr("get_current_stream")().attr("ptr").cast<uintptr_t>());
+  if (module.rfind("cupy", 0) == 0) {
+    const py::object current = py::module_::import("cupy.cuda").attr("get_current_stream");
+    py::object of_device;
+    try {
+      of_device = current(device);
+    } catch (py::error_already_set& e) {
+      if (!e.matches(PyExc_TypeError)) throw;
+      of_device = current();  // from before streams were kept by device
+    }
+    return reinterpret_cast<void*>(of_device.attr("ptr").cast<uintptr_t>());
+  }
   *known = false;
   return nullptr;
 }

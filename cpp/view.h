@@ -102,16 +102,16 @@ struct DLPackExchangeAPI {
   int (*current_stream)(int32_t device_type, int32_t device_id, void** out);  // likewise
 };
 
-constexpr int32_t kDLCpu = 1, kDLCuda = 2;
+constexpr int32_t kDLCpu = 1, kDLCuda = 2, kDLCudaHost = 3;  // the last: pinned memory of the host
 constexpr uint8_t kDLInt = 0, kDLUInt = 1, kDLFloat = 2, kDLBfloat = 4;
 
 // The exchange API of a type, or nullptr.
 const DLPackExchangeAPI* exchange_api(py::handle type);
 // Where a tensor lies as View says it; false where it is neither the CPU nor served by a library. `why` says more.
 bool device_of(const DLTensor& t, int* device, std::string* why = nullptr);
-// The stream on which the library that an array belongs to works; `known` is false where only the default one can be
-// meant.
-void* stream_of(py::handle array, int device, bool* known);
+// The stream on which the library that a type of arrays belongs to works; `known` is false where only the default one
+// can be meant.
+void* stream_of(py::handle type, int device, bool* known);
 // False where the element type is none of ours.
 bool format_of(const DLTensor& t, Format* format);
 inline View view_of(const DLTensor& t, Format format, int device) {

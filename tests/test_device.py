@@ -212,6 +212,33 @@ def test_a_learning_rate_on_the_device_is_read_there(name: str, wide: bool) -> N
     assert_same_bits(everything(here), everything(there))
 
 
+@pytest.mark.parametrize("lies", [-1, 1])
+def test_a_learning_rate_elsewhere_is_read_by_the_host(lies: int, device: None) -> None:
+    p = torch.nn.Parameter(torch.ones(5))
+    lr = torch.tensor(0.5)
+    opt = optim.SGD([p], lr=lr)
+    p.grad = torch.ones(5)
+    with placed({lr: lies}):
+        opt.step()
+    assert bool((p == 0.5).all())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.int64])
+def test_a_learning_rate_of_another_type_is_a_number(dtype: torch.dtype, device: None) -> None:
+    p = torch.nn.Parameter(torch.ones(5))
+    opt = optim.SGD([p], lr=torch.tensor(1, dtype=dtype))
+    p.grad = torch.ones(5)
+    opt.step()
+    assert bool((p == 0).all())
+
+
+def test_the_norm_of_no_gradients_is_zero(device: None) -> None:
+    opt = optim.Adam([torch.nn.Parameter(torch.ones(5))], max_grad_norm=1.0)
+    opt.step()
+    assert opt.last_grad_norm is not None
+    assert float(opt.last_grad_norm) == 0
+
+
 def test_groups_options_and_gradients_that_change(device: None) -> None:
     def run() -> Any:
         params = [torch.nn.Parameter(filled((n,), "float32", n)) for n in range(1, 60)]
@@ -296,6 +323,20 @@ def test_a_step_that_has_to_send_everything_can_be_captured_first(device: None) 
     replay()
     assert float(opt.state[params[0]]["step"]) == 2
     assert bool((params[1] != filled((200,), "float32", 200)).all())
+
+
+def test_momentum_that_is_captured_first_begins_once(device: None) -> None:
+    p, twin = (torch.nn.Parameter(torch.ones(70)) for _ in range(2))
+    opt, want = (optim.SGD([x], lr=0.1, momentum=0.9, dampening=0.5) for x in (p, twin))
+    p.grad, twin.grad = torch.ones(70), torch.ones(70)
+    with capture():
+        opt.step()
+    for _ in range(3):
+        replay()
+    _core.set_device_library("")
+    for _ in range(3):
+        want.step()
+    assert torch.equal(p, twin)
 
 
 def test_capturable_is_done_on_a_device_and_falls_back_on_the_cpu() -> None:

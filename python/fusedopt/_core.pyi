@@ -34,8 +34,8 @@ def set_device_library(path: str) -> None:
 def device_formats() -> dict[str, list[tuple[str, str, str, str, bool, bool]]]:
     """As formats(), of the library that has been set."""
 
-def device_refusal(type: str) -> str:
-    """Why no kernels serve tensors on "cuda"; empty where they do. "cpu": the simulated device."""
+def device_refusal(type: str, index: int = -1) -> str:
+    """Why no kernels serve tensors on "cuda", and on this one if it is given; empty where they do. "cpu": simulated."""
 
 def torch_team() -> str:
     """What runs the steps beside torch: 'openmp', its own runtime, or 'pool', ours."""

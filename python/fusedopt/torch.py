@@ -16,9 +16,10 @@ State tensors may be replaced, loaded or written to between steps. One that is s
 (``state.data = ...``, ``share_memory_()``) is noticed at the next step if it has 1,024 elements or more, else
 within 16.
 
-What the kernels do not do (sparse, complex, differentiable, capturable, subclasses of Tensor, overlapping memory, other
-devices than the CPU) goes through torch's own step for the tensors concerned, with one ``FallbackWarning`` that says
-why; together with an option of ours, or with gradients still scaled, it raises RuntimeError instead.
+What the kernels do not do (sparse, complex, differentiable, on the CPU capturable, subclasses of Tensor, overlapping
+memory, devices other than the CPU and, with the CUDA build, CUDA's) goes through torch's own step for the tensors
+concerned, with one ``FallbackWarning`` that says why; together with an option of ours, or with gradients still scaled,
+it raises RuntimeError instead.
 """
 
 from __future__ import annotations
@@ -240,7 +241,7 @@ class _Fused(Optimizer):
             if max_norm:
                 self.last_grad_norm = norm.to(self._norm_dtype())
             return loss
-        norm = torch.empty((), dtype=self._norm_dtype(), device=home) if max_norm and home is not None else None
+        norm = torch.zeros((), dtype=self._norm_dtype(), device=home) if max_norm and home is not None else None
         scaling = (unscale, max_norm, get_num_threads(), found_inf, scale, norm)
         if self._foreign:
             self._refuse_foreign(max_norm, unscale != 1.0 or scale is not None)
@@ -376,7 +377,7 @@ class _Fused(Optimizer):
                 return f"a {name} is a {type(t).__name__}, a subclass of Tensor"
             if t.layout != torch.strided:
                 return f"a {name} is sparse"
-            refusal = refused(t.device.type)
+            refusal = refused(t.device)
             if refusal:
                 return f"a {name} is on {t.device.type}; {refusal}"
             if t.dtype not in NAMES:

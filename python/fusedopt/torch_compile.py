@@ -21,7 +21,11 @@ from .torch_forms import DTYPES, refused
 Tensors = Sequence[torch.Tensor]
 
 _library: Any = torch.library.Library("fusedopt", "DEF")  # type: ignore[no-untyped-call]
-_library.define("step(str number, int[] chosen, Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] states) -> ()")
+_tags = [getattr(torch.Tag, "cudagraph_unsafe", None)]  # lr is read when it runs, which a replay would not do
+_library.define(
+    "step(str number, int[] chosen, Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] states) -> ()",
+    tags=[tag for tag in _tags if tag is not None],
+)
 
 
 class _View:
@@ -84,7 +88,7 @@ def _prepare(number: str, chosen: tuple[int, ...]) -> bool:
     everything = [(group, p) for group in opt.param_groups for p in group["params"]]
     picked = [everything[i] for i in chosen]
     for group, p in picked:
-        plain = type(p) in _TYPES and p.layout == torch.strided and not refused(p.device.type) and p.dtype in _NAMES
+        plain = type(p) in _TYPES and p.layout == torch.strided and not refused(p.device) and p.dtype in _NAMES
         if not plain or opt._group_reason(group):
             return False
     states: list[torch.Tensor] = []

@@ -42,18 +42,20 @@ def flat(t: torch.Tensor) -> Any:
 
 
 @cache
-def _refused(device_type: str) -> str:
-    return _core.device_refusal(device_type)
+def _refused(index: int) -> str:
+    return _core.device_refusal("cuda", index)
 
 
-def refused(device_type: str) -> str:
-    """Why no kernels of ours work on such a device; empty where they do."""
-    return "" if device_type == "cpu" else _refused(device_type) if device_type == "cuda" else "no kernels serve it"
+def refused(device: torch.device) -> str:
+    """Why no kernels of ours work there; empty where they do."""
+    if device.type == "cpu":
+        return ""
+    return _refused(device.index or 0) if device.type == "cuda" else "no kernels serve it"
 
 
 def on_device(device: torch.device) -> bool:
     """Do kernels of ours work there, other than the CPU's?"""
-    return not (_core.device_refusal("cpu") if device.type == "cpu" else refused(device.type))
+    return not (_core.device_refusal("cpu") if device.type == "cpu" else refused(device))
 
 
 def recode(p: torch.Tensor, state: dict[str, Any], names: tuple[str, ...], form: forms.Form) -> None:
@@ -142,7 +144,7 @@ def before_load(self: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
             k: v.detach().to(device=None if k == "step" else p.device, copy=True) if isinstance(v, torch.Tensor) else v
             for k, v in entry.items()
         }
-        if not refused(p.device.type) and p.dtype in NAMES:
+        if not refused(p.device) and p.dtype in NAMES:
             recode(p, held, self._rule.states(group), form)
             recode_master(p, held, form)
         for k, v in held.items():
