@@ -58,7 +58,7 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--json", type=Path, metavar="FILE", help="write the results as JSON")
     bench.add_argument("--plot", type=Path, metavar="DIR", help="draw the results as PNG files into this folder")
     length = bench.add_mutually_exclusive_group()
-    length.add_argument("--seconds", type=float, help="time for each case (default: by suite, 1.5 to 8)")
+    length.add_argument("--seconds", type=float, help="time for each case (default: by suite, 1.5 to 40)")
     length.add_argument("--rounds", type=int, help="exactly so many rounds for each case")
     bench.add_argument("--elements", type=int, metavar="N", help="size of a large tensor (default: 32M)")
     bench.add_argument("--compile", action="store_true", help="torch.compile(opt.step), too: minutes of compilation")
