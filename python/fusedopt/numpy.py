@@ -310,8 +310,12 @@ class Optimizer:
         options = self._check(group, max((s["step"] for s in self.state), default=0))
         chosen = [i for i, g in enumerate(grads) if g is not None]
         kinds: dict[forms.Form, list[int]] = {}  # parameters of one group may be of several dtypes
+        alike: dict[np.dtype[Any], list[int]] = {}  # the same lists: asking a dtype for its name takes microseconds
         for i in chosen:
-            kinds.setdefault(self._form(group["params"][i], options), []).append(i)
+            dtype = group["params"][i].dtype
+            if dtype not in alike:
+                alike[dtype] = kinds.setdefault(self._form(group["params"][i], options), [])
+            alike[dtype].append(i)
         for form, those in kinds.items():
             self._add_alike(group["params"], grads, start, options, form, those, advanced)
 
@@ -329,9 +333,10 @@ class Optimizer:
         kernel = rule.kernel(options)
         ema = options["ema_decay"] is not None
         names = forms.array_names(kernel.states, form, ema) + carried(rule)
+        wanted = {*names, "stream"} if form.random else set(names)
         states = [self.state[start + i] for i in chosen]
         for i, state in zip(chosen, states, strict=True):
-            if any(name not in state for name in names) or (form.random and "stream" not in state):
+            if not state.keys() >= wanted:
                 state.update({**self._initial(params[i], start + i, options), **state})
         extras = _core.Extras(
             master=form.master_number,
@@ -342,7 +347,7 @@ class Optimizer:
             l1=options["l1"],
             ema_weight=1 - (options["ema_decay"] or 0),
             seed=options["seed"],
-            streams=[s.get("stream", 0) for s in states],
+            streams=[s["stream"] for s in states] if form.random else [],
         )
         self._batch.add(
             kernel.index,
