@@ -112,11 +112,7 @@ PYBIND11_MODULE(_core, m) {
         const DeviceLibrary* library = type == "cpu" ? open_device_library() : device_library(&why);
         if (!library || library->device_type != (type == "cpu" ? kDLCpu : kDLCuda))
           return why.empty() ? std::string("it is not served") : why;
-        if (index < 0) return std::string();
-        int before, error = library->use(index, &before);
-        if (!error) error = library->ready();
-        if (!error && before != index) error = library->use(before, &index);
-        return error ? std::string("its kernels do not run there: ") + library->message(error) : std::string();
+        return index < 0 ? std::string() : device_trouble(index);
       },
       py::arg("type"), py::arg("index") = -1,
       "Why no kernels serve tensors on 'cuda'; empty where they do. 'cpu': the simulated device.");

@@ -207,8 +207,7 @@ class TorchPlan {
           squares += there * there;
         }
         norm_ = sqrt(squares) * fabs(unscale);
-        const double clip = clip_factor(max_norm, norm_);
-        if (!(clip >= 1)) scaling.unscale *= clip;
+        scaling.unscale *= clip_factor(max_norm, norm_);
         scaling.max_norm = 0;
       }
       if (host) {

@@ -7,8 +7,6 @@
 #ifndef FUSEDOPT_ISA
 #error "FUSEDOPT_ISA: baseline, avx2 or avx512"
 #endif
-#define FUSEDOPT_CAT_(a, b) a##b
-#define FUSEDOPT_CAT(a, b) FUSEDOPT_CAT_(a, b)
 #define FUSEDOPT_STR_(a) #a
 #define FUSEDOPT_STR(a) FUSEDOPT_STR_(a)
 

@@ -47,6 +47,21 @@ void check(int error, const char* doing) {
                            ": " + device_library()->message(error));
 }
 
+// A device is current for as long as this lives.
+struct Turn {
+  int before = 0, device, error;
+  explicit Turn(int d) : device(d), error(device_library()->use(d, &before)) {}
+  ~Turn() {
+    int ignored;
+    if (!error && before != device) device_library()->use(before, &ignored);
+  }
+};
+
+// The same, or nothing is done.
+struct SureTurn : Turn {
+  explicit SureTurn(int d) : Turn(d) { check(error, "choosing the device"); }
+};
+
 constexpr size_t kGap = 512;          // words between two changes that are sent along with them
 constexpr size_t kCopyFrom = 32'000;  // words; to copy them all waits for the stream
 
@@ -77,7 +92,7 @@ const DeviceLibrary* device_library(std::string* why) {
     } else if (Entry entry = entry_of(path, &refusal)) {
       const DeviceLibrary* found = entry();
       if (strcmp(found->version, FUSEDOPT_VERSION) != 0 || found->size != kLibrarySize ||
-          found->n_kernels != table().n_kernels) {
+          found->n_kernels != table().n_kernels || found->n_loops != table().kernels[0].n_loops) {
         refusal = path + " belongs to another build of fusedopt, " + found->version;
       } else {
         opened = found;
@@ -92,26 +107,20 @@ const DeviceLibrary* device_library(std::string* why) {
 
 const DeviceLibrary* open_device_library() { return opened.load(std::memory_order_relaxed); }
 
-// The plan's device is current for as long as this lives.
-struct DevicePlan::Turn {
-  int device, before = 0;
-  explicit Turn(int d) : device(d) { check(device_library()->use(d, &before), "choosing the device"); }
-  ~Turn() {
-    int ignored;
-    if (before != device) device_library()->use(before, &ignored);
-  }
-};
+std::string device_trouble(int device) {
+  Turn turn(device);
+  const int error = turn.error ? turn.error : device_library()->ready();
+  return error ? std::string("its kernels do not run there: ") + device_library()->message(error) : std::string();
+}
 
 DevicePlan::~DevicePlan() {
   if (!memory_ || !device_library()) return;
-  int before, ignored;
-  if (device_library()->use(device_, &before)) return;  // the driver is gone at the end of a process
-  device_library()->release(memory_);
-  if (before != device_) device_library()->use(before, &ignored);
+  Turn turn(device_);
+  if (!turn.error) device_library()->release(memory_);  // else the driver is gone, at the end of a process
 }
 
 void DevicePlan::wait(void* stream) {
-  Turn turn(device_);
+  SureTurn turn(device_);
   check(device_library()->synchronize(stream), "waiting for the update");
 }
 
@@ -127,14 +136,14 @@ void DevicePlan::describe(const DeviceScaling& s) {
   groups_at_ = words_of(sizeof(DeviceHead));
   grads_at_ = groups_at_ + groups.size() * words_of(sizeof(DeviceGroup));
   rows_at_ = grads_at_ + n;
-  layouts_at_ = rows_at_ + n * words_of(sizeof(DeviceRow));
-  chunks_at_ = layouts_at_;
-  size_t chunks = 0;
+  const size_t layouts_at = rows_at_ + n * words_of(sizeof(DeviceRow));
+  chunks_at_ = layouts_at;
+  chunks_ = 0;
   for (const DeviceParam& p : rows) {
     if (p.row.strided) chunks_at_ += 1 + size_t(p.row.strided->ndim) * size_t(1 + p.row.strided->n);
-    chunks += size_t((p.row.span.n + kChunk - 1) / kChunk);
+    chunks_ += size_t((p.row.span.n + kChunk - 1) / kChunk);
   }
-  words_.assign(chunks_at_ + chunks, 0);
+  words_.assign(chunks_at_ + chunks_, 0);
 
   put(words_, 0, DeviceHead{s.found_inf, s.grad_scale, s.unscale, s.max_norm, s.norm, s.norm_wide});
   for (size_t g = 0; g < groups.size(); ++g) {
@@ -151,7 +160,7 @@ void DevicePlan::describe(const DeviceScaling& s) {
   }
   launches_.clear();
   int64_t chunk = 0;
-  size_t layout = layouts_at_;
+  size_t layout = layouts_at;
   for (size_t at = 0; at < n; ++at) {
     const DeviceParam& p = rows[order_[at]];
     const Span& span = p.row.span;
@@ -202,7 +211,6 @@ size_t DevicePlan::done_at(size_t row) const {
 
 DeviceTables DevicePlan::tables(char* memory) const {
   auto* w = reinterpret_cast<uint64_t*>(memory);
-  const size_t chunks = words_.size() - chunks_at_;
   DeviceTables t{};
   t.words = reinterpret_cast<const int64_t*>(w);
   t.head = reinterpret_cast<DeviceHead*>(w);
@@ -210,9 +218,9 @@ DeviceTables DevicePlan::tables(char* memory) const {
   t.grads = reinterpret_cast<const void* const*>(w + grads_at_);
   t.rows = reinterpret_cast<DeviceRow*>(w + rows_at_);
   t.chunks = reinterpret_cast<const DeviceChunk*>(w + chunks_at_);
-  t.ready = reinterpret_cast<DeviceReady*>(w + (words_.size() + 1) / 2 * 2);  // aligned to 16
+  t.ready = reinterpret_cast<DeviceReady*>(w + (chunks_at_ + chunks_ + 1) / 2 * 2);  // aligned to 16
   t.chunk_sums = reinterpret_cast<double*>(t.ready + rows.size());
-  t.row_sums = t.chunk_sums + chunks;
+  t.row_sums = t.chunk_sums + chunks_;
   t.norm = t.row_sums + rows.size();
   return t;
 }
@@ -238,9 +246,8 @@ DeviceTables DevicePlan::send(void* stream) {
     check(library.upload(memory, words_.data(), 8 * words_.size(), stream, true), "describing the tensors");
     return tables(memory);
   }
-  std::vector<uint64_t> there = std::move(there_);  // unknown until all is sent
-  there_.clear();
-  bool fresh = there.size() != words_.size();
+  bool fresh = !known_ || there_.size() != words_.size();
+  known_ = false;  // until all is sent
   if (needed > bytes_) {
     if (memory_) check(library.release(memory_), "freeing memory");
     memory_ = nullptr;
@@ -256,9 +263,9 @@ DeviceTables DevicePlan::send(void* stream) {
   } else {
     total = 0;
     for (size_t r = 0; r < rows.size(); ++r)
-      if (rows[order_[r]].counted) there[done_at(r)] = words_[done_at(r)];  // the device knows better
+      if (rows[order_[r]].counted) there_[done_at(r)] = words_[done_at(r)];  // the device knows better
     for (size_t i = 0; i < words_.size(); ++i) {
-      if (words_[i] == there[i]) continue;
+      if (words_[i] == there_[i]) continue;
       if (changed.empty() || i - changed.back().second > kGap) changed.push_back({i, i});
       total += i + 1 - changed.back().second;
       changed.back().second = i + 1;
@@ -272,7 +279,7 @@ DeviceTables DevicePlan::send(void* stream) {
       check(library.patch(to + first, &words_[first], int64_t(last - first), stream), "describing the tensors");
   }
   there_.swap(words_);
-  words_.resize(there_.size());  // tables() counts them
+  known_ = true;
   for (size_t r = 0; r < rows.size(); ++r)
     if (!rows[order_[r]].counted) ++there_[done_at(r)];  // as the device will
   return tables(memory_);
@@ -280,11 +287,10 @@ DeviceTables DevicePlan::send(void* stream) {
 
 double DevicePlan::norm(void* stream) {
   if (rows.empty()) return 0;
-  Turn turn(device_);
+  SureTurn turn(device_);
   describe({});
   const DeviceTables t = send(stream);
-  check(device_library()->norm(t, int64_t(rows.size()), int64_t(words_.size() - chunks_at_), stream),
-        "starting the norm");
+  check(device_library()->norm(t, int64_t(rows.size()), int64_t(chunks_), stream), "starting the norm");
   double norm;
   check(device_library()->download(&norm, t.norm, sizeof norm, stream), "reading the norm");
   return norm;
@@ -292,19 +298,19 @@ double DevicePlan::norm(void* stream) {
 
 void DevicePlan::run(const DeviceScaling& scaling, void* stream) {
   if (rows.empty()) return;
-  Turn turn(device_);
+  SureTurn turn(device_);
   const DeviceLibrary& library = *device_library();
   describe(scaling);
   try {
     const DeviceTables t = send(stream);
     if (scaling.max_norm > 0)
-      check(library.norm(t, int64_t(rows.size()), int64_t(words_.size() - chunks_at_), stream), "starting the norm");
+      check(library.norm(t, int64_t(rows.size()), int64_t(chunks_), stream), "starting the norm");
     for (const Launch& l : launches_)
       check(library.loops(l.kernel)[l.loop].prepare(t, l.row, l.rows, stream), "starting the update");
     for (const Launch& l : launches_)
       check(library.loops(l.kernel)[l.loop].update(t, l.chunk, l.chunks, stream), "starting the update");
   } catch (...) {
-    there_.clear();
+    known_ = false;
     throw;
   }
 }

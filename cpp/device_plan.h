@@ -14,6 +14,8 @@ namespace fusedopt {
 void set_device_library(const std::string& path);
 // The library, opened if it has not been; nullptr and the reason where there is none to use.
 const DeviceLibrary* device_library(std::string* why = nullptr);
+// Why nothing runs on this device of the library's; empty where it does.
+std::string device_trouble(int device);
 // The library if it is open.
 const DeviceLibrary* open_device_library();
 
@@ -60,7 +62,6 @@ class DevicePlan {
     int kernel, loop;
     int64_t row, rows, chunk, chunks;
   };
-  struct Turn;
   void describe(const DeviceScaling& scaling);
   DeviceTables send(void* stream);
   char* allocate(size_t bytes) const;
@@ -71,10 +72,12 @@ class DevicePlan {
   char* memory_ = nullptr;
   size_t bytes_ = 0;                     // of memory_
   bool captured_ = false;                // by a graph
-  std::vector<uint64_t> words_, there_;  // what the device should know, and does
+  std::vector<uint64_t> words_, there_;  // what the device should know; what it was sent last,
+  bool known_ = false;                   // and whether that is so
   std::vector<size_t> order_;            // in which rows are described: by loop
   std::vector<Launch> launches_;
-  size_t groups_at_ = 0, grads_at_ = 0, rows_at_ = 0, layouts_at_ = 0, chunks_at_ = 0;  // in words
+  size_t groups_at_ = 0, grads_at_ = 0, rows_at_ = 0, chunks_at_ = 0;  // in words
+  size_t chunks_ = 0;                                                  // how many
 };
 
 }  // namespace fusedopt

@@ -90,8 +90,11 @@ FUSEDOPT_HD uint32_t noise_key(uint64_t seed, int64_t t, int64_t stream) {
   return uint32_t(mixed(mixed(seed, uint64_t(t)), uint64_t(stream)));
 }
 
-// What gradients of this norm are multiplied by, unless it is 1 or more; as torch.nn.utils.clip_grad_norm_. NaN stays.
-FUSEDOPT_HD double clip_factor(double max_norm, double norm) { return max_norm / (norm + 1e-6); }
+// What gradients of this norm are multiplied by: as torch.nn.utils.clip_grad_norm_, never above 1. NaN stays.
+FUSEDOPT_HD double clip_factor(double max_norm, double norm) {
+  const double factor = max_norm / (norm + 1e-6);
+  return factor >= 1 ? 1 : factor;
+}
 
 // b^n by repeated squaring (`pow` of two C libraries differs in its last bit), carrying what each product rounds off:
 // 1 - b^n would make a lost digit large.

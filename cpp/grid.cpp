@@ -7,9 +7,6 @@
 #endif
 #include "grid.h"
 
-#define FUSEDOPT_CAT_(a, b) a##b
-#define FUSEDOPT_CAT(a, b) FUSEDOPT_CAT_(a, b)
-
 namespace fusedopt {
 namespace {
 

@@ -11,6 +11,11 @@ namespace {
 
 FUSEDOPT_DEVICE bool skipped(const DeviceHead& head) { return head.found_inf && *head.found_inf != 0.0f; }
 
+// What gradients are multiplied by before they are clipped.
+FUSEDOPT_DEVICE double unscaling(const DeviceHead& head) {
+  return head.grad_scale ? head.unscale / double(*head.grad_scale) : head.unscale;
+}
+
 FUSEDOPT_DEVICE double read_number(const void* x, bool wide) {
   return wide ? *static_cast<const double*>(x) : double(*static_cast<const float*>(x));
 }
@@ -65,12 +70,8 @@ FUSEDOPT_KERNEL prepare(DeviceTables t, int64_t first, int64_t rows) {
     row.done = clock.t;
   }
   if (row.carry) write_number(row.carry, row.carry_wide, clock.carry);
-  double factor = t.head->unscale;
-  if (t.head->grad_scale) factor /= double(*t.head->grad_scale);
-  if (t.head->max_norm > 0) {
-    const double clip = clip_factor(t.head->max_norm, *t.norm * magnitude(factor));
-    if (!(clip >= 1)) factor *= clip;
-  }
+  double factor = unscaling(*t.head);
+  if (t.head->max_norm > 0) factor *= clip_factor(t.head->max_norm, *t.norm * magnitude(factor));
   U::prepare(hyper, clock, group.maximize ? -factor : factor, ready.prepared);
   ready.shrink = hyper[0] * group.l1;
   ready.ema_weight = group.ema_weight;
@@ -380,9 +381,7 @@ FUSEDOPT_BIG_KERNEL(kTreeThreads) sum_all(DeviceTables t, int64_t rows) {
   if (thread != 0) return;
   *t.norm = root(sum);
   if (!t.head->norm) return;
-  double factor = t.head->unscale;
-  if (t.head->grad_scale) factor /= double(*t.head->grad_scale);
-  write_number(t.head->norm, t.head->norm_wide, *t.norm * magnitude(factor));
+  write_number(t.head->norm, t.head->norm_wide, *t.norm * magnitude(unscaling(*t.head)));
 }
 
 template <int size>

@@ -287,8 +287,7 @@ double Plan::run(const Scaling& scaling, Team team, int threads) {
   double result = -1, factor = scaling.unscale;
   if (scaling.max_norm > 0) {
     result = norm(team, threads) * fabs(scaling.unscale);
-    const double clip = clip_factor(scaling.max_norm, result);
-    if (!(clip >= 1)) factor *= clip;
+    factor *= clip_factor(scaling.max_norm, result);
   }
   scale_.resize(groups.size());
   for (size_t g = 0; g < groups.size(); ++g) scale_[g] = groups[g].maximize ? -factor : factor;

@@ -7,6 +7,9 @@
 #include "network.h"
 #include "rules.h"
 
+#define FUSEDOPT_CAT_(a, b) a##b
+#define FUSEDOPT_CAT(a, b) FUSEDOPT_CAT_(a, b)
+
 namespace fusedopt {
 
 constexpr int kMaxStates = 4;
