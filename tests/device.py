@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import torch
@@ -34,27 +34,26 @@ def _graph(what: int) -> None:
 
 
 @contextmanager
-def capture() -> Iterator[None]:
-    """What is launched now runs at each ``replay``, and not before."""
-    _graph(0)
+def _meanwhile(what: int) -> Iterator[None]:
+    _graph(what)
     try:
         yield
     finally:
         _graph(1)
+
+
+def capture() -> AbstractContextManager[None]:
+    """What is launched now runs at each ``replay``, and not before."""
+    return _meanwhile(0)
 
 
 def replay() -> None:
     _graph(2)
 
 
-@contextmanager
-def failing() -> Iterator[None]:
+def failing() -> AbstractContextManager[None]:
     """Nothing can be launched."""
-    _graph(3)
-    try:
-        yield
-    finally:
-        _graph(1)
+    return _meanwhile(3)
 
 
 @contextmanager

@@ -18,11 +18,16 @@ def filled(shape: Any, dtype: str, seed: int) -> torch.Tensor:
     return torch.randn(shape, generator=gen, dtype=torch.float64).to(DTYPES[dtype])
 
 
-def parameter(case: Case, shape: Any = (130,), seed: int = 0) -> torch.nn.Parameter:
-    p = torch.nn.Parameter(filled(shape, case.param, seed))
+def wrapped(case: Case, data: torch.Tensor) -> torch.nn.Parameter:
+    """A parameter that takes the case's gradients."""
+    p = torch.nn.Parameter(data)
     if case.param != case.grad:
         p.grad_dtype = None
     return p
+
+
+def parameter(case: Case, shape: Any = (130,), seed: int = 0) -> torch.nn.Parameter:
+    return wrapped(case, filled(shape, case.param, seed))
 
 
 def made(case: Case, params: Any, **more: Any) -> Any:

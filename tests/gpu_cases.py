@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from form_cases import Case, Options
-from form_cases_torch import DTYPES, made
+from form_cases_torch import DTYPES, made, wrapped
 from fusedopt import forms
 from fusedopt.bench.gpu import missing
 from fusedopt.rules import RULES
@@ -80,14 +80,7 @@ def gradient(n: int, dtype: str, step: int, place: int) -> torch.Tensor:
 
 
 def parameters(case: Case, device: str, lengths: Sequence[int] = LENGTHS) -> list[torch.nn.Parameter]:
-    return [parameter(case, numbers(n, case.param, 7000 + i).to(device, copy=True)) for i, n in enumerate(lengths)]
-
-
-def parameter(case: Case, data: torch.Tensor) -> torch.nn.Parameter:
-    p = torch.nn.Parameter(data)
-    if case.param != case.grad:
-        p.grad_dtype = None
-    return p
+    return [wrapped(case, numbers(n, case.param, 7000 + i).to(device, copy=True)) for i, n in enumerate(lengths)]
 
 
 def stepped(opt: Any, case: Case, steps: Sequence[int]) -> None:

@@ -15,10 +15,11 @@ import fusedopt
 import fusedopt.torch as optim
 from device import CHUNK, capture, failing, opened, placed, replay
 from form_cases import CASES, Case, one_of_each_form
-from form_cases_torch import BOTH, DTYPES, filled, made
+from form_cases_torch import BOTH, DTYPES, filled, made, parameter, wrapped
 from fusedopt import _core
+from gpu_cases import assert_same_bits as assert_tensors_same
 from torch_cases import NAMES
-from torch_compare import all_params
+from torch_compare import Snapshot, snapshot
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="the simulated device is built on POSIX systems alone")
 FULL = one_of_each_form()
@@ -32,37 +33,12 @@ def device() -> Iterator[None]:
         yield
 
 
-def everything(opt: Any) -> dict[str, torch.Tensor]:
-    out = {}
-    for i, p in enumerate(all_params(opt)):
-        out[f"{i}.param"] = p.detach()
-        out.update({f"{i}.{k}": v for k, v in opt.state[p].items() if isinstance(v, torch.Tensor)})
-    return out
-
-
-def assert_same_bits(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
+def assert_same_bits(a: Snapshot, b: Snapshot) -> None:
     """To the last bit and the sign of zero; a NaN is a NaN."""
     assert a.keys() == b.keys()
     for key, x in a.items():
-        y = b[key]
-        assert (x.dtype, x.shape, x.stride()) == (y.dtype, y.shape, y.stride()), key
-        if x.is_floating_point():
-            assert torch.equal(x.isnan(), y.isnan()), key
-            x, y = (torch.where(t.isnan(), 0, t) for t in (x, y))
-            x, y = (
-                t.contiguous().view({8: torch.int64, 4: torch.int32, 2: torch.int16}[t.element_size()]) for t in (x, y)
-            )
-        assert torch.equal(x, y), f"{key}: {int((x != y).sum())} of {x.numel()} differ"
-
-
-def parameters(case: Case, lengths: tuple[int, ...]) -> list[torch.nn.Parameter]:
-    out = []
-    for i, n in enumerate(lengths):
-        p = torch.nn.Parameter(filled((n,), case.param, i))
-        if case.param != case.grad:
-            p.grad_dtype = None
-        out.append(p)
-    return out
+        assert x.stride() == b[key].stride(), key
+        assert_tensors_same(x, b[key], key)
 
 
 def specials(t: torch.Tensor, seed: int) -> torch.Tensor:
@@ -74,7 +50,7 @@ def specials(t: torch.Tensor, seed: int) -> torch.Tensor:
 
 
 def trained(case: Case, lengths: tuple[int, ...], steps: int = 3, odd: bool = True, **options: Any) -> Any:
-    params = parameters(case, lengths)
+    params = [parameter(case, (n,), i) for i, n in enumerate(lengths)]
     opt = made(case, params, **options)
     for k in range(steps):
         for i, p in enumerate(params):
@@ -99,13 +75,13 @@ def test_the_library_has_every_rule_in_every_form(device: None) -> None:
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_every_rule_and_form_gives_the_cpus_bits(case: Case) -> None:
     here, there = both(lambda: trained(case, SHORT))
-    assert_same_bits(everything(here), everything(there))
+    assert_same_bits(snapshot(here), snapshot(there))
 
 
 @pytest.mark.parametrize("case", FULL, ids=str)
 def test_lengths_around_blocks_and_chunks_with_l1_and_average(case: Case) -> None:
     here, there = both(lambda: trained(case, LENGTHS, steps=2, **BOTH))
-    assert_same_bits(everything(here), everything(there))
+    assert_same_bits(snapshot(here), snapshot(there))
 
 
 @pytest.mark.parametrize("case", FULL, ids=str)
@@ -119,19 +95,17 @@ def test_layouts_that_differ_and_addresses_that_are_not_aligned(case: Case) -> N
             filled((64, 33), case.param, 5).t(),
             filled((130,), case.param, 6)[::2],
         ]
-        params = [torch.nn.Parameter(p) for p in params]
+        params = [wrapped(case, p) for p in params]
         opt = made(case, params, **BOTH)
         for k in range(2):
             for i, p in enumerate(params):
-                if case.param != case.grad:
-                    p.grad_dtype = None
                 g = filled((*p.shape[:-1], p.shape[-1] + 1), case.grad, 10 * k + i)
                 p.grad = g[..., 1:]
             opt.step()
         return opt
 
     here, there = both(run)
-    assert_same_bits(everything(here), everything(there))
+    assert_same_bits(snapshot(here), snapshot(there))
 
 
 @pytest.mark.parametrize("dtype", list(DTYPES))
@@ -141,7 +115,7 @@ def test_the_norm_is_the_cpus_to_the_bit(dtype: str, lengths: tuple[int, ...]) -
     here, there = both(lambda: trained(case, lengths, steps=2, odd=False, max_grad_norm=0.37))
     assert isinstance(there.last_grad_norm, torch.Tensor)
     assert torch.equal(here.last_grad_norm, there.last_grad_norm)
-    assert_same_bits(everything(here), everything(there))
+    assert_same_bits(snapshot(here), snapshot(there))
 
 
 def test_the_norm_of_more_chunks_than_a_block_has_threads() -> None:
@@ -154,7 +128,7 @@ def test_the_norm_of_more_chunks_than_a_block_has_threads() -> None:
 
     here, there = both(run)
     assert torch.equal(here.last_grad_norm, there.last_grad_norm)
-    assert_same_bits(everything(here), everything(there))
+    assert_same_bits(snapshot(here), snapshot(there))
 
 
 def test_an_infinite_norm_is_the_cpus() -> None:
@@ -167,7 +141,7 @@ def test_an_infinite_norm_is_the_cpus() -> None:
 
     here, there = both(run)
     assert there.last_grad_norm.isinf()
-    assert_same_bits(everything(here), everything(there))
+    assert_same_bits(snapshot(here), snapshot(there))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -192,7 +166,7 @@ def test_gradscalers_scalars_are_read_where_they_are(name: str, max_norm: float 
 
     here, there = both(run)
     assert there._place is not None
-    assert_same_bits(everything(here), everything(there))
+    assert_same_bits(snapshot(here), snapshot(there))
 
 
 @pytest.mark.parametrize("wide", [False, True])
@@ -209,7 +183,7 @@ def test_a_learning_rate_on_the_device_is_read_there(name: str, wide: bool) -> N
         return opt
 
     here, there = both(run)
-    assert_same_bits(everything(here), everything(there))
+    assert_same_bits(snapshot(here), snapshot(there))
 
 
 @pytest.mark.parametrize("lies", [-1, 1])
@@ -256,7 +230,7 @@ def test_groups_options_and_gradients_that_change(device: None) -> None:
 
     there = run()
     _core.set_device_library("")
-    assert_same_bits(everything(run()), everything(there))
+    assert_same_bits(snapshot(run()), snapshot(there))
 
 
 GRAPHS = [c for c in FULL if c.param in ("float32", "bfloat16")] + [
@@ -277,22 +251,22 @@ def test_a_replayed_graph_gives_the_values_of_plain_steps(case: Case, max_norm: 
             else:
                 p.grad.copy_(g)
 
-    plain = parameters(case, lengths)
+    plain = [parameter(case, (n,), i) for i, n in enumerate(lengths)]
     want = made(case, plain, max_grad_norm=max_norm)
     for k in range(7):
         gradients(plain, k)
         want.step()
 
     with opened():
-        params = parameters(case, lengths)
+        params = [parameter(case, (n,), i) for i, n in enumerate(lengths)]
         opt = made(case, params, max_grad_norm=max_norm)
         for k in range(2):
             gradients(params, k)
             opt.step()
-        before = {k: v.clone() for k, v in everything(opt).items()}
+        before = snapshot(opt)
         with capture():
             opt.step()
-        assert_same_bits(everything(opt), before)
+        assert_same_bits(snapshot(opt), before)
         norm = opt.last_grad_norm  # the graph's: it writes there at every replay
         for k in (2, 3):
             gradients(params, k)
@@ -308,7 +282,7 @@ def test_a_replayed_graph_gives_the_values_of_plain_steps(case: Case, max_norm: 
         gradients(params, 6)
         replay()
     assert norm is None or torch.equal(norm, want.last_grad_norm)
-    assert_same_bits(everything(opt), everything(want))
+    assert_same_bits(snapshot(opt), snapshot(want))
 
 
 def test_a_step_that_has_to_send_everything_can_be_captured_first(device: None) -> None:
@@ -400,11 +374,11 @@ def test_one_optimizer_over_two_devices_and_the_host(max_norm: float | None, mon
             with placed(dict(all_of)):
                 opt.step()
     if max_norm is None:
-        assert_same_bits(everything(opt), everything(want))
+        assert_same_bits(snapshot(opt), snapshot(want))
         return
     assert opt.last_grad_norm == pytest.approx(want.last_grad_norm.item(), rel=1e-6)
-    for name, x in everything(want).items():
-        assert torch.allclose(everything(opt)[name], x, rtol=1e-5, atol=1e-7), name
+    for name, x in snapshot(want).items():
+        assert torch.allclose(snapshot(opt)[name], x, rtol=1e-5, atol=1e-7), name
 
 
 def test_operands_on_different_devices_are_refused_before_anything_is_written(device: None) -> None:
@@ -430,7 +404,7 @@ def test_a_launch_that_fails_raises_the_devices_own_message_and_the_next_step_is
             opt.step()
         return opt
 
-    assert_same_bits(everything(run(fail=True)), everything(run(fail=False)))
+    assert_same_bits(snapshot(run(fail=True)), snapshot(run(fail=False)))
 
 
 # ---- in-place functions, and what is refused

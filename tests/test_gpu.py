@@ -12,7 +12,7 @@ import torch
 import fusedopt
 import fusedopt.torch as optim
 from form_cases import CASES, Case, one_of_each_form
-from form_cases_torch import BOTH, DTYPES, made
+from form_cases_torch import BOTH, DTYPES, made, wrapped
 from fusedopt import _core
 from fusedopt.rules import RULES
 from gpu_cases import (
@@ -24,7 +24,6 @@ from gpu_cases import (
     assert_same_bits,
     both,
     numbers,
-    parameter,
     parameters,
     plain,
     stepped,
@@ -97,7 +96,7 @@ def test_every_pair_of_layouts_gives_the_cpus_bits(case: Case) -> None:
     def run(device: str) -> Any:
         pairs = [(a, b) for a in LAYOUTS for b in LAYOUTS]
         start = numbers(n, case.param, 1).view(shape).to(device)
-        params = [parameter(case, a(start)) for a, _ in pairs]
+        params = [wrapped(case, a(start)) for a, _ in pairs]
         opt = made(case, params, **BOTH)
         for k in range(2):
             for i, (p, (_, b)) in enumerate(zip(params, pairs, strict=True)):
