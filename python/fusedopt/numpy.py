@@ -9,7 +9,6 @@ import operator
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import cache
 from typing import Any, ClassVar
 
 import numpy as np
@@ -17,7 +16,7 @@ import numpy as np
 from . import _core, forms
 from ._make import array_names, carried, compile_function, option_dict, option_signature, rule_doc
 from .config import get_num_threads
-from .rules import RULES, Kernel, Rule
+from .rules import RULES, Rule
 
 __all__: list[str] = ["Optimizer"]
 
@@ -55,7 +54,7 @@ def _counted(step: Any, n: int) -> list[int]:
 def _update(rule: Rule, options: dict[str, Any], arrays: dict[str, Any], step: Any) -> None:
     rule.check(options)
     kernel = rule.kernel(options)
-    names = _names(rule, kernel)
+    names = kernel.operands
     many = isinstance(arrays["param"], list | tuple)
     operands = []
     for name, value in arrays.items():
@@ -69,11 +68,6 @@ def _update(rule: Rule, options: dict[str, Any], arrays: dict[str, Any], step: A
     _core.update(
         kernel.index, kernel.values(options), maximize, names, labels, operands, _counted(step, n), get_num_threads()
     )
-
-
-@cache
-def _names(rule: Rule, kernel: Kernel) -> tuple[str, ...]:
-    return "param", "grad", *kernel.states, *carried(rule)
 
 
 _FUNCTION_DOC = """

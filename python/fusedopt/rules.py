@@ -32,6 +32,9 @@ class Kernel:
     name: str
     index: int
     states: tuple[str, ...]
+    operands: tuple[str, ...]
+    """What the in-place function takes, in the kernel's order: param, grad, the states, the carried scalar if any."""
+
     sources: tuple[tuple[str | None, int, float], ...]
     """For each hyperparameter: the option or None, the index into it or -1, the value if there is no option."""
 
@@ -50,7 +53,8 @@ def _kernel(name: str, rule: Rule) -> Kernel:
         else:
             sources.append((h, -1, 0.0))
     items = (repr(c) if key is None else f"o[{key!r}]" + f"[{i}]" * (i >= 0) for key, i, c in sources)
-    return Kernel(name, index, states, tuple(sources), eval(f"lambda o: [{', '.join(items)}]"))
+    operands = ("param", "grad", *states, *(s for s in rule.scalars if s != "step"))
+    return Kernel(name, index, states, operands, tuple(sources), eval(f"lambda o: [{', '.join(items)}]"))
 
 
 # Option: lowest value, highest value, whether the highest is allowed. Options that are absent need only be finite.
@@ -104,7 +108,14 @@ class Rule:
 
     def kernel(self, options: Options) -> Kernel:
         """The kernel that does this rule under these options."""
-        return self._by_truth[tuple([bool(options.get(option)) for option in self.chooses])]
+        for option in self.chooses:
+            if options.get(option):
+                return self._by_truth[tuple([bool(options.get(o)) for o in self.chooses])]
+        return self._plainest
+
+    @cached_property
+    def _plainest(self) -> Kernel:
+        return self._by_truth[(False,) * len(self.chooses)]
 
     def states(self, options: Options) -> tuple[str, ...]:
         """Names of the arrays kept per parameter under these options, in torch's order."""
@@ -119,8 +130,27 @@ class Rule:
     def _ranges(self) -> list[tuple[str, type, float, float, bool]]:
         return [(o, type(d), *_RANGES.get(o, (0.0, math.inf, False))) for o, d in self.defaults.items()]
 
+    @cached_property
+    def _clearly_right(self) -> Callable[[Options], bool]:
+        """Is every option a plain float, bool or tuple of floats in its range? A line of source: it runs every step."""
+        tests = []
+        for option, kind, low, high, _ in self._ranges:
+            inside = f"is float and {low!r} <= {{0}} < {high!r}"
+            if kind is bool:
+                tests.append(f"(o[{option!r}] is False or o[{option!r}] is True)")
+            elif kind is tuple:
+                n = len(self.defaults[option])
+                tests.append(f"type(v := o[{option!r}]) is tuple and len(v) == {n}")
+                tests += [f"type(v[{i}]) {inside.format(f'v[{i}]')}" for i in range(n)]
+            else:
+                tests.append(f"type(v := o[{option!r}]) {inside.format('v')}")
+        found: Callable[[Options], bool] = eval("lambda o: " + " and ".join(tests), {"inf": math.inf})
+        return found
+
     def check(self, options: Options) -> None:
         """Raises ValueError or TypeError, naming the option, unless every option is in its range."""
+        if self._clearly_right(options):
+            return
         for option, kind, low, high, closed in self._ranges:
             value = options[option]
             if kind is float and type(value) is float and low <= value < high:
