@@ -42,19 +42,25 @@ def required() -> dict[str, set[int]]:
     function = ""
     for number, line in enumerate((CPP / "sweep.h").read_text().splitlines(), 1):
         if m := re.match(
-            r"  (?:static )?FUSEDOPT_\w+ (?:static )?void (\w+)\(|  static FUSEDOPT_\w+ void (\w+)\(", line
+            r"  (?:static )?FUSEDOPT_\w+ (?:static )?(?:void|bool) (\w+)\(|  static FUSEDOPT_\w+ void (\w+)\(", line
         ):
             function = m[1] or m[2]
-        if "for (int i = 0; i < kBlock" in line or ("for (int i = 0; i < U::numbers;" in line and function == "draw"):
+        if re.search(r"for \(int i = 0; (quantised && )?i < kBlock", line) or (
+            "for (int i = 0; i < U::numbers;" in line and function == "draw"
+        ):
             lines.setdefault(function, set()).add(number)
     return lines
 
 
-def copies(formats: str, lines: dict[str, set[int]]) -> set[int]:
-    """Of these, the loops that only copy float32, which the compiler turns into a call."""
-    decode, _, _, encode = sorted(lines["block"])
-    weights = {decode, encode} if formats.startswith("Plain<F32>") else set()
-    return weights | (lines["load"] | lines["store"] if formats.endswith("F32") else set())
+def needed(formats: str, lines: dict[str, set[int]]) -> set[int]:
+    """Of these, the loops that this combination has, but for copies of float32, which the compiler makes calls."""
+    decode, gradient, rule, encode, shift = sorted(lines["block"])
+    (codes_in, in_), (codes_out, out) = sorted(lines["load"]), sorted(lines["store"])
+    some = {gradient, rule} | (set() if formats.startswith("Plain<F32>") else {decode, encode})
+    if formats.endswith("Int8"):
+        return some | {codes_in, codes_out, shift} | lines["measure"] | lines["draw"]
+    some |= set() if formats.endswith(" F32") else {in_, out}
+    return some | (lines["draw"] if "Noisy" in formats else set())
 
 
 def loops(text: str) -> Iterator[tuple[str, int]]:
@@ -71,11 +77,7 @@ def loops(text: str) -> Iterator[tuple[str, int]]:
         if m := re.match(r"(Sweep|Blocks)<(\w+)<\w+>, (.*)>::(sweep|flat)(\.|$)", head):
             name = f"{m[2]:24} {m[3]}"
             if m[1] == "Blocks":
-                state = m[3].rpartition(", ")[2]
-                parts = ["block", *(["decode", "encode"] if state == "Int8" else ["load", "store"])]
-                parts += ["draw"] if "Int8" in state or "Noisy" in m[3] else []
-                needed = set().union(*(lines[p] for p in parts)) - copies(m[3], lines)
-                found[name] = size if needed <= sizes.keys() else 0
+                found[name] = size if needed(m[3], lines) <= sizes.keys() else 0
             elif m[4] == "flat" or size:
                 found[name] = max(size, found.get(name, 0))
             else:

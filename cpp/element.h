@@ -34,6 +34,7 @@ FUSEDOPT_HD float root(float x) { return sqrtf(x); }
 FUSEDOPT_HD double root(double x) { return sqrt(x); }
 FUSEDOPT_HD float magnitude(float x) { return fabsf(x); }
 FUSEDOPT_HD double magnitude(double x) { return fabs(x); }
+FUSEDOPT_HD float signed_as(float x, float y) { return copysignf(x, y); }
 
 // The larger of two; NaN if either is NaN.
 template <class T>

@@ -182,18 +182,24 @@ struct Copied {
 // --- block-quantised states: 8 bits an element and one float32 scale a block, the block's largest magnitude s. A code
 // is the square root of an element's share of s, rounded stochastically: fine where most elements lie, near zero. ---
 
+// Added to a small number it rounds it to a whole one, whose low byte is that of the sum's bits.
+constexpr float kWhole = 0x1.8p23f;
+// A code's random shift before it is rounded to nearest: 32 bits with a sign, made a little less than a half either
+// way, so that what is some code's stays that code's, and none goes beyond top.
+FUSEDOPT_HD float shifted(float c, float random) { return fma1(random, 0x1.fffp-33f, c); }
+
 // x = s c |c| / 127^2 for a moment with a sign, c in [-127, 127].
 struct SignedRoot {
   static constexpr Format format = kI8;
   static constexpr float top = 127.0f;
   static FUSEDOPT_HD float decode(uint8_t code) {
-    const float c = float(int8_t(code));
-    return c * magnitude(c);
+    const int c = int8_t(code);
+    return float(int16_t(c * (c < 0 ? -c : c)));
   }
-  // square: top^2 |x| / s; random: in [0, 255/256], so that no code goes beyond top.
-  static FUSEDOPT_HD int32_t encode(float square, float x, float random, float) {
-    const float c = root(square) + random;
-    return int32_t(bits<float>(bits<uint32_t>(c) | (bits<uint32_t>(x) & 0x80000000u)));
+  static FUSEDOPT_HD float size(float x) { return magnitude(x); }
+  // square: top^2 |x| / s.
+  static FUSEDOPT_HD uint32_t encode(float square, float x, float random, uint32_t) {
+    return bits<uint32_t>(signed_as(shifted(root(square), random), x) + kWhole);
   }
 };
 
@@ -202,12 +208,13 @@ struct Root {
   static constexpr Format format = kU8;
   static constexpr float top = 255.0f;
   static FUSEDOPT_HD float decode(uint8_t code) {
-    const float c = float(int32_t(code));
-    return c * c;
+    const int c = code;
+    return float(uint16_t(c * c));
   }
-  static FUSEDOPT_HD int32_t encode(float square, float, float random, float least) {
-    const float c = root(square) + random;
-    return int32_t(c > least ? c : least);
+  static FUSEDOPT_HD float size(float x) { return x; }
+  static FUSEDOPT_HD uint32_t encode(float square, float, float random, uint32_t least) {
+    const uint32_t c = bits<uint32_t>(shifted(root(square), random) + kWhole);
+    return c > least ? c : least;
   }
 };
 
@@ -229,33 +236,38 @@ struct Code<kU8> {
   using type = Root;
 };
 
-// Blocks so small that the fast way would run out of float32: zero, denormal and a little above.
+// Usual scales: below them float32 runs out (zero, denormal, a little above), and what is not finite needs care. A loop
+// that has made sure of it says so, and is spared both.
 constexpr float kTiny = 0x1p-96f;
+FUSEDOPT_HD bool usual(float scale) { return bits<uint32_t>(scale) - 0x0f800000u < 0x7f800000u - 0x0f800000u; }
 
-// A block's codes into numbers. Above kTiny `rest` is 1.
-template <class C>
+// A block's codes into numbers.
+template <class C, bool Usual = false>
 struct Decoder {
   float unit, rest;
   FUSEDOPT_HD explicit Decoder(float scale)
-      : unit((scale < kTiny ? 1.0f : scale) * (1.0f / (C::top * C::top))), rest(scale < kTiny ? scale : 1.0f) {}
+      : unit((!Usual && scale < kTiny ? 1.0f : scale) * (1.0f / (C::top * C::top))),
+        rest(!Usual && scale < kTiny ? scale : 1.0f) {}
   FUSEDOPT_HD float operator()(uint8_t code) const { return C::decode(code) * unit * rest; }
 };
 
-// Numbers of a block whose largest magnitude is `size` into codes. Above kTiny `up` and `least` are 1.
-template <class C>
+// Numbers of a block whose largest magnitude is `size` into codes.
+template <class C, bool Usual = false>
 struct Encoder {
-  float up, inverse, least;
+  float up, inverse;
+  uint32_t least;
   FUSEDOPT_HD explicit Encoder(float size)
-      : up(size < kTiny ? 0x1p64f : 1.0f),
-        inverse(size == 0.0f ? 0.0f : C::top * C::top / (size * up)),
-        least(size == 0.0f ? 0.0f : 1.0f) {}
+      : up(!Usual && size < kTiny ? 0x1p64f : 1.0f),
+        inverse(!Usual && size == 0.0f ? 0.0f : C::top * C::top / (size * up)),
+        least(bits<uint32_t>(kWhole) + (Usual || size != 0.0f ? 1 : 0)) {}
   FUSEDOPT_HD uint8_t operator()(float x, float random) const {
-    return uint8_t(C::encode(magnitude(x) * up * inverse, x, random, least));
+    const float square = C::size(x) * up * inverse;
+    return uint8_t(C::encode(Usual || square == square ? square : 0.0f, x, random, least));
   }
 };
 
 // The bits of a number's magnitude: in the numbers' order, NaN on top.
-FUSEDOPT_HD int32_t size_bits(float x) { return bits<int32_t>(x) & 0x7fffffff; }
+FUSEDOPT_HD uint32_t size_bits(float x) { return bits<uint32_t>(x) & 0x7fffffffu; }
 
 // The k-th of words separated by blanks, and what follows it.
 constexpr const char* word(const char* s, int k) {

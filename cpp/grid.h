@@ -42,9 +42,9 @@ FUSEDOPT_DEVICE int64_t place(const int64_t* layout, int operand, int64_t i) {
 }
 
 // The largest over the 8 threads that share a block of codes.
-FUSEDOPT_DEVICE int32_t largest_of_8(int32_t x) {
+FUSEDOPT_DEVICE uint32_t largest_of_8(uint32_t x) {
   for (int distance = 1; distance < 8; distance *= 2) {
-    const int32_t other = exchange(x, distance);
+    const uint32_t other = uint32_t(exchange(int32_t(x), distance));
     x = other > x ? other : x;
   }
   return x;
@@ -189,21 +189,21 @@ struct Grid {
                                      bool first, Elements& e) {
     if constexpr (J < N) {
       if constexpr (U::quantised) {
-        int32_t top = 0;
+        uint32_t top = 0;
         FUSEDOPT_UNROLL
         for (int k = 0; k < width; ++k) {
-          const int32_t b = size_bits(s[J][k]);
+          const uint32_t b = size_bits(s[J][k]);
           top = b > top ? b : top;
         }
         const float size = bits<float>(largest_of_8(top));
         if (first) scale[J][block] = size;
         const Encoder<typename U::template CodeOf<J>> encoder(size);
         FUSEDOPT_UNROLL
-        for (int k = 0; k < width; ++k) e.state[J].x[k] = encoder(s[J][k], float(random[k] & 255u) * 0x1p-8f);
+        for (int k = 0; k < width; ++k) e.state[J].x[k] = encoder(s[J][k], U::shift_of(random[k]));
       } else {
         FUSEDOPT_UNROLL
         for (int k = 0; k < width; ++k)
-          e.state[J].x[k] = typename S::Stored(S::store(s[J][k], S::noisy ? random[k] : 0));
+          e.state[J].x[k] = typename S::Stored(S::store(s[J][k], S::noisy ? U::bits_of(random[k]) : 0));
       }
       encode<J + 1>(s, random, scale, block, first, e);
     }
@@ -231,7 +231,7 @@ struct Grid {
       Apply<N>::to(ready.rule, x, T(G::load(e.g.x[k]) * ready.scale), t);
       FUSEDOPT_UNROLL
       for (int j = 0; j < N; ++j) s[j][k] = t[j];
-      W::store(x, w, r, P::noisy ? random[k] : 0);
+      W::store(x, w, r, P::noisy ? U::bits_of(random[k]) : 0);
       e.set(k, w, r);
     }
     encode(s, random, scale, block, inside && begin == 0, e);

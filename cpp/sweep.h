@@ -65,9 +65,22 @@ struct Blocks {
     Rest* rest;
     typename S::Stored* state[N + 1];
     float* scale[N + 1];
+
+    FUSEDOPT_HD Operands at(int64_t i) const {
+      Operands o;
+      o.p = p + i;
+      o.g = g + i;
+      if constexpr (W::master != kNoMaster) o.rest = rest + i;
+      for (int k = 0; k < N; ++k) {
+        o.state[k] = state[k] + i;
+        if (quantised) o.scale[k] = scale[k] + i / kBlock;
+      }
+      return o;
+    }
   };
 
-  static void sweep(const Ready& ready, const Span& span) {
+  static void sweep(const Ready& shared, const Span& span) {
+    const Ready ready = shared;  // codes that are written may be any bytes, the shared ones included, for the compiler
     Operands o;
     o.p = static_cast<typename P::Stored*>(span.param);
     o.g = static_cast<const typename G::Stored*>(span.grad);
@@ -76,27 +89,23 @@ struct Blocks {
       o.state[k] = static_cast<typename S::Stored*>(span.state[k]);
       o.scale[k] = span.scale[k];
     }
+    const int64_t n = span.n, first = span.first;
+    const uint32_t key = span.key;
     int64_t i = 0;
-    for (; i + kBlock <= span.n; i += kBlock) {
-      block(ready, o, span.key, span.first + i);
-      o.p += kBlock;
-      o.g += kBlock;
-      if constexpr (W::master != kNoMaster) o.rest += kBlock;
-      for (int k = 0; k < N; ++k) {
-        o.state[k] += kBlock;
-        if (quantised) ++o.scale[k];
-      }
-    }
-    if (i < span.n) last(ready, o, span.key, span.first + i, size_t(span.n - i));
+    for (; i + kBlock <= n; i += kBlock)
+      if (!block<true>(ready, o.at(i), key, first + i)) unusual(shared, o, span, i);
+    if (i < n) last(shared, o, span, i);
   }
 
   // A block that is not full is worked on in a copy; what is beyond it is zero.
-  static FUSEDOPT_APART void last(const Ready& ready, const Operands& o, uint32_t key, int64_t first, size_t n) {
+  static FUSEDOPT_APART void last(const Ready& ready, const Operands& whole, const Span& span, int64_t i) {
+    const Operands o = whole.at(i);
+    const size_t n = size_t(span.n - i);
     typename P::Stored p[kBlock] = {};
     typename G::Stored g[kBlock] = {};
     Rest rest[kBlock] = {};
     typename S::Stored state[N + 1][kBlock] = {};
-    Span copy = {p, g, {}, {}, rest, nullptr, kBlock, first, key};
+    Span copy = {p, g, {}, {}, rest, nullptr, kBlock, span.first + i, span.key};
     memcpy(p, o.p, n * sizeof p[0]);
     memcpy(g, o.g, n * sizeof g[0]);
     if constexpr (W::master != kNoMaster) memcpy(rest, o.rest, n * sizeof rest[0]);
@@ -111,20 +120,27 @@ struct Blocks {
     for (int k = 0; k < N; ++k) memcpy(o.state[k], state[k], n * sizeof state[k][0]);
   }
 
-  static FUSEDOPT_HD void block(const Ready& ready, const Operands& o, uint32_t key, int64_t first) {
-    float x[kBlock], y[kBlock], s[N + 1][kBlock];
-    int32_t random[kBlock];
+  static FUSEDOPT_APART void unusual(const Ready& ready, const Operands& whole, const Span& span, int64_t i) {
+    block<false>(ready, whole.at(i), span.key, span.first + i);
+  }
+
+  // The fast way, for usual scales, returns false with nothing written where it meets another.
+  template <bool Fast>
+  static FUSEDOPT_HD bool block(const Ready& ready, const Operands& o, uint32_t key, int64_t first) {
+    float x[kBlock], y[kBlock], s[N + 1][kBlock], size[N + 1];
+    uint32_t random[kBlock];
     auto* const p = o.p;  // as locals: bytes may be anything, o included, as far as the compiler knows
     auto* const g = o.g;
     auto* const rest = o.rest;
-    if (P::noisy || S::noisy) draw(key, first, random);
+    for (int k = 0; quantised && Fast && k < N; ++k)
+      if (!usual(*o.scale[k])) return false;
     for (int i = 0; i < kBlock; ++i) {
       typename W::RestWord r{};
       if constexpr (W::master != kNoMaster) r = typename W::RestWord(rest[i]);
       x[i] = W::load(p[i], r);
     }
     for (int i = 0; i < kBlock; ++i) y[i] = G::load(g[i]) * ready.scale;
-    load(o, s);
+    load<Fast>(o, s);
     FUSEDOPT_INDEPENDENT
     for (int i = 0; i < kBlock; ++i) {
       float t[N + 1];
@@ -132,84 +148,77 @@ struct Blocks {
       Apply<N>::to(ready.rule, x[i], y[i], t);
       for (int k = 0; k < N; ++k) s[k][i] = t[k];
     }
+    if constexpr (quantised) {
+      measure(s, size);
+      for (int k = 0; Fast && k < N; ++k)
+        if (!usual(size[k])) return false;
+    }
+    if (P::noisy || S::noisy) draw(key, first, random);
     FUSEDOPT_INDEPENDENT
     for (int i = 0; i < kBlock; ++i) {
       typename P::Word w;
       typename W::RestWord r{};
-      W::store(x[i], w, r, P::noisy ? uint32_t(random[i]) : 0);
+      W::store(x[i], w, r, P::noisy ? U::bits_of(random[i]) : 0);
       p[i] = typename P::Stored(w);
       if constexpr (W::master != kNoMaster) rest[i] = Rest(r);
     }
-    float part[kBlock];  // of a code's step
-    for (int i = 0; quantised && i < kBlock; ++i) part[i] = float(random[i] & 255) * 0x1p-8f;
-    store(o, s, random, part);
+    float shift[kBlock];
+    for (int i = 0; quantised && i < kBlock; ++i) shift[i] = U::shift_of(random[i]);
+    store<Fast>(o, s, random, shift, size);
+    return true;
   }
 
-  static FUSEDOPT_HD void draw(uint32_t key, int64_t first, int32_t* random) {
+  static FUSEDOPT_HD void draw(uint32_t key, int64_t first, uint32_t* random) {
     for (int i = 0; i < U::numbers; ++i) {
       const uint32_t number = U::block_noise(key, first / kBlock, i);
-      for (int k = 0; k < U::parts; ++k) random[i + k * U::numbers] = int32_t(U::part_of(number, k));
+      for (int k = 0; k < U::parts; ++k) random[i + k * U::numbers] = U::part_of(number, k);
     }
   }
 
   // The states, one after the other: each has a code of its own.
-  template <int K = 0>
+  template <bool Fast, int K = 0>
   static FUSEDOPT_HD void load(const Operands& o, float (*s)[kBlock]) {
     if constexpr (K < N) {
       auto* const state = o.state[K];
-      if constexpr (!quantised) {
+      if constexpr (quantised) {
+        const Decoder<typename U::template CodeOf<K>, Fast> decoder(*o.scale[K]);
+        for (int i = 0; i < kBlock; ++i) s[K][i] = decoder(state[i]);
+      } else {
         FUSEDOPT_INDEPENDENT
         for (int i = 0; i < kBlock; ++i) s[K][i] = S::load(state[i]);
-      } else {
-        decode<typename U::template CodeOf<K>>(state, *o.scale[K], s[K]);
       }
-      load<K + 1>(o, s);
+      load<Fast, K + 1>(o, s);
     }
   }
+  // Their largest magnitudes, as bits: no vector has a maximum of floats that is right for NaN.
   template <int K = 0>
-  static FUSEDOPT_HD void store(const Operands& o, const float (*s)[kBlock], const int32_t* random, const float* part) {
+  static FUSEDOPT_HD void measure(const float (*s)[kBlock], float* size) {
+    if constexpr (K < N) {
+      uint32_t top = 0;
+      for (int i = 0; i < kBlock; ++i) {
+        const uint32_t b = bits<uint32_t>(U::template CodeOf<K>::size(s[K][i]));
+        top = b > top ? b : top;
+      }
+      size[K] = magnitude(bits<float>(top));
+      measure<K + 1>(s, size);
+    }
+  }
+  template <bool Fast, int K = 0>
+  static FUSEDOPT_HD void store(const Operands& o, const float (*s)[kBlock], const uint32_t* random, const float* shift,
+                                const float* size) {
     if constexpr (K < N) {
       auto* const state = o.state[K];
-      if constexpr (!quantised) {
+      if constexpr (quantised) {
+        const Encoder<typename U::template CodeOf<K>, Fast> encoder(size[K]);
+        *o.scale[K] = size[K];
+        for (int i = 0; i < kBlock; ++i) state[i] = encoder(s[K][i], shift[i]);
+      } else {
         FUSEDOPT_INDEPENDENT
         for (int i = 0; i < kBlock; ++i)
-          state[i] = typename S::Stored(S::store(s[K][i], S::noisy ? uint32_t(random[i]) : 0));
-      } else {
-        encode<typename U::template CodeOf<K>>(s[K], part, state, o.scale[K]);
+          state[i] = typename S::Stored(S::store(s[K][i], S::noisy ? U::bits_of(random[i]) : 0));
       }
-      store<K + 1>(o, s, random, part);
+      store<Fast, K + 1>(o, s, random, shift, size);
     }
-  }
-
-  template <class C>
-  static FUSEDOPT_HD void decode(const uint8_t* code, float scale, float* x) {
-    if (scale < kTiny) return decode_tiny<C>(code, scale, x);
-    const float unit = Decoder<C>(scale).unit;
-    for (int i = 0; i < kBlock; ++i) x[i] = C::decode(code[i]) * unit;
-  }
-  template <class C>
-  static FUSEDOPT_HD void encode(const float* x, const float* part, uint8_t* code, float* scale) {
-    int32_t top = 0;  // of the bits: magnitudes are in their order, NaN on top; of floats no vector has a maximum
-    for (int i = 0; i < kBlock; ++i) {
-      const int32_t b = size_bits(x[i]);
-      top = b > top ? b : top;
-    }
-    const float size = bits<float>(top);
-    *scale = size;
-    if (size < kTiny) return encode_tiny<C>(x, part, code, size);
-    const float inverse = Encoder<C>(size).inverse;
-    for (int i = 0; i < kBlock; ++i) code[i] = uint8_t(C::encode(magnitude(x[i]) * inverse, x[i], part[i], 1.0f));
-  }
-
-  template <class C>
-  static FUSEDOPT_APART void decode_tiny(const uint8_t* code, float scale, float* x) {
-    const Decoder<C> decoder(scale);
-    for (int i = 0; i < kBlock; ++i) x[i] = decoder(code[i]);
-  }
-  template <class C>
-  static FUSEDOPT_APART void encode_tiny(const float* x, const float* part, uint8_t* code, float size) {
-    const Encoder<C> encoder(size);
-    for (int i = 0; i < kBlock; ++i) code[i] = encoder(x[i], part[i]);
   }
 };
 

@@ -123,14 +123,16 @@ struct Update {
   }
 
   // The random bits that elements of a block get, in numbers of `parts` each: 16 bits, or 8 where there are only codes
-  // to round. Number i of a block serves its elements i, i + numbers, i + 2 numbers, ...
+  // to round. Number i of a block serves its elements i, i + numbers, i + 2 numbers, ...; each finds its own at the
+  // top.
   static constexpr int bits_each = P::noisy || !quantised ? 16 : 8, parts = 32 / bits_each, numbers = kBlock / parts;
   static FUSEDOPT_HD uint32_t block_noise(uint32_t key, int64_t block, int i) {
     return noise(key, uint32_t(block) * numbers + uint32_t(i));
   }
-  static FUSEDOPT_HD uint32_t part_of(uint32_t number, int k) {
-    return (number >> (k * bits_each)) & ((1u << bits_each) - 1);
-  }
+  static FUSEDOPT_HD uint32_t part_of(uint32_t number, int k) { return number << (32 - bits_each * (k + 1)); }
+  static FUSEDOPT_HD uint32_t bits_of(uint32_t part) { return part >> 16; }
+  // For a code: of 16 bits the lower 8, since the upper ones decide on the weight.
+  static FUSEDOPT_HD float shift_of(uint32_t part) { return float(int32_t(bits_each == 16 ? part << 8 : part)); }
 };
 
 }  // namespace

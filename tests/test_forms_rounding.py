@@ -131,7 +131,7 @@ def test_seeds_and_streams_are_independent() -> None:
 
 @pytest.mark.parametrize("second", [False, True], ids=["signed", "second moment"])
 def test_codes_are_rounded_without_bias(second: bool) -> None:
-    """Of 8 random bits: a code is too small by 1/512 on average, and by less than 1/256."""
+    """A quarter of the codes have 8 random bits, too small by 1/512 on average; the others have more."""
     x = np.abs(np.random.default_rng(0).standard_normal(N)).astype(F32)
     if second:
         opt, name, top = fusedopt.Adagrad(np.zeros(N, F32), state_dtype="int8"), "sum", 255.0
@@ -145,12 +145,11 @@ def test_codes_are_rounded_without_bias(second: bool) -> None:
     error, share = (codes - exact)[inside], (exact % 1)[inside]
     assert (np.abs(error) < 1 + 1e-4).all()
     deviation = np.sqrt((share * (1 - share)).sum())
-    assert -error.size / 256 - LIMIT * deviation < error.sum() < LIMIT * deviation
-    assert abs(error.sum() + error.size / 512) < LIMIT * deviation
+    assert abs(error.sum() + error.size / 2048) < LIMIT * deviation
     for b in range(16):
         these = (share * 16).astype(int) == b
         slack = LIMIT * np.sqrt((share[these] * (1 - share[these])).sum()) + 1
-        assert -these.sum() / 256 - slack < error[these].sum() < slack, b
+        assert abs(error[these].sum() + these.sum() / 2048) < slack, b
     for lag in (1, 16, 32, 48, 64):
         both = error[lag:] * error[:-lag]
         assert abs(both.sum()) < LIMIT * np.sqrt((both**2).sum()) + both.size / 256, lag

@@ -96,6 +96,27 @@ def test_every_code_is_within_the_documented_bound(kinds: list[str], tail: int, 
     assert np.abs(made[0].astype(int) - codes).max() <= 1
 
 
+@pytest.mark.parametrize("second", [False, True], ids=["signed", "second moment"])
+def test_numbers_that_are_some_codes_keep_them(second: bool) -> None:
+    """Whatever the random bits: a state that a step leaves alone does not move."""
+    rng = np.random.default_rng(0)
+    x = np.concatenate(
+        [block(kind, rng, -44.0, 38.0) for kind in ("normal", "outlier", "huge", "one") for _ in range(200)]
+    )
+    opt: Any
+    if second:
+        opt, name, x = fusedopt.Adagrad(np.zeros_like(x), state_dtype="int8"), "sum", np.sqrt(np.abs(x))
+    else:
+        opt, name = fusedopt.SGD(np.zeros_like(x), momentum=1.0, state_dtype="int8"), "momentum_buffer"
+    opt.step(x)
+    codes, scale = opt.state[0][f"{name}_codes"].copy(), opt.state[0][f"{name}_scale"].copy()
+    assert len(np.unique(codes)) == 255
+    for _ in range(100):
+        opt.step(np.zeros_like(x))
+    assert_same_bits(opt.state[0][f"{name}_codes"], codes)
+    np.testing.assert_allclose(opt.state[0][f"{name}_scale"], scale, rtol=1e-5)  # the largest, rounded twice a step
+
+
 def test_the_bound_is_one_that_wrong_codes_miss() -> None:
     """A neighbour's scale, a tail without codes, a code off by two: each is caught."""
     rng = np.random.default_rng(0)
