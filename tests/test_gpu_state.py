@@ -138,6 +138,20 @@ def test_several_gpus_in_one_optimizer(max_norm: float | None) -> None:
     assert torch.cuda.current_device() == before
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_a_step_on_the_second_gpu_takes_no_memory_of_the_first() -> None:
+    program = """
+import torch
+from fusedopt.torch import Adam
+p = torch.zeros(64, device="cuda:1", requires_grad=True)
+p.grad = torch.ones_like(p)
+Adam([p]).step()
+assert p.ne(0).all() and torch.cuda.current_device() == 0
+assert not torch._C._cuda_hasPrimaryContext(0)
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=300)
+
+
 # ---- sizes
 
 

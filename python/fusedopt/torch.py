@@ -212,12 +212,15 @@ class _Fused(Optimizer):
         return self._step(closure)
 
     def _step(self, closure: Callable[[], Any] | None = None) -> Any:
+        home = self._home()
+        if home is not None and home.type == "cuda" and home.index != torch.cuda.current_device():
+            with torch.cuda.device(home):  # unlike CUDA's own way back, torch's makes no context where there was none
+                return self._step(closure)
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         unscale, found_inf, scale = 1.0, None, None
-        home = self._home()
         if home is not None and home.type != "cpu" and "capturable" in self.defaults:
             _check_capture(self)
         self._skipped = False
