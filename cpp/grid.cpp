@@ -152,6 +152,7 @@ extern "C" __attribute__((visibility("default"))) void fusedopt_graph(int what) 
   if (what == 0) graph.launches.clear();
   graph.capturing = what == 0;
   graph.failing = what == 3;
+  graph.full = what == 4;
   for (size_t i = 0; what == 2 && i < graph.launches.size(); ++i) graph.launches[i]();
 }
 // This memory shall lie on another device than 0, or on the host (-1); no bytes: all lies on 0 again.

@@ -26,7 +26,7 @@ namespace fusedopt {
 
 // What has been launched since the capture began; one for all parts of the library.
 struct Graph {
-  bool capturing = false, failing = false;
+  bool capturing = false, failing = false, full = false;
   std::vector<std::function<void()>> launches;
 };
 inline Graph& graph() {
@@ -158,6 +158,7 @@ constexpr int (*kNumber)(const void*) = number;
 
 inline int use(int, int* before) { return *before = 0; }
 inline int allocate(size_t bytes, void** memory) {
+  if (graph().full) return 3;
   *memory = malloc(bytes);
   memset(*memory, 0xff, bytes);  // nothing may rely on zeros
   return 0;
@@ -181,7 +182,9 @@ inline int capturing(void*, bool* yes) {
   return 0;
 }
 inline int synchronize(void*) { return 0; }
-inline const char* message(int error) { return error == 2 ? "told to fail" : "not while a graph is being captured"; }
+inline const char* message(int error) {
+  return error == 2 ? "told to fail" : error == 3 ? "out of memory" : "not while a graph is being captured";
+}
 
 }  // namespace
 }  // namespace fusedopt

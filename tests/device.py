@@ -56,6 +56,16 @@ def failing() -> AbstractContextManager[None]:
     return _meanwhile(3)
 
 
+def full() -> AbstractContextManager[None]:
+    """The device has no memory left."""
+    return _meanwhile(4)
+
+
+def some_freed() -> None:
+    """Within ``full``: no longer."""
+    _graph(1)
+
+
 @contextmanager
 def placed(devices: dict[torch.Tensor, int]) -> Iterator[None]:
     """These tensors lie on other devices than 0, or on the host (-1)."""

@@ -13,7 +13,7 @@ import torch
 
 import fusedopt
 import fusedopt.torch as optim
-from device import CHUNK, capture, failing, opened, placed, replay
+from device import CHUNK, capture, failing, full, opened, placed, replay, some_freed
 from form_cases import CASES, Case, one_of_each_form
 from form_cases_torch import BOTH, DTYPES, filled, made, parameter, wrapped
 from fusedopt import _core
@@ -405,6 +405,28 @@ def test_a_launch_that_fails_raises_the_devices_own_message_and_the_next_step_is
         return opt
 
     assert_same_bits(snapshot(run(fail=True)), snapshot(run(fail=False)))
+
+
+def test_memory_that_torch_keeps_for_itself_is_asked_back(device: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before the first step, and before one that has more to describe."""
+
+    def run(freed: Callable[[], None] | None) -> Any:
+        parameters = [torch.nn.Parameter(torch.ones(300)) for _ in range(50)]
+        opt = optim.Adam(parameters, lr=0.1)
+        for k in range(4):
+            for p in parameters if k else parameters[:1]:
+                p.grad = filled((300,), "float32", k)
+            if freed is None:
+                opt.step()
+                continue
+            with full():
+                monkeypatch.setattr(torch.cuda, "empty_cache", freed)
+                opt.step()
+        return opt
+
+    assert_same_bits(snapshot(run(some_freed)), snapshot(run(None)))
+    with pytest.raises(RuntimeError, match="while allocating memory: out of memory"):
+        run(lambda: None)
 
 
 # ---- in-place functions, and what is refused

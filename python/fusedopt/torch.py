@@ -248,7 +248,13 @@ class _Fused(Optimizer):
         scaling = (unscale, max_norm, get_num_threads(), found_inf, scale, norm)
         if self._foreign:
             self._refuse_foreign(max_norm, unscale != 1.0 or scale is not None)
-        if plan is None or not plan.step(self.state, groups, *scaling):
+        try:
+            if plan is None or not plan.step(self.state, groups, *scaling):
+                plan = self._replan(scaling)
+        except RuntimeError as error:
+            if home is None or "while allocating memory" not in str(error):
+                raise
+            torch.cuda.empty_cache()  # what torch holds for later; nothing has been launched
             plan = self._replan(scaling)
         if max_norm:
             self.last_grad_norm = torch.tensor(plan.norm, dtype=self._norm_dtype()) if norm is None else norm
