@@ -184,9 +184,9 @@ struct Copied {
 
 // Added to a small number it rounds it to a whole one, whose low byte is that of the sum's bits.
 constexpr float kWhole = 0x1.8p23f;
-// A code's random shift before it is rounded to nearest: 32 bits with a sign, made a little less than a half either
-// way, so that what is some code's stays that code's, and none goes beyond top.
-FUSEDOPT_HD float shifted(float c, float random) { return fma1(random, 0x1.fffp-33f, c); }
+// A code's shift before it is rounded to nearest, from 32 random bits: a little less than a half either way, so that
+// what is some code's stays that code's, and none goes beyond top.
+FUSEDOPT_HD float code_shift(uint32_t random) { return float(int32_t(random)) * 0x1.ffep-33f; }
 
 // x = s c |c| / 127^2 for a moment with a sign, c in [-127, 127].
 struct SignedRoot {
@@ -197,10 +197,10 @@ struct SignedRoot {
     return float(int16_t(c * (c < 0 ? -c : c)));
   }
   static FUSEDOPT_HD float size(float x) { return magnitude(x); }
-  // square: top^2 |x| / s.
-  static FUSEDOPT_HD uint32_t encode(float square, float x, float random, uint32_t) {
-    return bits<uint32_t>(signed_as(shifted(root(square), random), x) + kWhole);
-  }
+  static FUSEDOPT_HD float inverse(float s) { return top * top / s; }
+  static FUSEDOPT_HD float shifted(float x, float inverse, float shift) { return root(x * inverse) + shift; }
+  // c: unsigned, not rounded, shifted.
+  static FUSEDOPT_HD uint32_t encode(float c, float x, uint32_t) { return bits<uint32_t>(signed_as(c, x) + kWhole); }
 };
 
 // x = s c^2 / 255^2 for a second moment, c in [1, 255], or 0 in a block of zeros: what is divided by must not vanish.
@@ -212,9 +212,12 @@ struct Root {
     return float(uint16_t(c * c));
   }
   static FUSEDOPT_HD float size(float x) { return x; }
-  static FUSEDOPT_HD uint32_t encode(float square, float, float random, uint32_t least) {
-    const uint32_t c = bits<uint32_t>(shifted(root(square), random) + kWhole);
-    return c > least ? c : least;
+  // The root is one that the rule has taken: the compiler keeps it.
+  static FUSEDOPT_HD float inverse(float s) { return top / root(s); }
+  static FUSEDOPT_HD float shifted(float x, float inverse, float shift) { return fma1(root(x), inverse, shift); }
+  static FUSEDOPT_HD uint32_t encode(float c, float, uint32_t least) {
+    const uint32_t code = bits<uint32_t>(c + kWhole);
+    return code > least ? code : least;
   }
 };
 
@@ -258,11 +261,11 @@ struct Encoder {
   uint32_t least;
   FUSEDOPT_HD explicit Encoder(float size)
       : up(!Usual && size < kTiny ? 0x1p64f : 1.0f),
-        inverse(!Usual && size == 0.0f ? 0.0f : C::top * C::top / (size * up)),
+        inverse(!Usual && size == 0.0f ? 0.0f : C::inverse(size * up)),
         least(bits<uint32_t>(kWhole) + (Usual || size != 0.0f ? 1 : 0)) {}
-  FUSEDOPT_HD uint8_t operator()(float x, float random) const {
-    const float square = C::size(x) * up * inverse;
-    return uint8_t(C::encode(Usual || square == square ? square : 0.0f, x, random, least));
+  FUSEDOPT_HD uint8_t operator()(float x, float shift) const {
+    const float c = C::shifted(C::size(x) * up, inverse, shift);
+    return uint8_t(C::encode(Usual || c == c ? c : 0.0f, x, least));
   }
 };
 

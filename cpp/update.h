@@ -132,7 +132,7 @@ struct Update {
   static FUSEDOPT_HD uint32_t part_of(uint32_t number, int k) { return number << (32 - bits_each * (k + 1)); }
   static FUSEDOPT_HD uint32_t bits_of(uint32_t part) { return part >> 16; }
   // For a code: of 16 bits the lower 8, since the upper ones decide on the weight.
-  static FUSEDOPT_HD float shift_of(uint32_t part) { return float(int32_t(bits_each == 16 ? part << 8 : part)); }
+  static FUSEDOPT_HD float shift_of(uint32_t part) { return code_shift(bits_each == 16 ? part << 8 : part); }
 };
 
 }  // namespace
