@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <map>
 #include <mutex>
 #include <numeric>
 #include <stdexcept>
@@ -62,6 +63,22 @@ struct SureTurn : Turn {
   explicit SureTurn(int d) : Turn(d) { check(error, "choosing the device"); }
 };
 
+// Memory of plans that are no more, by device. To free it waits for the device, which has to be the current one: the
+// next plan there that allocates does it, since the end of an object may come anywhere.
+struct Left {
+  std::mutex mutex;
+  std::map<int, std::vector<void*>> memory;
+};
+Left& left() {
+  static Left* const kept = new Left;  // outlives every plan
+  return *kept;
+}
+void free_left(int device) {
+  std::lock_guard<std::mutex> lock(left().mutex);
+  auto& memory = left().memory[device];
+  for (; !memory.empty(); memory.pop_back()) check(device_library()->release(memory.back()), "freeing memory");
+}
+
 constexpr size_t kGap = 512;          // words between two changes that are sent along with them
 constexpr size_t kCopyFrom = 32'000;  // words; to copy them all waits for the stream
 
@@ -114,9 +131,9 @@ std::string device_trouble(int device) {
 }
 
 DevicePlan::~DevicePlan() {
-  if (!memory_ || !device_library()) return;
-  Turn turn(device_);
-  if (!turn.error) device_library()->release(memory_);  // else the driver is gone, at the end of a process
+  if (!memory_) return;
+  std::lock_guard<std::mutex> lock(left().mutex);
+  left().memory[device_].push_back(memory_);
 }
 
 void DevicePlan::wait(void* stream) {
@@ -249,6 +266,7 @@ DeviceTables DevicePlan::send(void* stream) {
   bool fresh = !known_ || there_.size() != words_.size();
   known_ = false;  // until all is sent
   if (needed > bytes_) {
+    free_left(device_);
     if (memory_) check(library.release(memory_), "freeing memory");
     memory_ = nullptr;
     bytes_ = 0;

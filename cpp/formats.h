@@ -184,8 +184,8 @@ struct Copied {
 
 // Added to a small number it rounds it to a whole one, whose low byte is that of the sum's bits.
 constexpr float kWhole = 0x1.8p23f;
-// A code's shift before it is rounded to nearest, from 32 random bits: a little less than a half either way, so that
-// what is some code's stays that code's, and none goes beyond top.
+// A code's shift before it is rounded to nearest, from random bits, the topmost first: a little less than a half either
+// way, so that what is some code's stays that code's, and none goes beyond top.
 FUSEDOPT_HD float code_shift(uint32_t random) { return float(int32_t(random)) * 0x1.ffep-33f; }
 
 // x = s c |c| / 127^2 for a moment with a sign, c in [-127, 127].
@@ -199,7 +199,7 @@ struct SignedRoot {
   static FUSEDOPT_HD float size(float x) { return magnitude(x); }
   static FUSEDOPT_HD float inverse(float s) { return top * top / s; }
   static FUSEDOPT_HD float shifted(float x, float inverse, float shift) { return root(x * inverse) + shift; }
-  // c: unsigned, not rounded, shifted.
+  // c: not rounded, shifted; its sign, if it has come to one, does not count.
   static FUSEDOPT_HD uint32_t encode(float c, float x, uint32_t) { return bits<uint32_t>(signed_as(c, x) + kWhole); }
 };
 
@@ -212,7 +212,7 @@ struct Root {
     return float(uint16_t(c * c));
   }
   static FUSEDOPT_HD float size(float x) { return x; }
-  // The root is one that the rule has taken: the compiler keeps it.
+  // The rule has taken this root: where the compiler keeps it there is no other.
   static FUSEDOPT_HD float inverse(float s) { return top / root(s); }
   static FUSEDOPT_HD float shifted(float x, float inverse, float shift) { return fma1(root(x), inverse, shift); }
   static FUSEDOPT_HD uint32_t encode(float c, float, uint32_t least) {
@@ -242,7 +242,9 @@ struct Code<kU8> {
 // Usual scales: below them float32 runs out (zero, denormal, a little above), and what is not finite needs care. A loop
 // that has made sure of it says so, and is spared both.
 constexpr float kTiny = 0x1p-96f;
-FUSEDOPT_HD bool usual(float scale) { return bits<uint32_t>(scale) - 0x0f800000u < 0x7f800000u - 0x0f800000u; }
+FUSEDOPT_HD bool usual(float scale) {
+  return bits<uint32_t>(scale) - bits<uint32_t>(kTiny) < 0x7f800000u - bits<uint32_t>(kTiny);
+}
 
 // A block's codes into numbers.
 template <class C, bool Usual = false>

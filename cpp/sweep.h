@@ -73,7 +73,7 @@ struct Blocks {
       if constexpr (W::master != kNoMaster) o.rest = rest + i;
       for (int k = 0; k < N; ++k) {
         o.state[k] = state[k] + i;
-        if (quantised) o.scale[k] = scale[k] + i / kBlock;
+        o.scale[k] = quantised ? scale[k] + i / kBlock : nullptr;
       }
       return o;
     }
@@ -149,7 +149,7 @@ struct Blocks {
       for (int k = 0; k < N; ++k) s[k][i] = t[k];
     }
     if constexpr (quantised) {
-      measure(s, size);
+      measure<Fast>(s, size);
       for (int k = 0; Fast && k < N; ++k)
         if (!usual(size[k])) return false;
     }
@@ -190,17 +190,18 @@ struct Blocks {
       load<Fast, K + 1>(o, s);
     }
   }
-  // Their largest magnitudes, as bits: no vector has a maximum of floats that is right for NaN.
-  template <int K = 0>
+  // Their largest magnitudes, as bits: no vector has a maximum of floats that is right for NaN. A second moment below
+  // zero, which no rule makes, is not usual.
+  template <bool Fast, int K = 0>
   static FUSEDOPT_HD void measure(const float (*s)[kBlock], float* size) {
     if constexpr (K < N) {
       uint32_t top = 0;
       for (int i = 0; i < kBlock; ++i) {
-        const uint32_t b = bits<uint32_t>(U::template CodeOf<K>::size(s[K][i]));
+        const uint32_t b = Fast ? bits<uint32_t>(U::template CodeOf<K>::size(s[K][i])) : size_bits(s[K][i]);
         top = b > top ? b : top;
       }
-      size[K] = magnitude(bits<float>(top));
-      measure<K + 1>(s, size);
+      size[K] = bits<float>(top);
+      measure<Fast, K + 1>(s, size);
     }
   }
   template <bool Fast, int K = 0>
@@ -234,11 +235,11 @@ struct Sweep : Update<Rule, W, G, S> {
       sizeof(typename P::Stored) == 2 || sizeof(typename G::Stored) == 2 || sizeof(typename S::Stored) == 2;
 
   static void sweep(const void* prepared, const Span& span) {
-    const Ready ready = *static_cast<const Ready*>(prepared);
+    const Ready& ready = *static_cast<const Ready*>(prepared);
     if constexpr (blocked) {
       Blocks<Rule, W, G, S>::sweep(ready, span);
     } else {
-      flat(ready, span);
+      flat(Ready(ready), span);
     }
   }
 

@@ -35,11 +35,6 @@ def array_names(rule: Rule) -> tuple[tuple[str, ...], tuple[str, ...]]:
     return always, sometimes
 
 
-def carried(rule: Rule) -> tuple[str, ...]:
-    """The scalars that the kernel carries along beside the step count."""
-    return tuple(s for s in rule.scalars if s != "step")
-
-
 def rule_doc(rule: Rule, tail: str) -> str:
     """The rule's documentation, followed by what the front end has to say."""
     return dedent("    " + (type(rule).__doc__ or "")).strip() + "\n\n" + dedent(tail).strip() + "\n"

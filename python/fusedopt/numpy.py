@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from . import _core, forms
-from ._make import array_names, carried, compile_function, option_dict, option_signature, rule_doc
+from ._make import array_names, compile_function, option_dict, option_signature, rule_doc
 from .config import get_num_threads
 from .rules import RULES, Rule
 
@@ -100,7 +100,7 @@ def _make_function(rule: Rule) -> Callable[..., None]:
     # A rule whose plain form keeps nothing takes its one optional state by position.
     positional = [*always, *(f"{s}=None" for s in sometimes if not always)]
     late = [f"{s}=None" for s in sometimes if always]
-    clock = [*(["step"] if rule.clock == "step" else []), *carried(rule)]
+    clock = [*(["step"] if rule.clock == "step" else []), *rule.carried]
     first = ["first=False"] if rule.clock == "first" else []
     signature = ", ".join(["param", "grad", *positional, "*", *clock, option_signature(rule, rule.once), *late, *first])
     # In the kernels' order: the states of a smaller variant are those of a larger one, less some.
@@ -108,7 +108,7 @@ def _make_function(rule: Rule) -> Callable[..., None]:
         "param",
         "grad",
         *max((rule.states(dict.fromkeys(v, True)) for v in rule.variants), key=len),
-        *carried(rule),
+        *rule.carried,
     )
     arrays = "{" + ", ".join(f"{s!r}: {s}" for s in names) + "}"
     step = {"step": "step", "first": "1 if first else 2", None: "1"}[rule.clock]
@@ -117,11 +117,11 @@ def _make_function(rule: Rule) -> Callable[..., None]:
     extra = ["step: the number of this step, counted from 1 (a sequence gives each array its own)."] * (clock != [])
     extra += [
         f"{s}: one float64 element, carried from step to step; starts at {rule.first(s, rule.defaults):g}."
-        for s in carried(rule)
+        for s in rule.carried
     ]
     extra += ["first: True in the step that initialises momentum_buffer with the gradient."] * len(first)
     scalars = ["step=1"] * (clock != [])
-    scalars += [f"{s}=np.array({rule.first(s, rule.defaults)!r})" for s in carried(rule)]
+    scalars += [f"{s}=np.array({rule.first(s, rule.defaults)!r})" for s in rule.carried]
     function.__doc__ = _fill(
         rule_doc(rule, _FUNCTION_DOC),
         {
@@ -229,7 +229,7 @@ class Optimizer:
         """The state of a parameter that has none; ``index``: its place among all."""
         rule, kernel = self._rule, self._rule.kernel(options)
         state: dict[str, Any] = {"step": 0}
-        for name in carried(rule):
+        for name in rule.carried:
             state[name] = np.array(rule.first(name, options))
         form = self._form(param, options)
         if param.dtype.name in forms.FLOATS:  # others are refused by the core, in its words
@@ -326,7 +326,7 @@ class Optimizer:
         rule = self._rule
         kernel = rule.kernel(options)
         ema = options["ema_decay"] is not None
-        names = forms.array_names(kernel.states, form, ema) + carried(rule)
+        names = forms.array_names(kernel.states, form, ema) + rule.carried
         wanted = {*names, "stream"} if form.random else set(names)
         states = [self.state[start + i] for i in chosen]
         for i, state in zip(chosen, states, strict=True):
@@ -495,7 +495,7 @@ class Optimizer:
         if name.endswith("_scale"):
             if array.shape != (forms.blocks(param.size),):
                 raise ValueError(f"state_dict: {key}: expected one element for each block of {forms.BLOCK}")
-        elif name not in carried(self._rule) and array.shape != param.shape:
+        elif name not in self._rule.carried and array.shape != param.shape:
             raise ValueError(f"state_dict: {key}: expected shape {param.shape}, got {array.shape}")
         return array
 

@@ -53,7 +53,7 @@ def _kernel(name: str, rule: Rule) -> Kernel:
         else:
             sources.append((h, -1, 0.0))
     items = (repr(c) if key is None else f"o[{key!r}]" + f"[{i}]" * (i >= 0) for key, i, c in sources)
-    operands = ("param", "grad", *states, *(s for s in rule.scalars if s != "step"))
+    operands = ("param", "grad", *states, *rule.carried)
     return Kernel(name, index, states, operands, tuple(sources), eval(f"lambda o: [{', '.join(items)}]"))
 
 
@@ -91,6 +91,11 @@ class Rule:
     def name(self) -> str:
         """Name of the optimizer class."""
         return type(self).__name__
+
+    @property
+    def carried(self) -> tuple[str, ...]:
+        """The scalars that the kernel carries along beside the step count."""
+        return tuple(s for s in self.scalars if s != "step")
 
     @property
     def once(self) -> tuple[str, ...]:
@@ -153,8 +158,6 @@ class Rule:
             return
         for option, kind, low, high, closed in self._ranges:
             value = options[option]
-            if kind is float and type(value) is float and low <= value < high:
-                continue
             if kind is bool:
                 if value is not True and value is not False and not isinstance(value, np.bool_):
                     raise TypeError(f"{option}: expected True or False, got {value!r}")
@@ -167,7 +170,7 @@ class Rule:
                 items = (value,)
             for item in items:
                 try:
-                    x = item if type(item) is float else float(item)
+                    x = float(item)
                 except (TypeError, ValueError):
                     raise TypeError(f"{option}: expected a number, got {item!r}") from None
                 if not (low <= x < high or (closed and x == high)):

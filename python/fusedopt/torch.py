@@ -212,14 +212,19 @@ class _Fused(Optimizer):
         return self._step(closure)
 
     def _step(self, closure: Callable[[], Any] | None = None) -> Any:
-        home = self._home()
-        if home is not None and home.type == "cuda" and home.index != torch.cuda.current_device():
-            with torch.cuda.device(home):  # unlike CUDA's own way back, torch's makes no context where there was none
-                return self._step(closure)
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        home = self._home()
+        if home is not None and home.type == "cuda" and home.index != torch.cuda.current_device():
+            with torch.cuda.device(home):  # unlike CUDA's own way back, torch's makes no context where there was none
+                self._update(home)
+        else:
+            self._update(home)
+        return loss
+
+    def _update(self, home: torch.device | None) -> None:
         unscale, found_inf, scale = 1.0, None, None
         if home is not None and home.type != "cpu" and "capturable" in self.defaults:
             _check_capture(self)
@@ -231,7 +236,7 @@ class _Fused(Optimizer):
             else:
                 self._skipped = found_inf is not None and float(found_inf) != 0
                 if self._skipped:
-                    return loss
+                    return
                 unscale = 1.0 if scale is None else 1.0 / float(scale)
                 found_inf = scale = None
         groups = self.param_groups
@@ -239,11 +244,11 @@ class _Fused(Optimizer):
         plan = self._plan
         if plan is None and self._sharded():
             if found_inf is not None and float(found_inf):
-                return loss
+                return
             norm = self._shards.step(unscale if scale is None else 1.0 / float(scale), max_norm)
             if max_norm:
                 self.last_grad_norm = norm.to(self._norm_dtype())
-            return loss
+            return
         norm = torch.zeros((), dtype=self._norm_dtype(), device=home) if max_norm and home is not None else None
         scaling = (unscale, max_norm, get_num_threads(), found_inf, scale, norm)
         if self._foreign:
@@ -252,15 +257,17 @@ class _Fused(Optimizer):
             if plan is None or not plan.step(self.state, groups, *scaling):
                 plan = self._replan(scaling)
         except RuntimeError as error:
-            if home is None or "while allocating memory" not in str(error):
+            # On one device nothing has been launched by then, and torch may hold memory for later.
+            if home is None or "while allocating memory: out of memory" not in str(error):
                 raise
-            torch.cuda.empty_cache()  # what torch holds for later; nothing has been launched
+            if home.type == "cuda" and torch.cuda.is_current_stream_capturing():
+                raise
+            torch.cuda.empty_cache()
             plan = self._replan(scaling)
         if max_norm:
             self.last_grad_norm = torch.tensor(plan.norm, dtype=self._norm_dtype()) if norm is None else norm
         if self._foreign and not self.last_step_skipped:
             self._step_foreign()
-        return loss
 
     def _home(self) -> torch.device | None:
         """The device with kernels of ours where all parameters lie, if there is one; the CPU has its own way."""
