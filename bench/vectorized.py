@@ -41,10 +41,8 @@ def required() -> dict[str, set[int]]:
     lines: dict[str, set[int]] = {}
     function = ""
     for number, line in enumerate((CPP / "sweep.h").read_text().splitlines(), 1):
-        if m := re.match(
-            r"  (?:static )?FUSEDOPT_\w+ (?:static )?(?:void|bool) (\w+)\(|  static FUSEDOPT_\w+ void (\w+)\(", line
-        ):
-            function = m[1] or m[2]
+        if m := re.match(r"  (?:static )?FUSEDOPT_\w+ (?:static )?(?:void|bool) (\w+)\(", line):
+            function = m[1]
         if re.search(r"for \(int i = 0; (quantised && )?i < kBlock", line) or (
             "for (int i = 0; i < U::numbers;" in line and function == "draw"
         ):

@@ -104,12 +104,7 @@ def _make_function(rule: Rule) -> Callable[..., None]:
     first = ["first=False"] if rule.clock == "first" else []
     signature = ", ".join(["param", "grad", *positional, "*", *clock, option_signature(rule, rule.once), *late, *first])
     # In the kernels' order: the states of a smaller variant are those of a larger one, less some.
-    names = (
-        "param",
-        "grad",
-        *max((rule.states(dict.fromkeys(v, True)) for v in rule.variants), key=len),
-        *rule.carried,
-    )
+    names = max((rule.kernel(dict.fromkeys(v, True)).operands for v in rule.variants), key=len)
     arrays = "{" + ", ".join(f"{s!r}: {s}" for s in names) + "}"
     step = {"step": "step", "first": "1 if first else 2", None: "1"}[rule.clock]
     body = f"_update(_rule, {option_dict(rule, rule.once)}, {arrays}, {step})"
