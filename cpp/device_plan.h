@@ -71,7 +71,6 @@ class DevicePlan {
   int device_;
   char* memory_ = nullptr;
   size_t bytes_ = 0;                     // of memory_
-  bool captured_ = false;                // by a graph
   std::vector<uint64_t> words_, there_;  // what the device should know; what it was sent last,
   bool known_ = false;                   // and whether that is so
   std::vector<size_t> order_;            // in which rows are described: by loop
