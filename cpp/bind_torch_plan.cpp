@@ -1,6 +1,6 @@
-// `_core.TorchPlan`: the parameters of a torch optimizer, remembered between steps. Each step looks at every parameter
-// and gradient anew (both may have moved), at the state's identity, and at the groups' options; what no longer fits is
-// reported as stale before anything is written, and Python builds a new plan.
+// `_core.TorchPlan`: the parameters of a torch optimizer, remembered between steps. Each step reads the address, shape
+// and format of every tensor anew, from the tensor, and compares the identity of the state and the groups' options with
+// what they were; what no longer fits is reported as stale before anything is written, and Python builds a new plan.
 #include <pybind11/stl.h>
 
 #include <algorithm>
@@ -11,6 +11,7 @@
 #include "bind.h"
 #include "device_plan.h"
 #include "dispatch.h"
+#include "torch_tensor.h"
 #include "view.h"
 
 namespace fusedopt {
@@ -49,28 +50,17 @@ struct Scalar {
 enum Kind { kOurs, kIdle, kForeign };  // updated here; without a gradient so far; left to torch
 
 constexpr int kMaxValues = 12;  // entries of one parameter's state dict that can be watched
-// The state's tensors are watched by identity, and their memory is read anew where that costs little: at every step
-// from kAlwaysRead elements on, below in every kReadEvery-th (reaching a tensor costs more than updating 64 elements).
-constexpr int64_t kAlwaysRead = 1024;
-constexpr size_t kReadEvery = 16;
-
-constexpr int kShape = 5;  // dimensions of a parameter that are remembered
 
 struct Param {
   py::object tensor;
   py::object state;                    // the dict opt.state[p], or None
-  PyObject* values[kMaxValues] = {};   // what that dict holds, in its order
-  std::vector<py::object> keep;        // keeps them and their memory alive
+  py::object values[kMaxValues];       // what that dict holds, in its order
   py::object operands[kOperands - 2];  // in the order of Parts
   py::object scales[kMaxStates];       // of quantised states
   py::object step, carry;              // 0-d tensors, or None
-  View views[kOperands] = {};          // param, grad, operands: as of the last step
-  float* scale_at[kMaxStates] = {};
-  const void* record = nullptr;  // lies within torch's record of the parameter
-  int64_t shape[kShape] = {};    // when the state was last read,
-  int ndim = -1;                 // which it has not been
-  Scalar step_at, carry_at;
-  int64_t done = 0;  // steps so far, where there is no step tensor
+  const char* last[kOperands] = {};    // where the operands lay in the last step; only compared
+  Scalar step_at, carry_at;            // of the step that runs
+  int64_t done = 0;                    // steps so far, where there is no step tensor
   Kind kind = kIdle;
   int n_values = 0, n_operands = 0, n_scales = 0;
   Parts parts = {};
@@ -96,7 +86,11 @@ class TorchPlan {
   // types: the exact types taken; dtypes: torch's dtypes in the order of Format; exchange=false does without DLPack's
   // exchange API, as a torch older than 2.10 has to.
   TorchPlan(py::dict state, py::tuple types, py::tuple dtypes, py::object is_neg, py::object bump, bool exchange)
-      : state_(std::move(state)), dtypes_(std::move(dtypes)), is_neg_(std::move(is_neg)), bump_(std::move(bump)) {
+      : state_(std::move(state)),
+        dtypes_(std::move(dtypes)),
+        is_neg_(std::move(is_neg)),
+        bump_(std::move(bump)),
+        layout_(TorchLayout::get(exchange)) {
     for (py::handle t : types) types_.push_back(py::reinterpret_borrow<py::object>(t));
     api_ = exchange ? exchange_api(types_.at(0)) : nullptr;
     PyObject* grad = _PyType_Lookup(reinterpret_cast<PyTypeObject*>(types_.at(0).ptr()), grad_.ptr());
@@ -131,9 +125,7 @@ class TorchPlan {
     if (!p.state.is_none()) {
       if (py::len(p.state) > size_t(kMaxValues)) throw py::value_error("state: too many entries");
       for (auto item : py::reinterpret_borrow<py::dict>(p.state)) {
-        p.values[p.n_values++] = item.second.ptr();
-        p.keep.push_back(py::reinterpret_borrow<py::object>(item.second));
-        if (py::hasattr(item.second, "untyped_storage")) p.keep.push_back(item.second.attr("untyped_storage")());
+        p.values[p.n_values++] = py::reinterpret_borrow<py::object>(item.second);
       }
     }
     for (py::handle o : operands) p.operands[p.n_operands++] = py::reinterpret_borrow<py::object>(o);
@@ -142,8 +134,8 @@ class TorchPlan {
     if (p.parts.ema) p.operands[p.n_operands++] = std::move(ema);
     for (py::handle s : scales) p.scales[p.n_scales++] = py::reinterpret_borrow<py::object>(s);
     p.stream = stream;
-    p.step = std::move(step);
-    p.carry = std::move(carry);
+    if (!step.is_none()) p.step = std::move(step);
+    if (!carry.is_none()) p.carry = std::move(carry);
     p.done = done;
     groups_.back().params.push_back(std::move(p));
   }
@@ -156,20 +148,22 @@ class TorchPlan {
                             py::reinterpret_borrow<py::object>(item.second));
   }
 
-  // Is `tensor` one that the kernels take as it is: of a type of ours, on the CPU or a device served, no negative bit?
-  bool plain(py::handle tensor) const {
-    DLTensor t;
-    Format f;
-    int device;
-    return exact(tensor.ptr()) && !negative(tensor.ptr()) && read(tensor.ptr(), &t) && format_of(t, &f) &&
-           f < kFloats && device_of(t, &device) && !overlaps_itself(view_of(t, f, device));
+  // Why the kernels cannot take a tensor of a type, dtype and device of ours as it is; "" where they can.
+  std::string trouble(py::handle tensor, bool written) const {
+    try {
+      if (negative(tensor.ptr())) return "is a lazily negated view";
+      const View v = view(tensor.ptr());
+      if (!v.data && v.size() > 0) return "has no memory";
+      return written && overlaps_itself(v) ? "has elements that share memory" : "";
+    } catch (const Stale&) {
+      return "cannot be read by way of DLPack";
+    }
   }
 
   // One step. False: stale, nothing was touched. Where all is on one device found_inf, grad_scale and the tensor for
   // the norm may lie there, too; else they are None.
   bool step(py::handle state, py::list param_groups, double unscale, double max_norm, int threads, py::object found_inf,
             py::object grad_scale, py::object norm) {
-    if (busy_) throw std::runtime_error("step() of this optimizer is already running in another thread");
     try {
       look(state, param_groups);
     } catch (const Stale&) {
@@ -197,7 +191,6 @@ class TorchPlan {
     // Where no device leaves its norm in the caller's tensor it is found here, as is one over several devices.
     const bool host = !plan_.rows.empty() || devices.empty() || (max_norm > 0 && !scaling.norm);
     {
-      Busy busy(busy_);
       py::gil_scoped_release nogil;
       if (max_norm > 0 && devices.size() + host > 1) {  // one norm over several devices: waits for each
         const double here = plan_.norm(Team::kTorch, threads);
@@ -218,7 +211,6 @@ class TorchPlan {
       for (auto [plan, stream] : devices) plan->run(scaling, stream);
     }
     for (Param* p : on_device_) ++p->done;
-    turn_ = (turn_ + 1) % kReadEvery;
     active_.insert(active_.end(), on_device_.begin(), on_device_.end());
     tell_autograd();
     grads_.clear();
@@ -229,26 +221,18 @@ class TorchPlan {
 
   // Positions (group, index) of parameters whose memory meets that of another's parameter or state.
   py::list conflicts() {
-    std::vector<Extent> extents;
-    std::vector<std::pair<int, int>> places;
-    for (size_t g = 0; g < groups_.size(); ++g)
-      for (size_t i = 0; i < groups_[g].params.size(); ++i) {
-        const Param& p = groups_[g].params[i];
-        if (p.kind != kOurs) continue;
-        places.emplace_back(int(g), int(i));
-        add_extents(p, int(places.size()) - 1, extents);
-      }
     py::list out;
-    for (auto& [a, b] : meetings(extents, 100000))
-      for (int row : {a.row, b.row}) out.append(py::cast(places[size_t(row)]));
+    for (const auto& [g, i] : find_conflicts()) out.append(py::make_tuple(g, i));
     return out;
   }
 
  private:
-  struct Busy {
-    bool& flag;
-    explicit Busy(bool& f) : flag(f) { flag = true; }
-    ~Busy() { flag = false; }
+  // While it lives Python collects no garbage: what a finalizer does could move a tensor that has been read.
+  struct NoCollection {
+    const int was = PyGC_Disable();
+    ~NoCollection() {
+      if (was) PyGC_Enable();
+    }
   };
 
   static PyObject* get(const py::dict& d, py::handle key) {
@@ -276,6 +260,7 @@ class TorchPlan {
     return false;
   }
   bool negative(PyObject* o) const {
+    if (layout_.known()) return layout_.negative(o);
     PyObject* args[] = {o};
     PyObject* r = PyObject_Vectorcall(is_neg_.ptr(), args, 1, nullptr);
     if (!r) throw py::error_already_set();
@@ -327,15 +312,43 @@ class TorchPlan {
     }
     return true;
   }
-  View view(PyObject* o) const {
+  View view_by_dlpack(PyObject* o) const {
     DLTensor t;
     Format f;
     int device;
     if (!read(o, &t) || !format_of(t, &f) || !device_of(t, &device)) throw Stale();
     return view_of(t, f, device);
   }
+  // A tensor's memory, which lies within its storage; it may be null.
+  View view(PyObject* o) const {
+    View v;
+    if (!direct_ || !layout_.read(o, &v)) v = view_by_dlpack(o);
+    if (!v.data) return v;
+    const Extent all = extent_of(v, false, 0, 0);
+    const char* begin;
+    size_t bytes;
+    if (layout_.known()) {
+      begin = layout_.data(o);
+      bytes = layout_.bytes(o);
+    } else {
+      const py::object storage = py::handle(o).attr("untyped_storage")();
+      begin = reinterpret_cast<const char*>(storage.attr("data_ptr")().cast<uintptr_t>());
+      bytes = storage.attr("nbytes")().cast<size_t>();
+    }
+    if (all.low != all.high && (all.low < begin || all.high > begin + bytes))
+      throw std::runtime_error("a tensor of shape " + shape_text(v) + " reaches beyond its storage of " +
+                               std::to_string(bytes) + " bytes");
+    return v;
+  }
+  // What may be written: has memory, one place for each element, and no negative bit.
+  View written(PyObject* o) const {
+    if (!exact(o)) throw Stale();
+    const View v = view(o);
+    if (negative(o) || (!v.data && v.size() > 0) || overlaps_itself(v)) throw Stale();
+    return v;
+  }
   Scalar scalar(const py::object& o) const {
-    View v = view(o.ptr());
+    View v = written(o.ptr());
     if (v.size() != 1 || (v.format != kF32 && v.format != kF64)) throw Stale();
     return {v.data, v.format, v.device};
   }
@@ -357,51 +370,85 @@ class TorchPlan {
     for (int k = 0; k < p.n_operands; ++k) extents.push_back(extent_of(view(p.operands[k].ptr()), true, row, 2 + k));
   }
 
-  // Everything a step needs to know, read and compared before the first write.
+  std::vector<std::pair<int, int>> find_conflicts() const {
+    std::vector<Extent> extents;
+    std::vector<std::pair<int, int>> places, found;
+    for (size_t g = 0; g < groups_.size(); ++g)
+      for (size_t i = 0; i < groups_[g].params.size(); ++i) {
+        const Param& p = groups_[g].params[i];
+        if (p.kind != kOurs) continue;
+        places.emplace_back(int(g), int(i));
+        add_extents(p, int(places.size()) - 1, extents);
+      }
+    for (auto& [a, b] : meetings(extents, 100000))
+      for (int row : {a.row, b.row}) found.push_back(places[size_t(row)]);
+    return found;
+  }
+
+  // Everything a step needs to know, read and compared before the first write. Options come first: to read one may run
+  // Python code, which may do anything to the tensors. From the first tensor's address to the start of the kernels
+  // nothing else runs.
   void look(py::handle state, const py::list& param_groups) {
-    same_state(state);
     if (py::len(param_groups) != groups_.size()) throw Stale();
-    plan_.rows.clear();
+    const DeviceLibrary* library = open_device_library();
+    direct_ = layout_.known() && !(library && library->device_type == kDLCpu);
     plan_.groups.resize(groups_.size());
+    rates_.assign(groups_.size(), {});
+    for (size_t g = 0; g < groups_.size(); ++g) {
+      if (PyList_GET_ITEM(param_groups.ptr(), py::ssize_t(g)) != groups_[g].options.ptr()) throw Stale();
+      read_options(g);
+    }
+    same_state(state);
+    while (!look_at_tensors()) {
+    }
+  }
+
+  void read_options(size_t g) {
+    const TorchGroup& group = groups_[g];
+    for (auto& [key, was] : group.truths)
+      if (truth(group.options, key) != was) throw Stale();
+    for (auto& [key, was] : group.same)
+      if (get(group.options, key) != was.ptr()) throw Stale();
+    Group& to = plan_.groups[g];
+    to.hyper.resize(group.hyper.size());
+    const Source& lr = group.hyper[0];
+    const bool far = !lr.key.is_none() && lr.index < 0 && rate_on_device(get(group.options, lr.key), &rates_[g]);
+    for (size_t h = far ? 1 : 0; h < group.hyper.size(); ++h) to.hyper[h] = value(group.options, group.hyper[h]);
+    to.maximize = truth(group.options, maximize_);
+    to.l1 = value(group.options, group.l1);
+    to.ema_weight = 1 - value(group.options, group.ema_decay);
+    to.seed = uint64_t(int64_t(value(group.options, group.seed)));
+  }
+
+  // False: an option had to be read on the way, so that it has to be called again.
+  bool look_at_tensors() {
+    const NoCollection guard;
+    plan_.rows.clear();
     layouts_.clear();
     layouts_read_.clear();
     grads_.clear();
     active_.clear();
     on_device_.clear();
     for (auto& [device, plan] : devices_) plan->rows.clear();
-    rates_.assign(groups_.size(), {});
-    seen_ = 0;
     bool moved = false;
     for (size_t g = 0; g < groups_.size(); ++g) {
       TorchGroup& group = groups_[g];
-      if (PyList_GET_ITEM(param_groups.ptr(), py::ssize_t(g)) != group.options.ptr()) throw Stale();
-      for (auto& [key, was] : group.truths)
-        if (truth(group.options, key) != was) throw Stale();
-      for (auto& [key, was] : group.same)
-        if (get(group.options, key) != was.ptr()) throw Stale();
-      Group& to = plan_.groups[g];
-      to.hyper.resize(group.hyper.size());
-      const Source& lr = group.hyper[0];
-      const bool far = !lr.key.is_none() && lr.index < 0 && rate_on_device(get(group.options, lr.key), &rates_[g]);
-      for (size_t h = far ? 1 : 0; h < group.hyper.size(); ++h) to.hyper[h] = value(group.options, group.hyper[h]);
-      to.maximize = truth(group.options, maximize_);
-      to.l1 = value(group.options, group.l1);
-      to.ema_weight = 1 - value(group.options, group.ema_decay);
-      to.seed = uint64_t(int64_t(value(group.options, group.seed)));
       PyObject* params = get(group.options, params_);
       if (!PyList_CheckExact(params) || size_t(PyList_GET_SIZE(params)) != group.params.size()) throw Stale();
       for (size_t i = 0; i < group.params.size(); ++i) {
         Param& p = group.params[i];
-        hint_ahead(group.params, i);
+        prefetch_ahead(group.params, i);
         if (PyList_GET_ITEM(params, py::ssize_t(i)) != p.tensor.ptr()) throw Stale();
         if (p.kind != kForeign) moved |= look(p, int(g), group);
       }
-      if (far && !all_on(rates_[g].device, int(g))) {  // not everybody can read it: waits for it
+      if (rates_[g].at && !all_on(rates_[g].device, int(g))) {  // not everybody can read it: waits for it
         rates_[g] = {};
-        to.hyper[0] = value(group.options, lr);
+        plan_.groups[g].hyper[0] = value(group.options, group.hyper[0]);
+        return false;
       }
     }
-    if (moved && py::len(conflicts()) > 0) throw Stale();
+    if (moved && !find_conflicts().empty()) throw Stale();
+    return true;
   }
 
   // Do all rows of the group looked at last lie on this device?
@@ -431,71 +478,36 @@ class TorchPlan {
     return number(item.ptr());
   }
 
-  // Tensors are small objects scattered over memory, and a step over a thousand of them waits for little else: ask
-  // early for the lines that the last step found. Hints, harmless where they are wrong.
-#if defined(__GNUC__) || defined(__clang__)
-  static void hint(const void* at) { __builtin_prefetch(at); }
-#else
-  static void hint(const void*) {}
-#endif
-  static const void* line(const void* at, int n) { return static_cast<const char*>(at) + 64 * n; }
+  // Tensors are small objects scattered over memory, and a step over a thousand of them waits for little else. Each is
+  // asked for in three stages, early enough for the stage before to have arrived. What is read on the way is read from
+  // objects that the plan owns.
+  static constexpr size_t kObjects = 24, kImpls = 16, kStorages = 8;  // parameters ahead
 
-  static void hint_object(const Param& p) {
-    hint(p.tensor.ptr());
-    for (int n = -1; p.record && n <= 2; ++n) hint(line(p.record, n));
+  template <class F>
+  void each_tensor(const Param& p, F&& f) const {
+    f(p.tensor.ptr());
+    for (int k = 0; k < p.n_operands; ++k) f(p.operands[k].ptr());
+    if (p.step) f(p.step.ptr());
   }
-  // torch keeps the shape of up to five dimensions within the tensor's record, behind the pointers to its storage,
-  // autograd data and version.
-  static void hint_linked(const Param& p) {
-    for (int n = 1; p.record && n <= 6; ++n) hint(static_cast<void* const*>(p.record)[-n]);
-  }
-  static void hint_ahead(const std::vector<Param>& params, size_t i) {
-    if (i + 16 < params.size())
-      for (int n = 0; n <= int(sizeof(Param) / 64); ++n) hint(line(&params[i + 16], n));
-    if (i + 8 < params.size()) {
-      hint_object(params[i + 8]);
-      hint(params[i + 8].state.ptr());
-      hint(params[i + 8].step_at.data);
+  void prefetch_ahead(const std::vector<Param>& params, size_t i) const {
+    if (!layout_.known()) return;
+    if (i + 2 * kObjects < params.size())
+      for (int n = 0; n <= int(sizeof(Param) / 64); ++n) prefetch(line(&params[i + 2 * kObjects], n));
+    if (i + kObjects < params.size()) {
+      const Param& p = params[i + kObjects];
+      each_tensor(p, [](PyObject* t) { prefetch(t); });
+      prefetch(p.state.ptr());
     }
-    if (i + 4 < params.size()) hint_linked(params[i + 4]);
-  }
-
-  // Reads where the state lies. What later steps look at is kept in `p`, not in the tensors; strides are not, and where
-  // they matter the state is read at every step.
-  void read_state(Param& p) const {
-    bool remember = p.views[0].ndim <= kShape;
-    for (int k = 0; k < p.n_operands; ++k) {
-      View& o = p.views[2 + k];
-      o = view(p.operands[k].ptr());
-      if (!o.same_shape(p.views[0]) || o.device != p.views[0].device) throw Stale();
-      if (o.contiguous()) {
-        o.stride = nullptr;
-      } else {
-        remember = false;
-      }
+    if (i + kImpls < params.size()) each_tensor(params[i + kImpls], [&](PyObject* t) { layout_.prefetch_impl(t); });
+    if (i + kStorages < params.size()) {
+      const Param& p = params[i + kStorages];
+      layout_.prefetch_linked(p.tensor.ptr());
+      each_tensor(p, [&](PyObject* t) { layout_.prefetch_storage(t); });
     }
-    const View* v = p.views + 2;
-    for (int k = 0; k < p.parts.states; ++k)
-      if (p.n_scales ? size_of(v[k].format) != 1 : v[k].format != v[0].format) throw Stale();
-    if (p.parts.ema && v[p.n_operands - 1].format != ema_format(p.views[0].format)) throw Stale();
-    for (int k = 0; k < p.n_scales; ++k) {
-      View scale = view(p.scales[k].ptr());
-      if (scale.format != kF32 || !scale.contiguous() || scale.size() != (p.views[0].size() + kBlock - 1) / kBlock ||
-          scale.device != p.views[0].device)
-        throw Stale();
-      p.scale_at[k] = reinterpret_cast<float*>(scale.data);
-    }
-    if (!p.step.is_none()) p.step_at = scalar(p.step);
-    if (!p.carry.is_none()) p.carry_at = scalar(p.carry);
-    for (const Scalar* s : {&p.step_at, &p.carry_at})
-      if (s->data && s->device != p.views[0].device) throw Stale();
-    p.ndim = remember ? p.views[0].ndim : -1;
-    if (remember) std::copy(p.views[0].shape, p.views[0].shape + p.ndim, p.shape);
   }
 
-  // True if the parameter is not where it was.
+  // True if an operand is not where it was in the last step.
   bool look(Param& p, int index, const TorchGroup& group) {
-    if (!exact(p.tensor.ptr())) throw Stale();
     py::object grad = grad_of(p.tensor.ptr());
     if (grad.is_none()) return false;
     if (p.kind == kIdle || !exact(grad.ptr()) || negative(grad.ptr())) throw Stale();
@@ -504,20 +516,38 @@ class TorchPlan {
       PyObject *key, *held;
       Py_ssize_t at = 0;
       for (int k = 0; k < p.n_values; ++k)
-        if (!PyDict_Next(p.state.ptr(), &at, &key, &held) || held != p.values[k]) throw Stale();
+        if (!PyDict_Next(p.state.ptr(), &at, &key, &held) || held != p.values[k].ptr()) throw Stale();
     }
+    View v[kOperands];
+    bool moved = false;
     const int n = 2 + p.n_operands;
-    const char* last = p.views[0].data;
-    View* v = p.views;
-    v[0] = view(p.tensor.ptr());
-    v[1] = view(grad.ptr());
-    p.record = api_ && v[0].ndim > 0 && v[0].ndim <= kShape ? v[0].shape : nullptr;
-    if (!v[1].same_shape(v[0]) || v[1].device != v[0].device) throw Stale();
-    const bool same_shape = v[0].ndim == p.ndim && std::equal(p.shape, p.shape + p.ndim, v[0].shape);
-    if (!same_shape || v[0].size() >= kAlwaysRead || seen_ % kReadEvery == turn_) read_state(p);
-    for (int k = 2; k < n; ++k) v[k].shape = v[0].shape;  // equal, and the parameter's is at hand
-    const bool moved = v[0].data != last;
-    if (moved && (negative(p.tensor.ptr()) || overlaps_itself(v[0]))) throw Stale();
+    for (int k = 0; k < n; ++k) {
+      if (k == 1) {
+        v[k] = view(grad.ptr());
+        if (!v[k].data && v[k].size() > 0) throw Stale();
+      } else {
+        v[k] = written(k == 0 ? p.tensor.ptr() : p.operands[k - 2].ptr());
+        moved |= v[k].data != p.last[k];
+        p.last[k] = v[k].data;
+      }
+      if (!v[k].same_shape(v[0]) || v[k].device != v[0].device) throw Stale();
+    }
+    const View* states = v + 2;
+    for (int k = 0; k < p.parts.states; ++k)
+      if (p.n_scales ? size_of(states[k].format) != 1 : states[k].format != states[0].format) throw Stale();
+    if (p.parts.ema && v[n - 1].format != ema_format(v[0].format)) throw Stale();
+    float* scales[kMaxStates] = {};
+    for (int k = 0; k < p.n_scales; ++k) {
+      const View scale = written(p.scales[k].ptr());
+      if (scale.format != kF32 || !scale.contiguous() || scale.size() != (v[0].size() + kBlock - 1) / kBlock ||
+          scale.device != v[0].device)
+        throw Stale();
+      scales[k] = reinterpret_cast<float*>(scale.data);
+    }
+    if (p.step) p.step_at = scalar(p.step);
+    if (p.carry) p.carry_at = scalar(p.carry);
+    for (const Scalar* s : {&p.step_at, &p.carry_at})
+      if (s->data && s->device != v[0].device) throw Stale();
     Row row{};
     row.kernel = group.kernel;
     row.group = index;
@@ -532,11 +562,11 @@ class TorchPlan {
                           state == kI8 || (size_of(state) == 2 && (group.noisy_state || !half))});
     if (row.loop < 0) throw Stale();
     lay_out(v, p.parts, row, layouts_);
-    for (int k = 0; k < p.n_scales; ++k) row.span.scale[k] = p.scale_at[k];
+    for (int k = 0; k < p.n_scales; ++k) row.span.scale[k] = scales[k];
     Extent own = extent_of(v[0], true, 0, 0), its = extent_of(v[1], false, 0, 1);
     if (own.low < its.high && its.low < own.high) throw Stale();
-    ++seen_;
     if (v[0].device < 0) {
+      prefetch(p.step_at.data);
       plan_.rows.push_back(row);
       active_.push_back(&p);
     } else {
@@ -575,8 +605,10 @@ class TorchPlan {
     const size_t n = active_.size();
     for (size_t i = 0; i < n; i += kAtATime) {
       const size_t next = std::min(i + kAtATime, n), after = std::min(next + kAtATime, n);
-      for (size_t k = next; k < after; ++k) hint_linked(*active_[k]);
-      for (size_t k = after; k < std::min(after + kAtATime, n); ++k) hint_object(*active_[k]);
+      if (layout_.known()) {
+        for (size_t k = next; k < after; ++k) layout_.prefetch_linked(active_[k]->tensor.ptr());
+        for (size_t k = after; k < std::min(after + kAtATime, n); ++k) layout_.prefetch_impl(active_[k]->tensor.ptr());
+      }
       py::list changed(next - i);
       for (size_t k = i; k < next; ++k)
         PyList_SET_ITEM(changed.ptr(), py::ssize_t(k - i), active_[k]->tensor.inc_ref().ptr());
@@ -589,6 +621,8 @@ class TorchPlan {
   py::object is_neg_, bump_;
   std::vector<py::object> types_;
   const DLPackExchangeAPI* api_;
+  const TorchLayout& layout_;
+  bool direct_ = false;  // tensors are read by layout_; not where tensors on the CPU count as a device's
   const PyGetSetDef* getter_ = nullptr;
   std::vector<std::pair<py::object, py::object>> entries_;
   std::vector<TorchGroup> groups_;
@@ -601,10 +635,8 @@ class TorchPlan {
   std::vector<Param*> active_, on_device_;  // of the rows here and there
   std::map<int, std::unique_ptr<DevicePlan>> devices_;
   std::vector<DevicePlan::Rate> rates_;
-  size_t turn_ = 0, seen_ = 0;
   mutable std::deque<std::vector<int64_t>> layouts_read_;  // shapes and strides that no tensor lends
   double norm_ = -1;
-  bool busy_ = false;
 };
 
 }  // namespace
@@ -620,7 +652,7 @@ void bind_torch_plan(py::module_& m) {
            py::arg("done") = 0, py::arg("rest") = py::none(), py::arg("ema") = py::none(),
            py::arg("scales") = py::list(), py::arg("stream") = 0)
       .def("finish", &TorchPlan::finish)
-      .def("plain", &TorchPlan::plain, py::arg("tensor"))
+      .def("trouble", &TorchPlan::trouble, py::arg("tensor"), py::arg("written"))
       .def("conflicts", &TorchPlan::conflicts)
       .def("step", &TorchPlan::step, py::arg("state"), py::arg("param_groups"), py::arg("unscale"), py::arg("max_norm"),
            py::arg("threads"), py::arg("found_inf") = py::none(), py::arg("grad_scale") = py::none(),

@@ -205,7 +205,7 @@ struct Plan::Work {
     const Row* prepared = nullptr;
     each(part, kSplitAlign, [&](size_t r, int64_t begin, int64_t end) {
       const Row& row = plan.rows[r];
-      if (r + 4 < plan.rows.size()) prefetch(plan.rows[r + 4]);
+      if (r + 4 < plan.rows.size()) prefetch_row(plan.rows[r + 4]);
       const Kernel& kernel = table.kernels[row.kernel];
       const Loop& loop = kernel.loops[row.loop];
       const Group& group = plan.groups[size_t(row.group)];
@@ -221,17 +221,12 @@ struct Plan::Work {
   }
 
   // The first lines of a row to come: small rows are over before the processor's own prefetching has begun.
-  static void prefetch(const Row& row) {
-#if defined(__GNUC__) || defined(__clang__)
-    for (int line = 0; line < 4 && line * 16 < row.span.n; ++line) {
-      __builtin_prefetch(moved(row.span.param, line * 16, kF32));
-      __builtin_prefetch(moved(row.span.grad, line * 16, kF32));
-      for (void* s : row.span.state)
-        if (s) __builtin_prefetch(moved(s, line * 16, kF32));
+  static void prefetch_row(const Row& row) {
+    for (int n = 0; n < 4 && n * 16 < row.span.n; ++n) {
+      prefetch(line(row.span.param, n));
+      prefetch(line(row.span.grad, n));
+      for (const void* s : row.span.state) prefetch(line(s, n));
     }
-#else
-    (void)row;
-#endif
   }
 
   void norm(int part) const {

@@ -10,6 +10,18 @@
 
 namespace fusedopt {
 
+#if defined(__GNUC__) || defined(__clang__)
+// GCC takes a function that does nothing but prefetch to have no effect, and removes calls of it; not with an asm
+// inside.
+inline void prefetch(const void* at) {
+  __builtin_prefetch(at);
+  asm volatile("");
+}
+#else
+inline void prefetch(const void*) {}
+#endif
+inline const char* line(const void* at, int n) { return static_cast<const char*>(at) + 64 * n; }
+
 constexpr int kMaxDims = 64;
 constexpr int kOperands = 4 + kMaxStates;  // param, grad, states, what is kept beside the weight, its average
 

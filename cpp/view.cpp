@@ -4,6 +4,7 @@
 #include <pybind11/numpy.h>
 
 #include <algorithm>
+#include <stdexcept>
 
 #include "device_plan.h"
 
@@ -157,12 +158,11 @@ bool dlpack_view(py::handle object, std::vector<py::object>& keep, View* v, std:
   return true;
 }
 
-// Drops dimensions of size 1 and merges those that every operand can walk as one.
+// Merges dimensions that every operand can walk as one.
 void simplify(Strided& s) {
   const int n = s.n;
   int out = 0;
   for (int d = 0; d < s.ndim; ++d) {
-    if (s.shape[d] == 1) continue;
     bool merge = out > 0;
     for (int k = 0; k < n && merge; ++k) merge = s.stride[k][out - 1] == s.stride[k][d] * s.shape[d];
     int at = merge ? out - 1 : out++;
@@ -282,7 +282,10 @@ bool try_view(py::handle object, bool integers, std::vector<py::object>& keep, V
   }
   if (py::hasattr(object, "__dlpack__") && py::hasattr(object, "__dlpack_device__")) {
     try {
-      return dlpack_view(object, keep, v, why);
+      if (!dlpack_view(object, keep, v, why)) return false;
+      if (v->data || v->size() == 0) return true;
+      *why = "it has no memory";
+      return false;
     } catch (py::error_already_set& e) {
       if (!e.matches(PyExc_Exception)) throw;
       *why = std::string(py::str(e.value()));
@@ -307,12 +310,18 @@ void lay_out(const View* v, const Parts& parts, Row& row, std::vector<std::uniqu
   if (flat || row.span.n == 0) return;
   Strided s;
   s.n = n;
-  s.ndim = v[0].ndim;
-  for (int d = 0; d < s.ndim; ++d) s.shape[d] = v[0].shape[d];
+  s.ndim = 0;
+  for (int d = 0; d < v[0].ndim; ++d) {  // at most 62: their product is a number of elements
+    if (v[0].shape[d] == 1) continue;
+    if (s.ndim == kMaxDims) throw std::length_error("an array has more elements than 64 bits count");
+    s.shape[s.ndim] = v[0].shape[d];
+    for (int k = 0; k < n; ++k) s.stride[k][s.ndim] = v[k].stride ? v[k].step(d) : 0;
+    ++s.ndim;
+  }
   for (int k = 0; k < n; ++k) {
     int64_t expected = 1;
-    for (int d = s.ndim - 1; d >= 0; --d) {
-      s.stride[k][d] = v[k].stride ? v[k].step(d) : expected;
+    for (int d = s.ndim - 1; d >= 0 && !v[k].stride; --d) {
+      s.stride[k][d] = expected;
       expected *= s.shape[d];
     }
   }
@@ -329,8 +338,11 @@ void lay_out(const View* v, const Parts& parts, Row& row, std::vector<std::uniqu
 bool overlaps_itself(const View& v) {
   if (v.contiguous() || v.size() == 0) return false;
   int order[kMaxDims], n = 0;
-  for (int d = 0; d < v.ndim; ++d)
-    if (v.shape[d] > 1) order[n++] = d;
+  for (int d = 0; d < v.ndim; ++d) {
+    if (v.shape[d] == 1) continue;
+    if (n == kMaxDims) return true;  // more elements than there can be
+    order[n++] = d;
+  }
   auto reach = [&](int d) { return v.step(d) < 0 ? -v.step(d) : v.step(d); };
   std::sort(order, order + n, [&](int a, int b) { return reach(a) < reach(b); });
   int64_t covered = 0;

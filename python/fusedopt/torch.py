@@ -12,9 +12,8 @@ Beyond torch, every class takes, keyword-only:
     max_grad_norm: clips the gradients of all groups together to this global norm inside the step, as
         ``torch.nn.utils.clip_grad_norm_`` would; gradients are not written. The norm is ``opt.last_grad_norm``.
 
-State tensors may be replaced, loaded or written to between steps. One that is set to other memory in place
-(``state.data = ...``, ``share_memory_()``) is noticed at the next step if it has 1,024 elements or more, else
-within 16.
+State tensors may be replaced, loaded, written to or set to other memory between steps. Two threads cannot step one
+optimizer at the same time: the second one gets a RuntimeError, and nothing is changed for it.
 
 What the kernels do not do (sparse, complex, differentiable, on the CPU capturable, subclasses of Tensor, overlapping
 memory, devices other than the CPU and, with the CUDA build, CUDA's) goes through torch's own step for the tensors
@@ -28,6 +27,7 @@ import importlib
 import inspect
 import itertools
 import sys
+import threading
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator
@@ -135,6 +135,7 @@ class _Fused(Optimizer):
         self._reset()
 
     def _reset(self) -> None:
+        self._running = threading.Lock()  # held from the first look at a tensor to the last write
         self._plan: Any = None
         self._shards: Any = None  # of torch_dtensor
         self._foreign: dict[str, list[tuple[int, torch.Tensor]]] = {}
@@ -216,12 +217,17 @@ class _Fused(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        home = self._home()
-        if home is not None and home.type == "cuda" and home.index != torch.cuda.current_device():
-            with torch.cuda.device(home):  # unlike CUDA's own way back, torch's makes no context where there was none
+        if not self._running.acquire(blocking=False):
+            raise RuntimeError("step() of this optimizer is already running in another thread")
+        try:
+            home = self._home()
+            if home is not None and home.type == "cuda" and home.index != torch.cuda.current_device():
+                with torch.cuda.device(home):  # unlike CUDA's own way back, torch's makes no new context
+                    self._update(home)
+            else:
                 self._update(home)
-        else:
-            self._update(home)
+        finally:
+            self._running.release()
         return loss
 
     def _update(self, home: torch.device | None) -> None:
@@ -358,7 +364,7 @@ class _Fused(Optimizer):
                     if new:
                         created.append((p, new))
                     state = self.state.get(p)
-                    reason = self._state_reason(p, grad, state or {}, group)
+                    reason = self._state_reason(plan, p, grad, state or {}, group)
                 if reason:
                     self._foreign.setdefault(reason, []).append((g, p))
                     plan.add_param(p, _FOREIGN)
@@ -398,10 +404,12 @@ class _Fused(Optimizer):
                 return f"a {name} is on {t.device.type}; {refusal}"
             if t.dtype not in NAMES:
                 return f"a {name} has dtype {t.dtype}"
-        if not plan.plain(p):
-            return "elements of a parameter share memory, or it is a lazily negated view"
-        if grad.is_neg():
-            return "a gradient is a lazily negated view"
+        for name, t in (("parameter", p), ("gradient", grad)):
+            trouble = plan.trouble(t, t is p)
+            if trouble == "has no memory" and t is p:  # torch would write to it all the same
+                raise RuntimeError(f"a parameter of shape {tuple(p.shape)} has no memory")
+            if trouble:
+                return f"a {name} {trouble}"
         if p.device != grad.device:
             return "a gradient is on another device than its parameter"
         if p.shape != grad.shape:
@@ -409,7 +417,7 @@ class _Fused(Optimizer):
         return None
 
     def _state_reason(
-        self, p: torch.Tensor, grad: torch.Tensor, state: dict[str, Any], group: dict[str, Any]
+        self, plan: Any, p: torch.Tensor, grad: torch.Tensor, state: dict[str, Any], group: dict[str, Any]
     ) -> str | None:
         kernel = self._rule.kernel(group)
         names = kernel.states
@@ -424,9 +432,14 @@ class _Fused(Optimizer):
             dtype = dtype_of(name, p, form)
             if dtype is not None and s.dtype != dtype:
                 raise ValueError(f"state {name!r}: expected {dtype}, got {s.dtype}")
+            trouble = plan.trouble(s, True)
+            if trouble == "has no memory":
+                raise RuntimeError(f"state {name!r} of shape {tuple(shape)} has no memory")
+            if trouble:
+                return f"state {name!r} {trouble}"
         for name in self._rule.scalars:
             s = state.get(name)
-            if not isinstance(s, torch.Tensor) or s.numel() != 1 or s.device != p.device or s.dtype not in WIDE:
+            if type(s) not in _TYPES or s.numel() != 1 or s.device != p.device or s.dtype not in WIDE:
                 return f"state {name!r} is not a one-element tensor beside its parameter"
         if not form.quantised and names:
             dtypes = {state[name].dtype for name in names}
@@ -542,10 +555,10 @@ class _Fused(Optimizer):
     # --- checkpoints ---
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads a checkpoint of this class or of torch's; the state keeps its dtype.
+        """Loads a checkpoint of this class or of torch's.
 
-        An explicit ``state_dtype`` of ours beats the checkpoint's. A tensor that the optimizer already holds is not
-        written to.
+        As in torch the state is cast to the parameter's dtype, unless ``state_dtype`` was given here or is among the
+        checkpoint's options. A tensor that the optimizer already holds is not written to.
         """
         handle = self.register_load_state_dict_pre_hook(before_load)
         try:

@@ -136,10 +136,8 @@ def before_load(self: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
 
     def convert(entry: dict[str, Any], p: torch.Tensor, group: dict[str, Any]) -> dict[str, Any]:
         explicit = group["state_dtype"]
-        stored = [v.dtype for k, v in entry.items() if k in self._rule.states(group) and isinstance(v, torch.Tensor)]
         coded = any(k.endswith("_codes") for k in entry)
-        there = "int8" if coded else NAMES.get(stored[0]) if stored else None
-        form = form_of(p, group, None if explicit else there)  # None keeps what the checkpoint has
+        form = form_of(p, group, "int8" if coded and not explicit else None)
         held = {
             k: v.detach().to(device=None if k == "step" else p.device, copy=True) if isinstance(v, torch.Tensor) else v
             for k, v in entry.items()
@@ -152,10 +150,10 @@ def before_load(self: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
                 continue
             if k in self._rule.scalars:  # torch's cast would round it to 16 bits
                 held[k] = v if p.dtype in WIDE else Keep(v)
+            elif k in ("master", "ema") or k.endswith(("_codes", "_scale")):
+                held[k] = Keep(v)
             elif explicit and k in self._rule.states(group) and v.is_floating_point() and form.state in DTYPES:
                 held[k] = Keep(v.to(DTYPES[form.state]))
-            else:
-                held[k] = Keep(v)
         return held
 
     state = {

@@ -1,0 +1,241 @@
+"""What a step reads and writes belongs to the tensors as they are now: moved, freed, shared or missing memory."""
+
+import platform
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from fusedopt import _core
+from test_torch_threads import run_apart
+from torch_cases import gradients, ours, parameters, plain, some_cases
+from torch_compare import assert_close, assert_same_bits, count_fallbacks, snapshot, train
+
+Options = dict[str, Any]
+Event = Callable[[torch.Tensor], None]
+
+
+def _grow(value: torch.Tensor) -> None:
+    kept = value.clone()
+    value.resize_(100 * kept.numel() + 1)
+    value.resize_(kept.shape).copy_(kept)
+
+
+def _grow_storage(value: torch.Tensor) -> None:
+    value.untyped_storage().resize_(value.untyped_storage().nbytes() + 40_000)
+
+
+def _set_data(value: torch.Tensor) -> None:
+    value.data = value.data.clone()
+
+
+def _set(value: torch.Tensor) -> None:
+    value.set_(value.clone())
+
+
+def _swap(value: torch.Tensor) -> None:
+    torch.utils.swap_tensors(value, value.clone())
+
+
+def _share(value: torch.Tensor) -> None:
+    value.share_memory_()
+
+
+@pytest.mark.parametrize("event", [_grow, _grow_storage, _set_data, _set, _swap, _share])
+@pytest.mark.parametrize(("name", "options"), some_cases())
+def test_state_that_moves_loses_no_update(name: str, options: Options, event: Event) -> None:
+    """Whatever moves the memory of small states, the next step finds it, and writes to none that was freed."""
+    grads, still, moving = gradients(20), parameters(), parameters()
+    want, opt = ours(name, still, **options), ours(name, moving, **options)
+    train(want, grads, still)
+    junk = []
+    for i, row in enumerate(grads):
+        train(opt, [row], moving)
+        if i % 4 == 2:
+            for entry in opt.state.values():
+                for value in entry.values():
+                    event(value)
+            junk += [torch.full((k,), 7.0) for k in (1, 3, 6, 15, 100)]  # takes the memory that has become free
+    assert_same_bits(snapshot(opt, moving), snapshot(want, still))
+    assert all(bool((t == 7).all()) for t in junk)
+
+
+@pytest.mark.skipif(not hasattr(torch, "_lazy_clone"), reason="this torch has no lazy clones")
+def test_a_lazy_clone_of_the_state_keeps_its_values() -> None:
+    p = torch.nn.Parameter(torch.ones(6))
+    p.grad = torch.ones(6)
+    opt = ours("Adam", [p])
+    opt.step()
+    saved = {k: torch._lazy_clone(v) for k, v in opt.state[p].items()}
+    before = {k: float(v.reshape(-1)[0]) for k, v in saved.items()}
+    opt.step()
+    assert {k: float(v.reshape(-1)[0]) for k, v in saved.items()} == before
+    assert float(opt.state[p]["step"]) == 2
+
+
+@pytest.mark.parametrize("ndim", [60, 65, 70, 130])
+@pytest.mark.parametrize("name", ["SGD", "Adam"])
+def test_more_dimensions_than_numpy_has(name: str, ndim: int) -> None:
+    shape = (4, *[1] * ndim, 2, 3)
+    results = []
+    for make in (ours, plain):
+        generator = torch.Generator().manual_seed(0)
+        p = torch.nn.Parameter(torch.randn(4, *[1] * ndim, 3, 2, generator=generator).transpose(-1, -2))
+        opt = make(name, [p])
+        for _ in range(3):
+            p.grad = torch.randn(shape, generator=generator)
+            opt.step()
+        results.append(p.detach().reshape(4, 2, 3))
+    torch.testing.assert_close(*results, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", ["SGD", "Adam"])
+def test_a_gradient_without_memory(name: str) -> None:
+    results = []
+    for make, fallbacks in ((ours, 1), (plain, 0)):
+        p = torch.nn.Parameter(torch.ones(5))
+        opt = make(name, [p], lr=0.1, weight_decay=0.5)
+        with count_fallbacks(fallbacks):
+            for grad in (torch.full((5,), 0.5), torch._efficientzerotensor(5), torch.full((5,), 0.25)):
+                p.grad = grad
+                opt.step()
+        results.append(snapshot(opt, [p]))
+    assert_close(*results, rtol=1e-6, atol=1e-7)
+
+
+def test_memory_that_is_smaller_than_the_shape_is_refused() -> None:
+    for size, message in ((4, "reaches beyond its storage"), (0, "has no memory")):
+        for which in ("parameter", "exp_avg", "step"):
+            p = torch.nn.Parameter(torch.ones(5))
+            p.grad = torch.ones(5)
+            opt = ours("Adam", [p])
+            opt.step()
+            target = p if which == "parameter" else opt.state[p][which]
+            before = p.detach().clone()
+            target.untyped_storage().resize_(min(size, target.untyped_storage().nbytes() - 1))
+            with pytest.raises(RuntimeError, match=message if which != "step" else "beyond|no memory|changes? while"):
+                opt.step()
+            if which != "parameter":
+                assert torch.equal(p, before)
+
+
+@pytest.mark.parametrize("trouble", ["overlap", "negative"])
+def test_state_that_cannot_be_written_in_place_is_refused_as_by_torch(trouble: str) -> None:
+    p = torch.nn.Parameter(torch.ones(8))
+    p.grad = torch.ones(8)
+    opt = ours("Adam", [p])
+    opt.step()
+    if trouble == "overlap":
+        opt.state[p]["exp_avg"].set_(torch.zeros(1).expand(8))  # the same object as before
+        with count_fallbacks(1), pytest.raises(RuntimeError, match="single memory location"):
+            opt.step()
+    else:
+        twin = plain("Adam", [torch.nn.Parameter(p.detach().clone())])
+        twin.load_state_dict(opt.state_dict())
+        q = twin.param_groups[0]["params"][0]
+        q.grad = torch.ones(8)
+        for o, r in ((opt, p), (twin, q)):
+            o.state[r]["exp_avg"].data = torch._neg_view(o.state[r]["exp_avg"].clone())
+        with count_fallbacks(1):
+            opt.step()
+        twin.step()
+        torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-7)
+
+
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.mark.parametrize("have", DTYPES, ids=str)
+@pytest.mark.parametrize("want", DTYPES, ids=str)
+@pytest.mark.parametrize(("name", "options"), some_cases(["SGD", "Adam", "RMSprop"]))
+def test_a_checkpoint_of_another_dtype_is_cast_as_by_torch(
+    name: str, options: Options, have: torch.dtype, want: torch.dtype
+) -> None:
+    params, grads = parameters(have), gradients(3, have)
+    before = plain(name, params, **options)
+    train(before, grads[:2], params)
+    kinds = []
+    for make in (ours, plain):
+        twins = [torch.nn.Parameter(p.detach().to(want)) for p in params]
+        opt = make(name, twins, **options)
+        opt.load_state_dict(before.state_dict())
+        kinds.append([{k: getattr(v, "dtype", None) for k, v in opt.state[p].items()} for p in twins if p in opt.state])
+        with count_fallbacks(0):
+            train(opt, [[None if g is None else g.to(want) for g in row] for row in grads[2:]], twins)
+        kinds.append([{k: getattr(v, "dtype", None) for k, v in opt.state[p].items()} for p in twins if p in opt.state])
+    assert kinds[:2] == kinds[2:]
+
+
+def test_one_optimizer_stepped_from_several_threads() -> None:
+    """Each step is done or refused, and as many updates are in the parameters as steps succeeded."""
+    out = run_apart(
+        """
+        import sys, threading, warnings
+        warnings.simplefilter("ignore")
+        import torch
+        import fusedopt.torch as optim
+
+        sys.setswitchinterval(1e-6)
+        for trial in range(6):
+            params = [torch.nn.Parameter(torch.zeros(n)) for n in [3, 50, 20_000] * 10]
+            lr = torch.tensor(1.0) if trial % 2 else 1.0
+            opt = optim.SGD(params, lr=lr, momentum=1e-30)
+            for p in params:
+                p.grad = torch.ones_like(p)
+            done, errors = [0] * 4, []
+
+            def work(i):
+                for _ in range(60):
+                    try:
+                        opt.step()
+                        done[i] += 1
+                    except RuntimeError as error:
+                        errors.append(str(error))
+
+            threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+            [t.start() for t in threads]
+            [t.join(60) for t in threads]
+            assert all("another thread" in e for e in errors), set(errors)
+            assert all(bool((p == -sum(done)).all()) for p in params), (sum(done), [p[0].item() for p in params])
+        print("done")
+        """,
+        timeout=120,
+    )
+    assert out.strip() == "done"
+
+
+def test_a_step_inside_a_step_is_refused() -> None:
+    """Python code that runs inside the step, here a learning rate, cannot start another."""
+
+    class Rate:
+        def __float__(self) -> float:
+            opt.step()
+            return 1.0
+
+    p = torch.nn.Parameter(torch.ones(3))
+    p.grad = torch.ones(3)
+    opt = ours("SGD", [p], lr=1.0)
+    opt.step()
+    opt.param_groups[0]["lr"] = Rate()
+    with pytest.raises(RuntimeError, match="already running"):
+        opt.step()
+    opt.param_groups[0]["lr"] = 1.0
+    opt.step()
+    assert torch.equal(p, torch.full((3,), -1.0))
+
+
+@pytest.mark.skipif(
+    platform.machine() not in ("x86_64", "AMD64") or sys.platform != "linux" or not shutil.which("objdump"),
+    reason="reads x86-64 code by objdump",
+)
+def test_the_prefetches_are_in_the_code() -> None:
+    """GCC has removed calls of a function that only prefetches."""
+    code = subprocess.run(
+        ["objdump", "-d", "--no-show-raw-insn", _core.__file__], capture_output=True, text=True, check=True
+    ).stdout
+    assert len(re.findall(r"\tprefetch\w+ ", code)) >= 40
