@@ -1,7 +1,7 @@
 """Tables to train on, by name or from a file: scikit-learn's, CSV, NumPy's .npz, folders of MNIST's IDX files.
 
 Files are read with the standard library and NumPy; nothing is downloaded. Nothing here is fitted to the data:
-imputation, scaling and encoding are the pipeline's (``train_cli.py``), which learns them on the training part alone.
+imputation, scaling and encoding are the pipeline's (``cli/train.py``), which learns them on the training part alone.
 """
 
 from __future__ import annotations

@@ -649,7 +649,7 @@ for _rule in RULES.values():
     __all__.append(_rule.name)
 
 
-_ELSEWHERE = {"ScheduledLR": "torch_schedule", "Callback": "training_log", "Trainer": "training", "fit": "training"}
+_ELSEWHERE = {"ScheduledLR": "torch_schedule"} | dict.fromkeys(("Callback", "Trainer", "fit"), "training")
 _ELSEWHERE |= dict.fromkeys(("convert", "install", "installed", "uninstall"), "torch_install")
 _ELSEWHERE["Offload"] = "torch_offload"
 """What is reached from here and loaded when it is asked for."""

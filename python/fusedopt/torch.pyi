@@ -15,9 +15,9 @@ from .torch_install import installed as installed
 from .torch_install import uninstall as uninstall
 from .torch_offload import Offload as Offload
 from .torch_schedule import ScheduledLR as ScheduledLR
+from .training import Callback as Callback
 from .training import Trainer as Trainer
 from .training import fit as fit
-from .training_log import Callback as Callback
 
 __all__ = [
     "SGD",

@@ -1,4 +1,4 @@
-"""The command line: ``fusedopt info`` says what was found, ``fusedopt bench`` measures this machine, ``fusedopt run``
+"""The arguments: ``fusedopt info`` says what was found, ``fusedopt bench`` measures this machine, ``fusedopt run``
 trains with our optimizers in torch.optim's place, ``fusedopt train`` and ``fusedopt compare`` train models on data from
 files. Arguments alone; the work is done elsewhere."""
 
@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .rules import RULES
+from ..rules import RULES
 
 SUITES = {
     "bars": "the promised ratios, each with what was measured",
@@ -151,10 +151,10 @@ def _train(args: argparse.Namespace) -> int:
     if missing := _missing(["sklearn", "matplotlib"]):
         print(f"fusedopt {args.command} needs {' and '.join(missing)}: pip install fusedopt[train]", file=sys.stderr)
         return 2
-    from fusedopt import train_cli
+    from . import train
 
     try:
-        (train_cli.train if args.command == "train" else train_cli.compare)(args)
+        (train.train if args.command == "train" else train.compare)(args)
     except (ValueError, TypeError, OSError) as e:
         print(f"fusedopt {args.command}: {e}", file=sys.stderr)
         return 2
@@ -216,7 +216,7 @@ def _run(args: argparse.Namespace, rest: Sequence[str]) -> int:
     if not args.module and not Path(args.target).exists():
         print(f"fusedopt run: there is no {args.target}", file=sys.stderr)
         return 2
-    from fusedopt.torch_run import run
+    from .run import run
 
     run(args.target, rest, module=args.module, report=args.report, quiet=args.quiet)
     return 0
@@ -238,7 +238,3 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     fusedopt.show_config()
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

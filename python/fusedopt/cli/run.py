@@ -25,7 +25,7 @@ import torch
 from torch.optim import Optimizer
 from torch.optim import optimizer as _torch_optimizer
 
-from .torch_install import _THEIRS, install, ours
+from ..torch_install import _THEIRS, install, ours
 
 __all__ = ["Record", "Recorder", "run"]
 

@@ -1,6 +1,6 @@
 """What ``fusedopt train`` and ``fusedopt compare`` do: data, a pipeline of scikit-learn's, results in a folder.
 
-The arguments are parsed in ``__main__.py``; data come from ``data.py``, models from ``estimators``, metrics from
+The arguments are parsed in ``arguments.py``; data come from ``data.py``, models from ``estimators``, metrics from
 scikit-learn, pictures from ``plots``.
 """
 
@@ -29,9 +29,9 @@ from sklearn.model_selection import train_test_split  # type: ignore[import-unty
 from sklearn.pipeline import Pipeline, make_pipeline  # type: ignore[import-untyped, unused-ignore]
 from sklearn.preprocessing import OneHotEncoder, StandardScaler  # type: ignore[import-untyped, unused-ignore]
 
-from . import plots, schedules
-from .data import Table, load
-from .rules import RULES
+from .. import plots, schedules
+from ..data import Table, load
+from ..rules import RULES
 
 OPTIMIZERS = {name.lower(): name for name in RULES}
 RATES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
@@ -91,7 +91,7 @@ def preprocessing(table: Table) -> Any:
 
 def build(args: argparse.Namespace, table: Table, rows: int, optimizer: str, lr: float) -> Pipeline:
     """Preprocessing and the model that the arguments describe, for so many training rows."""
-    from .estimators import LinearClassifier, LinearRegressor, MLPClassifier, MLPRegressor
+    from ..estimators import LinearClassifier, LinearRegressor, MLPClassifier, MLPRegressor
 
     batch = min(args.batch_size, rows)
     held_out = int(np.ceil(0.1 * rows)) if args.early_stopping else 0

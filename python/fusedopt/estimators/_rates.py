@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from .. import numpy as numpy_front
 from ..numpy import Optimizer
 from ..rules import RULES
 
@@ -43,9 +44,7 @@ def make_optimizer(
         options.update(momentum=momentum, nesterov=nesterov and momentum > 0)
     elif "betas" in rule.defaults and "eps" in rule.defaults:
         options.update(betas=betas, eps=eps)
-    import fusedopt
-
-    made: Optimizer = getattr(fusedopt, rule.name)(params, **options)
+    made: Optimizer = getattr(numpy_front, rule.name)(params, **options)
     return made
 
 

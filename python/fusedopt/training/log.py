@@ -1,4 +1,4 @@
-"""Who is told how a training goes: callbacks, the progress bar, and logs as CSV, JSON lines or for TensorBoard.
+"""Progress reporting: the progress bar, and logs as CSV, JSON lines or for TensorBoard.
 
 A logger is told all rows so far, then each new one.
 """
@@ -12,29 +12,10 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
-
-if TYPE_CHECKING:
-    from .training import Trainer
+from typing import Any, Protocol
 
 PathLike = str | os.PathLike[str]
 Row = Mapping[str, float]
-
-
-class Callback:
-    """What is told how a training goes; ``trainer.stop = True`` ends it after the step."""
-
-    def on_fit_start(self, trainer: Trainer) -> None:
-        """Before the first step."""
-
-    def on_step_end(self, trainer: Trainer, loss: float) -> None:
-        """After each step of the optimizer, with its training loss."""
-
-    def on_log(self, trainer: Trainer, row: dict[str, float]) -> None:
-        """After each row of the history; a bare function in place of a callback is called here."""
-
-    def on_fit_end(self, trainer: Trainer) -> None:
-        """After the last step."""
 
 
 class Logger(Protocol):

@@ -1,7 +1,7 @@
 """``fusedopt.torch.fit`` and ``fusedopt.torch.Trainer``: a training loop for torch models, to be read in one sitting.
 
-Random generators, files and shares of the data are in ``training_state.py``; logs, callbacks and the progress bar in
-``training_log.py``. What Lightning or Accelerate do better (sharded models, many devices) is left to them.
+Random generators, files and shares of the data are in ``state.py``; logs and the progress bar in ``log.py``.
+What Lightning or Accelerate do better (sharded models, many devices) is left to them.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from .torch_schedule import ScheduledLR
-from .training_log import Callback, Logger, loggers, progress_bar
-from .training_state import (
+from ..torch_schedule import ScheduledLR
+from .log import Logger, loggers, progress_bar
+from .state import (
     PRECISIONS,
     PathLike,
     check_counts,
@@ -39,6 +39,22 @@ from .training_state import (
     size_of,
     write_checkpoint,
 )
+
+
+class Callback:
+    """What is told how a training goes; ``trainer.stop = True`` ends it after the step."""
+
+    def on_fit_start(self, trainer: Trainer) -> None:
+        """Before the first step."""
+
+    def on_step_end(self, trainer: Trainer, loss: float) -> None:
+        """After each step of the optimizer, with its training loss."""
+
+    def on_log(self, trainer: Trainer, row: dict[str, float]) -> None:
+        """After each row of the history; a bare function in place of a callback is called here."""
+
+    def on_fit_end(self, trainer: Trainer) -> None:
+        """After the last step."""
 
 
 class Trainer:

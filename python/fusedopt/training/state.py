@@ -1,4 +1,4 @@
-"""What the loop in ``training.py`` calls: its arguments checked, random generators, files, shares of the data."""
+"""What the loop in ``loop.py`` calls: its arguments checked, random generators, files, shares of the data."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, RandomSampler, SequentialSampler
 
-from ._files import previous, write_whole
-from .torch_schedule import ScheduledLR
+from .._files import previous, write_whole
+from ..torch_schedule import ScheduledLR
 
 PathLike = str | os.PathLike[str]
 
