@@ -25,7 +25,7 @@ test: $(VENV)/.test ## the tests, on every processor; ARGS="-n 0 -k adam" in one
 	$(PY) -m pytest -n auto --dist worksteal $(ARGS)
 
 test-gpu: $(GPU)/.installed ## the tests that need a GPU; with the torch that PYTHON has, and nvcc
-	$(GPU)/bin/python -m pytest -m gpu tests/test_gpu*.py $(ARGS)
+	$(GPU)/bin/python -m pytest -m gpu tests/gpu $(ARGS)
 
 integrations: $(VENV)/.integrations ## the tests with every trainer installed; writes docs/integrations-table.md
 	$(PY) -m pytest --integrations -m integration $(ARGS)

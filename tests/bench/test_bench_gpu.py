@@ -9,12 +9,12 @@ import pytest
 
 pytest.importorskip("torch")
 
-from fusedopt.__main__ import SUITES as DESCRIBED
-from fusedopt.__main__ import main
 from fusedopt.bench import LARGE, SUITES, Case, Result, gpu, render, run_case, save
 from fusedopt.bench.cases import CEILING
 from fusedopt.bench.contenders import OURS
 from fusedopt.bench.timing import Contender, Times, race
+from fusedopt.cli import main
+from fusedopt.cli.arguments import SUITES as DESCRIBED
 from fusedopt.rules import RULES
 
 

@@ -17,8 +17,8 @@ joblib = pytest.importorskip("joblib")
 from sklearn.metrics import f1_score, roc_auc_score  # noqa: E402
 from sklearn.model_selection import train_test_split  # noqa: E402
 
-from fusedopt import __main__ as command_line  # noqa: E402
-from fusedopt import train_cli  # noqa: E402
+from fusedopt.cli import arguments as command_line  # noqa: E402
+from fusedopt.cli import train as train_cli  # noqa: E402
 from fusedopt.data import load  # noqa: E402
 from fusedopt.rules import RULES  # noqa: E402
 from test_data import mnist  # noqa: E402

@@ -11,7 +11,7 @@ pytest.importorskip("torch")
 pytest.importorskip("matplotlib")
 pytest.importorskip("sklearn")
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 
 PICTURES = {
     "classification": ["classification-roc", "linear-svm", "logistic-regression"],

@@ -19,7 +19,7 @@ import fusedopt
 from fusedopt import _core
 from fusedopt.rules import RULES
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -174,9 +174,23 @@ def test_every_public_name_of_a_module_has_a_docstring_whose_examples_run(module
 
 
 @pytest.mark.parametrize(
-    "name", ["numpy", "torch", "config", "rules", "losses", "estimators", "plots", "bench", "__main__"]
+    "name",
+    [
+        "numpy",
+        "torch",
+        "config",
+        "rules",
+        "losses",
+        "estimators",
+        "plots",
+        "bench",
+        "training",
+        "schedules",
+        "cli",
+        "__main__",
+    ],
 )
 def test_every_module_says_what_is_in_it(name: str) -> None:
-    if name in ("torch", "plots", "estimators"):
-        pytest.importorskip({"plots": "matplotlib", "estimators": "sklearn"}.get(name, name))
+    if name in (needs := {"torch": "torch", "training": "torch", "plots": "matplotlib", "estimators": "sklearn"}):
+        pytest.importorskip(needs[name])
     assert_documented(importlib.import_module(f"fusedopt.{name}"), name)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-CPP = Path(__file__).parent.parent / "cpp"
+CPP = Path(__file__).parents[2] / "cpp"
 COMPILER = next((c for c in (os.environ.get("CXX"), "c++", "g++", "clang++") if c and shutil.which(c)), None)
 # As in CMakeLists.txt, where the values that decide results are set.
 FLAGS = {

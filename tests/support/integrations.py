@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-TESTS = Path(__file__).parent
+TESTS = Path(__file__).parents[1]
 TABLE = TESTS.parent / "docs" / "integrations-table.md"
 HEAD = "<!-- Made by `make integrations` from the outcomes of the tests: do not edit. -->"
 COLUMNS = "| where | what is shown | outcome | with |\n| --- | --- | --- | --- |"
@@ -23,7 +23,7 @@ Row = tuple[str, str]
 def marked_rows() -> list[Row]:
     """(place, what) of every marker in the tests' sources, in the order of files and lines."""
     rows: list[Row] = []
-    for path in sorted(TESTS.glob("test_*.py")):
+    for path in sorted(TESTS.rglob("test_*.py"), key=lambda path: path.name):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Call) and ast.unparse(node.func) == "pytest.mark.integration":
                 place, what = (ast.literal_eval(arg) for arg in node.args[:2])

@@ -311,7 +311,7 @@ def checkpoint(name: str, source: str | None, target: str, steps: int) -> dict[s
 
 def reports(path: str) -> str:
     """What ``fusedopt run`` says of a sharded optimizer."""
-    from fusedopt.torch_run import Recorder
+    from fusedopt.cli.run import Recorder
 
     model = net()
     fully_shard(model)

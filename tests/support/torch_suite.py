@@ -1,6 +1,6 @@
 """Runs the CPU tests of PyTorch's own test/test_optim.py with our classes in place of torch.optim's.
 
-    python tests/torch_suite.py PATH/TO/test_optim.py [--torch] [--verbose]
+    python tests/support/torch_suite.py PATH/TO/test_optim.py [--torch] [--verbose]
 
 prints passed, failed and skipped per class; `--torch` leaves torch's classes in, for comparison. PyTorch's wheel does
 not ship that file: take it from its repository, of a version near the installed one. Needs expecttest.

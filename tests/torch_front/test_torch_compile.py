@@ -1,5 +1,6 @@
 """torch.compile around a step: values, graphs, what recompiles, the operator."""
 
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -10,12 +11,14 @@ import pytest
 import torch
 
 import fusedopt.torch as optim
+import torch_cases
 from torch_cases import NAMES, ours, some_cases
 from torch_compare import assert_same_bits, snapshot
 
 Options = dict[str, Any]
 # The compiler looks at gradients of tensors that have none, and inductor uses what torch itself deprecates.
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute", "ignore::DeprecationWarning")
+HERE = [str(Path(file).parent) for file in (__file__, torch_cases.__file__)]
 BACKENDS = ["eager", "aot_eager"]  # inductor takes ten seconds a graph
 
 
@@ -121,7 +124,7 @@ def test_a_whole_iteration_is_one_graph() -> None:
     """In a process of its own: torch 2.13's switch for ``backward()`` breaks graphs that are compiled after it."""
     out = subprocess.run(
         [sys.executable, "-c", WHOLE],
-        cwd=Path(__file__).parent,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(HERE)},
         capture_output=True,
         text=True,
         timeout=300,

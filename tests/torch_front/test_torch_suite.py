@@ -9,11 +9,13 @@ from typing import Any
 
 import pytest
 
+import torch_suite
+
 PATH = os.environ.get("FUSEDOPT_TORCH_TEST_OPTIM", "")
 
 
 def results(*extra: str) -> dict[str, dict[str, list[str]]]:
-    script = Path(__file__).with_name("torch_suite.py")
+    script = Path(torch_suite.__file__)
     done = subprocess.run(
         [sys.executable, str(script), PATH, "--json", *extra], capture_output=True, text=True, timeout=900, check=False
     )
