@@ -1,4 +1,6 @@
-"""The benchmark: cases (what), contenders (who), timing (how), results, table. Needs ``pip install fusedopt[bench]``.
+"""The benchmark: suites of cases (what), contenders (who), timing (how), results, table.
+
+Needs ``pip install fusedopt[bench]``.
 
 ``python -m fusedopt bench`` runs it; from Python::
 
@@ -8,8 +10,9 @@
 torch, matplotlib and tqdm are imported where they are used, so importing this package costs nothing.
 """
 
-from fusedopt.bench.cases import LARGE, SUITES, Case
+from fusedopt.bench.cases import LARGE, Case
 from fusedopt.bench.results import Result, run_case, run_suites
+from fusedopt.bench.suites import SUITES
 from fusedopt.bench.table import render, save
 
 __all__ = ["LARGE", "SUITES", "Case", "Result", "render", "run_case", "run_suites", "save"]

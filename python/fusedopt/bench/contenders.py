@@ -261,7 +261,7 @@ def _pair(case: Case) -> Builder:
     """Steps within data-parallel training; the processes live as long as the builder."""
     from fusedopt.bench.pair import Pair
 
-    return Pair(case).contender
+    return Pair(case, optimizer).contender
 
 
 def _numpy(case: Case) -> Builder:

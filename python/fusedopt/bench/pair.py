@@ -10,6 +10,7 @@ import tempfile
 import time
 import traceback
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 from fusedopt.bench.cases import Case
@@ -17,11 +18,15 @@ from fusedopt.bench.timing import Contender
 
 RANKS = 2
 
+Maker = Callable[[str, Case, Any], Any]
+"""Makes an optimizer from the contender's name, the case and the parameters; None where there is none. A module's
+own function, as it is sent to the processes."""
+
 
 class Pair:
     """The parent's side."""
 
-    def __init__(self, case: Case) -> None:
+    def __init__(self, case: Case, make: Maker) -> None:
         import torch
         import torch.multiprocessing as mp
 
@@ -32,7 +37,7 @@ class Pair:
         processes = []
         for rank in range(RANKS):
             mine, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, folder.name, threads, case, theirs), daemon=True)
+            process = context.Process(target=_serve, args=(rank, folder.name, threads, case, make, theirs), daemon=True)
             process.start()
             self._pipes.append(mine)
             processes.append(process)
@@ -67,11 +72,9 @@ def _stop(pipes: list[Any], processes: list[Any], folder: Any) -> None:
     folder.cleanup()
 
 
-def _serve(rank: int, folder: str, threads: int, case: Case, pipe: Any) -> None:
+def _serve(rank: int, folder: str, threads: int, case: Case, make: Maker, pipe: Any) -> None:
     import torch
     import torch.distributed as dist
-
-    from fusedopt.bench.contenders import optimizer
 
     torch.set_num_threads(threads)
     dist.init_process_group("gloo", init_method=f"file://{folder}/init", rank=rank, world_size=RANKS)
@@ -80,7 +83,7 @@ def _serve(rank: int, folder: str, threads: int, case: Case, pipe: Any) -> None:
     while (message := pipe.recv()) is not None:
         try:
             if message[0] == "build":
-                made = optimizer(message[1], case, params)
+                made = make(message[1], case, params)
                 if made is not None:
                     optimizers[message[1]] = made
                 pipe.send((True, made is not None))

@@ -11,9 +11,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fusedopt.bench import gpu
-from fusedopt.bench.cases import BEST_NUMPY, CEILING, NUMPY, SECONDS, SUITES, Case
+from fusedopt.bench.cases import BEST_NUMPY, CEILING, NUMPY, Case
 from fusedopt.bench.contenders import DENORMAL, OURS, builder, ceiling_bytes, contender_names
 from fusedopt.bench.peers import PEERS
+from fusedopt.bench.suites import SECONDS, SUITES
 from fusedopt.bench.timing import HOST, WARMUP, Times, race
 
 
