@@ -1,4 +1,4 @@
-"""Hands the cases of ``fusedopt.bench`` to pytest-benchmark, one test per contender.
+"""Hands the suites of ``fusedopt.bench`` to pytest-benchmark, one test per contender.
 
 pytest-benchmark would time one test after the other, and the noise of minutes would lie between ours and a baseline.
 So each case is raced once, turn by turn, and a clock that stands still but for the recorded samples replays every
@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from fusedopt.bench import LARGE, SUITES, Case, Result, run_case
+from fusedopt.bench import LARGE, SUITES, Case, Result, gpu, run_case
 from fusedopt.bench.contenders import contender_names
 
 
@@ -35,11 +35,12 @@ class Clock:
 
 
 CLOCK = Clock()
-LAST: dict[str, Result] = {}
+LAST: dict[tuple[str, str], Result] = {}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("fusedopt")
+    group.addoption("--suite", choices=SUITES, action="append", help="only this one; may be given several times")
     group.addoption("--elements", type=int, default=LARGE, help="size of a large tensor")
     group.addoption("--seconds", type=float, default=4.0, help="time for each case")
     group.addoption("--compile", action="store_true", help="torch.compile(opt.step), too")
@@ -51,23 +52,26 @@ def _how(config: pytest.Config) -> dict[str, Any]:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    cases = SUITES[metafunc.module.SUITE](metafunc.config.getoption("--elements"))
-    if "contender" in metafunc.fixturenames:
-        how = _how(metafunc.config)
-        pairs = [pytest.param(c, n, id=f"{c}-{n}") for c in cases for n in contender_names(c, **how)]
-        metafunc.parametrize(("case", "contender"), pairs)
-    else:
-        metafunc.parametrize("case", cases, ids=str)
+    suites = metafunc.config.getoption("--suite") or [suite for suite in SUITES if suite != "short"]
+    large, how = metafunc.config.getoption("--elements"), _how(metafunc.config)
+    no_gpu = pytest.mark.skipif(bool(gpu.missing()), reason=f"needs a GPU: {gpu.missing()}")
+    rows = [
+        pytest.param(suite, case, contender, id=f"{suite}-{case}-{contender}", marks=[no_gpu] * (suite == "gpu"))
+        for suite in suites
+        for case in SUITES[suite](large)
+        for contender in contender_names(case, **how)
+    ]
+    metafunc.parametrize(("suite", "case", "contender"), rows)
 
 
 @pytest.fixture
-def result(case: Case, request: pytest.FixtureRequest) -> Result:
+def result(suite: str, case: Case, request: pytest.FixtureRequest) -> Result:
     """The race of this case, run by the first test that asks."""
-    if case.label not in LAST:
+    if (suite, case.label) not in LAST:
         LAST.clear()
         seconds: float = request.config.getoption("--seconds")
-        LAST[case.label] = run_case(case, seconds=seconds, **_how(request.config))
-    return LAST[case.label]
+        LAST[suite, case.label] = run_case(case, suite, seconds=seconds, **_how(request.config))
+    return LAST[suite, case.label]
 
 
 @pytest.fixture

@@ -1,0 +1,20 @@
+"""Every suite of ``fusedopt.bench`` through pytest-benchmark; a case that misses what it promises fails, so the
+machine must be quiet. ``--suite bars`` takes one suite, ``-k "GPT-2 and fused"`` the cases so named."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from fusedopt.bench import Result
+from fusedopt.bench.contenders import OURS
+
+PROMISES = ("bars", "estimators")
+"""The suites whose every case has a bar."""
+
+
+def test_suite(suite: str, contender: str, result: Result, report: Callable[[], None]) -> None:
+    report()
+    if contender == OURS:  # once for a case
+        assert result.bars or suite not in PROMISES
+        missed = [f"{bar.against}: {bar}, at least {bar.least}" for bar in result.bars if not bar.ok]
+        assert not missed, f"{result.case.label}: {'; '.join(missed)}"
