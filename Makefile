@@ -8,7 +8,8 @@ PY := $(BIN)/python
 GPU := .venv-gpu
 BUILD_TOOLS := scikit-build-core pybind11 cmake ninja
 SOURCES := CMakeLists.txt pyproject.toml constraints.txt \
-  $(wildcard cpp/* python/fusedopt/*.py python/fusedopt/*/*.py)
+  $(shell find cpp -type f) $(shell find python/fusedopt -name '*.py')
+CPP := $(shell find cpp tests/sanitize -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 CHECKED := python tests bench examples
 
 .DEFAULT_GOAL := help
@@ -41,13 +42,13 @@ lint: $(VENV)/.dev ## ruff, mypy, clang-format, stubs
 	$(BIN)/ruff format --check $(CHECKED)
 	$(BIN)/mypy python/fusedopt python/make_stubs.py bench examples
 	$(BIN)/mypy python/fusedopt/__init__.py python/fusedopt/numpy.py python/fusedopt/torch.py # behind their stubs
-	$(BIN)/clang-format --dry-run -Werror cpp/*.h cpp/*.cpp cpp/*.cu tests/sanitize/*.cpp
+	$(BIN)/clang-format --dry-run -Werror $(CPP)
 	$(PY) python/make_stubs.py --check
 
 format: $(VENV)/.dev ## what of lint can be put right by machine
 	$(BIN)/ruff check --fix $(CHECKED)
 	$(BIN)/ruff format $(CHECKED)
-	$(BIN)/clang-format -i cpp/*.h cpp/*.cpp cpp/*.cu tests/sanitize/*.cpp
+	$(BIN)/clang-format -i $(CPP)
 
 stubs: $(VENV)/.dev ## write the type stubs from the rules
 	$(PY) python/make_stubs.py
