@@ -1,5 +1,5 @@
-"""What the documents say is so: their Python runs, README's benchmark section is the committed results', CONTRIBUTING's
-map names the files that exist."""
+"""What the documents say is so: their Python runs, README's benchmark section is the committed results', CONTRIBUTING
+names the folders and paths that exist."""
 
 import contextlib
 import importlib.util
@@ -152,30 +152,26 @@ def test_the_committed_benchmark_section_is_that_of_the_committed_results() -> N
     assert section[0] == script.section(json.loads(script.RESULTS.read_text()))
 
 
-# ---- the map
+# ---- finding one's way
 
 MAPPED = ("cpp", "python", "tests", "bench", "examples", "docs")
 
 
-def test_the_map_in_contributing_names_the_files_that_exist() -> None:
+def test_contributing_names_every_folder_and_no_path_that_is_not_there() -> None:
     text = (ROOT / "CONTRIBUTING.md").read_text()
-    map_ = re.search(r"^```text\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
-    assert map_ is not None
-    named, folders = set(), [""]
-    for line in map_[1].splitlines():
-        depth, name = (len(line) - len(line.lstrip())) // 2, line.split()[0]
-        folders[depth + 1 :] = [folders[depth] + name]
-        if not name.endswith("/"):
-            named.add(folders[depth] + name)
+    rows = re.findall(r"^\| `(\S+)/` \| .+ \| `(\S+)` \|$", text, re.MULTILINE)
+    folders = [folder for folder, _ in rows]
+    assert len(folders) == len(set(folders))
     listed = subprocess.run(
         ["git", "ls-files", "--cached", "--others", "--exclude-standard", *MAPPED],
         cwd=ROOT, capture_output=True, text=True, check=False,
     )  # fmt: skip
     if listed.returncode:
         pytest.skip("not a git checkout")
-    there = {name for name in listed.stdout.split() if (ROOT / name).exists() and not name.startswith("bench/results/")}
-    assert there - named == set(), "not in the map"
-    assert {name for name in named if not (ROOT / name).exists()} == set(), "in the map, but not there"
+    there = {Path(name).parent.as_posix() for name in listed.stdout.splitlines() if (ROOT / name).exists()}
+    assert there - set(folders) == set(), "not in the table of folders"
+    named = {*folders, *re.findall(rf"`((?:{'|'.join(MAPPED)})/[^`\s]*)`", text)}
+    assert {name for name in named if not (ROOT / name).exists()} == set(), "named, but not there"
 
 
 # ---- the table of integrations
