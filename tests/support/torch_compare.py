@@ -5,6 +5,9 @@ Every helper raises AssertionError; test_torch_mutants.py feeds wrong rules to t
 
 from __future__ import annotations
 
+import subprocess
+import sys
+import textwrap
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -380,3 +383,12 @@ def outcome(action: Callable[[], Any]) -> tuple[type[BaseException] | None, Any]
             return None, action()
     except Exception as error:
         return type(error), None
+
+
+def run_apart(script: str, timeout: float = 60) -> str:
+    """In a process of its own, so that a hang or a crash is a failed test and not the end of the run."""
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, timeout=timeout, check=False
+    )
+    assert done.returncode == 0, f"exit {done.returncode}: {done.stderr[-2000:]}"
+    return done.stdout

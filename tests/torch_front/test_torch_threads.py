@@ -1,9 +1,7 @@
 """`fusedopt.torch` under Python threads, beside torch's own threads, and after fork."""
 
 import os
-import subprocess
 import sys
-import textwrap
 import threading
 import time
 import warnings
@@ -13,20 +11,11 @@ import pytest
 import torch
 
 from torch_cases import gradients, ours, parameters, simple, some_cases
-from torch_compare import FallbackWarning, assert_same_bits, count_fallbacks, snapshot, train
+from torch_compare import FallbackWarning, assert_same_bits, count_fallbacks, run_apart, snapshot, train
 
 Options = dict[str, Any]
 LARGE = [(300_000,), (3,), (64, 1000)]
 can_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
-
-
-def run_apart(script: str, timeout: float = 60) -> str:
-    """In a process of its own, so that a hang or a crash is a failed test and not the end of the run."""
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, timeout=timeout, check=False
-    )
-    assert done.returncode == 0, f"exit {done.returncode}: {done.stderr[-2000:]}"
-    return done.stdout
 
 
 @pytest.mark.parametrize("shapes", [[(300,), (3,)], LARGE], ids=["small", "large"])

@@ -12,9 +12,8 @@ import pytest
 import torch
 
 from fusedopt import _core
-from test_torch_threads import run_apart
 from torch_cases import gradients, ours, parameters, plain, some_cases
-from torch_compare import assert_close, assert_same_bits, count_fallbacks, snapshot, train
+from torch_compare import assert_close, assert_same_bits, count_fallbacks, run_apart, snapshot, train
 
 Options = dict[str, Any]
 Event = Callable[[torch.Tensor], None]
