@@ -62,7 +62,17 @@ def ptx(command: list[str], *more: str) -> str:
     words = [w for w in command if not w.startswith(("--generate-code", "--compress"))]
     architecture = re.search(r"compute_(\d+)", " ".join(command))
     assert architecture
-    words += [f"-arch=compute_{architecture[1]}", *more, "-x", "cu", "-ptx", str(ROOT / "cpp" / "grid.cu"), "-o", "-"]
+    words += [
+        f"-arch=compute_{architecture[1]}",
+        *more,
+        "-x",
+        "cu",
+        f"-I{ROOT / 'cpp'}",
+        "-ptx",
+        str(ROOT / "cpp" / "device" / "grid.cu"),
+        "-o",
+        "-",
+    ]
     return subprocess.run(words, check=True, capture_output=True, text=True).stdout
 
 

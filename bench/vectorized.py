@@ -1,6 +1,6 @@
-"""Which loops of cpp/sweep.h the compiler vectorises, by rule and formats: ``make vectorized``.
+"""Which loops of cpp/cpu/sweep.h the compiler vectorises, by rule and formats: ``make vectorized``.
 
-Compiles cpp/cpu.cpp for one instruction set with the flags of CMakeLists.txt and reads GCC's vectoriser dump. Exits 1
+Compiles cpp/cpu/cpu.cpp for one instruction set with the flags of CMakeLists.txt and reads GCC's vectoriser dump. Exits 1
 where a loop is missed. Needs g++ (``CXX``); clang has no such dump.
 """
 
@@ -31,8 +31,8 @@ def dump(isa: str) -> str:
     compiler = shlex.split(os.environ.get("CXX", "g++"))
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "dump"
-        flags = shlex.split(f"{FLAGS} {ISAS[isa]} -DFUSEDOPT_ISA={isa} -fdump-tree-vect-optimized={path}")
-        subprocess.run([*compiler, *flags, "-c", str(CPP / "cpu.cpp"), "-o", os.devnull], check=True)
+        flags = shlex.split(f"{FLAGS} {ISAS[isa]} -I{CPP} -DFUSEDOPT_ISA={isa} -fdump-tree-vect-optimized={path}")
+        subprocess.run([*compiler, *flags, "-c", str(CPP / "cpu" / "cpu.cpp"), "-o", os.devnull], check=True)
         return path.read_text()
 
 
@@ -40,7 +40,7 @@ def required() -> dict[str, set[int]]:
     """Lines of the loops over a block in sweep.h, by the function they are in."""
     lines: dict[str, set[int]] = {}
     function = ""
-    for number, line in enumerate((CPP / "sweep.h").read_text().splitlines(), 1):
+    for number, line in enumerate((CPP / "cpu" / "sweep.h").read_text().splitlines(), 1):
         if m := re.match(r"  (?:static )?FUSEDOPT_\w+ (?:static )?(?:void|bool) (\w+)\(", line):
             function = m[1]
         if re.search(r"for \(int i = 0; (quantised && )?i < kBlock", line) or (

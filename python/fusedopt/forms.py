@@ -1,5 +1,5 @@
 """How weights and states are kept: the options that every optimizer has for it, which combinations exist, and the
-formats once more in NumPy, to convert checkpoints and to check the kernels (cpp/formats.h is what runs)."""
+formats once more in NumPy, to convert checkpoints and to check the kernels (cpp/rules/formats.h is what runs)."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ OURS = ("state_dtype", "master", "stochastic_rounding", "ema_decay")
 """Options that say how things are kept; a checkpoint does not change them."""
 
 MASTERS: dict[str, tuple[int, str]] = {"split16": (1, "int16"), "split8": (2, "int8"), "float32": (3, "float32")}
-"""What may be kept beside a 16-bit weight: its number in cpp/formats.h, the dtype of the array."""
+"""What may be kept beside a 16-bit weight: its number in cpp/rules/formats.h, the dtype of the array."""
 
 FLOATS = ("float64", "float32", "bfloat16", "float16")
 _STATES = ("float64", "float32", "bfloat16", "float16", "int8")

@@ -1,4 +1,4 @@
-"""Losses for NumPy: value and gradient in one pass over memory. The arithmetic is cpp/losses.h.
+"""Losses for NumPy: value and gradient in one pass over memory. The arithmetic is cpp/network/losses.h.
 
 Every loss takes predictions and targets of one shape, float64 or float32, and returns ``(value, gradient)``, the
 gradient being that of the value with respect to the first argument. What they share:

@@ -1,6 +1,6 @@
 """The NumPy front end: an in-place function and an optimizer class for every rule, made from ``RULES``.
 
-The checks of arrays (dtype, shape, memory) are C++'s (cpp/bind_batch.cpp); those of options are the rule's.
+The checks of arrays (dtype, shape, memory) are C++'s (cpp/bindings/numpy.cpp); those of options are the rule's.
 """
 
 from __future__ import annotations

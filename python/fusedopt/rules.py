@@ -1,6 +1,6 @@
 """Every update rule as Python sees it: options and their defaults, documentation, float64 reference.
 
-The arithmetic that runs is cpp/rules.h; the references here state it a second time, on purpose, to check it. The
+The arithmetic that runs is cpp/rules/rules.h; the references here state it a second time, on purpose, to check it. The
 front ends (``fusedopt.numpy``, ``fusedopt.torch``), their stubs, the tests and the benchmarks are made from ``RULES``.
 """
 
@@ -27,7 +27,7 @@ RULES: dict[str, Rule] = {}
 
 @dataclass(frozen=True)
 class Kernel:
-    """One entry of the registry in cpp/rules.h, and where its hyperparameters come from."""
+    """One entry of the registry in cpp/rules/rules.h, and where its hyperparameters come from."""
 
     name: str
     index: int
@@ -73,7 +73,7 @@ class Rule:
     defaults: ClassVar[dict[str, Any]]
     """Options with their defaults, under torch's names and in torch's order."""
     variants: ClassVar[dict[tuple[str, ...], str]]
-    """The options that are true -> the kernel in cpp/rules.h; the first entry is the plain one."""
+    """The options that are true -> the kernel in cpp/rules/rules.h; the first entry is the plain one."""
     scalars: ClassVar[tuple[str, ...]] = ("step",)
     """Numbers kept per parameter beside its arrays, as in torch: the step count, and what the kernel carries along."""
     clock: ClassVar[str | None] = "step"

@@ -42,7 +42,7 @@ def objects(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
             "-DFUSEDOPT_X86",
             f"-I{CPP}",
         ]
-        subprocess.run([*command, "-c", str(CPP / "cpu.cpp"), "-o", str(out)], check=True, timeout=300)
+        subprocess.run([*command, "-c", str(CPP / "cpu" / "cpu.cpp"), "-o", str(out)], check=True, timeout=300)
         return out
 
     with ThreadPoolExecutor(2) as pool:

@@ -14,10 +14,10 @@
 #include <thread>
 #include <vector>
 
-#include "dispatch.h"
-#include "network.h"
-#include "plan.h"
-#include "threads.h"
+#include "cpu/dispatch.h"
+#include "network/network.h"
+#include "step/plan.h"
+#include "step/threads.h"
 
 using namespace fusedopt;
 

@@ -14,8 +14,8 @@ mkdir -p "$build"
 compile() { # name, sanitizers, more flags
   name=$1 sanitizers=$2
   shift 2 # shellcheck disable=SC2086
-  $CXX $common -fsanitize="$sanitizers" -fno-sanitize-recover=all "$@" -DFUSEDOPT_ISA=baseline "$cpp/cpu.cpp" \
-    "$here/main.cpp" "$cpp/dispatch.cpp" "$cpp/network.cpp" "$cpp/plan.cpp" "$cpp/threads.cpp" -ldl -o "$build/$name"
+  $CXX $common -fsanitize="$sanitizers" -fno-sanitize-recover=all "$@" -DFUSEDOPT_ISA=baseline "$cpp/cpu/cpu.cpp" \
+    "$here/main.cpp" "$cpp/cpu/dispatch.cpp" "$cpp/network/network.cpp" "$cpp/step/plan.cpp" "$cpp/step/threads.cpp" -ldl -o "$build/$name"
 }
 
 compile races thread -DFUSEDOPT_FEW_FORMATS &

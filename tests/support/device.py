@@ -15,7 +15,7 @@ import torch
 from fusedopt import _core
 
 LIBRARY = Path(_core.__file__).with_name("_simulated.so")
-CHUNK = 16384  # elements of a block of threads: kChunk in cpp/device.h
+CHUNK = 16384  # elements of a block of threads: kChunk in cpp/device/device.h
 
 
 @contextmanager

@@ -1,0 +1,355 @@
+// `_core.Batch`: tensors given as arrays at each call. Everything is checked before the first write.
+#include <pybind11/numpy.h>
+#include <pybind11/stl.h>
+
+#include <algorithm>
+#include <map>
+#include <string>
+
+#include "bindings/arrays.h"
+#include "bindings/bind.h"
+#include "cpu/dispatch.h"
+#include "step/device_plan.h"
+
+namespace fusedopt {
+namespace {
+
+// What a group has beyond its rule's own arrays, and how it rounds.
+struct Extras {
+  Master master = kNoMaster;
+  bool noisy = false, noisy_state = false, quantised = false, ema = false;
+  double l1 = 0, ema_weight = 0;
+  uint64_t seed = 0;
+  std::vector<int64_t> streams;
+
+  bool special() const { return quantised || master != kNoMaster; }
+};
+
+class Batch {
+ public:
+  void clear() {
+    plan_.rows.clear();
+    plan_.groups.clear();
+    sources_.clear();
+    layouts_.clear();
+    keep_.clear();
+    extents_.clear();
+    carries_.clear();
+    foreign_.clear();
+    places_.clear();
+    for (auto& [place, there] : devices_) {
+      there.plan.rows.clear();
+      there.awaited.clear();
+      there.wait = false;
+    }
+  }
+
+  // Checks and adds one group of tensors. names: param, grad, the kernel's states, then what is kept beside the weight
+  // and its average if `extras` says so, the scale of each state if these are quantised, the carried scalar if any; an
+  // error speaks of names[k], followed by [labels[i]] where labels are given.
+  void add(int kernel, std::vector<double> hyper, bool maximize, py::tuple names, py::object labels, py::list operands,
+           py::list steps, const Extras& extras) {
+    const Kernel& k = table().kernels[kernel];
+    const int group = int(plan_.groups.size());
+    plan_.groups.push_back({std::move(hyper), maximize, extras.l1, extras.ema_weight, extras.seed});
+    const Parts parts{k.n_states, extras.master != kNoMaster, extras.ema};
+    const int alike = parts.count(), scales = alike;
+    const int n_operands = alike + (extras.quantised ? k.n_states : 0) + (k.carries ? 1 : 0);
+    const size_t n = py::len(operands[0]);
+    const int first = int(plan_.rows.size());
+    sources_.push_back({std::move(names), std::move(labels), std::move(operands)});
+    const Source& source = sources_.back();
+    auto where = [&](int operand, size_t i) { return source.name(operand, i); };
+    for (int o = 0; o < n_operands; ++o)
+      if (source.count(o) != n)
+        throw py::value_error(source.name(o) + ": expected " + std::to_string(n) + " arrays, one for each of " +
+                              source.name(0) + ", got " + std::to_string(source.count(o)));
+    for (size_t i = 0; i < n; ++i) {
+      View v[kOperands + kMaxStates + 1];
+      for (int o = 0; o < n_operands; ++o) {
+        py::handle object = source.array(o, i);
+        size_t kept = keep_.size();
+        v[o] = view_of(object, keep_, [&] { return where(o, i); }, extras.special() && o >= 2 && o < alike);
+        if (o != 1 && v[o].read_only) throw py::value_error(where(o, i) + ": the array is read-only");
+        if (o != 1 && keep_.size() > kept) foreign_.push_back(py::reinterpret_borrow<py::object>(object));
+        if (o < alike && !v[o].same_shape(v[0]))
+          throw py::value_error(where(o, i) + ": expected shape " + shape_text(v[0]) + " like " + where(0, i) +
+                                ", got " + shape_text(v[o]));
+        if (v[o].device != v[0].device)
+          throw py::value_error(where(o, i) + ": expected it on the same device as " + where(0, i));
+        if (o != 1 && overlaps_itself(v[o]))
+          throw py::value_error(where(o, i) + ": elements of the array overlap in memory");
+      }
+      Row row{};
+      row.kernel = kernel;
+      row.group = group;
+      row.loop = loop_of(k, v, extras, [&](int o) { return where(o, i); });
+      row.clock.t = steps[i].cast<int64_t>() - 1;
+      if (i < extras.streams.size()) row.stream = extras.streams[i];
+      if (parts.rest) expect(v[2 + k.n_states], rest_format(extras.master), [&] { return where(2 + k.n_states, i); });
+      if (parts.ema) expect(v[alike - 1], ema_format(v[0].format), [&] { return where(alike - 1, i); });
+      for (int s = 0; extras.quantised && s < k.n_states; ++s) {
+        const View& scale = v[scales + s];
+        expect(scale, kF32, [&] { return where(scales + s, i); });
+        if (!scale.contiguous() || scale.size() != (v[0].size() + kBlock - 1) / kBlock)
+          throw py::value_error(where(scales + s, i) + ": expected one element for each block of " +
+                                std::to_string(kBlock));
+        row.span.scale[s] = reinterpret_cast<float*>(scale.data);
+      }
+      double* carry = nullptr;
+      if (k.carries) {
+        const View& c = v[n_operands - 1];
+        if (c.format != kF64 || c.size() != 1)
+          throw py::type_error(where(n_operands - 1, i) + ": expected one float64 element");
+        carry = reinterpret_cast<double*>(c.data);
+      }
+      lay_out(v, parts, row, layouts_);
+      for (int o = 0; o < n_operands; ++o) extents_.push_back(extent_of(v[o], o != 1, first + int(i), o));
+      plan_.rows.push_back(row);
+      carries_.push_back(carry);
+      places_.push_back(v[0].device < 0 ? nullptr : &settle(v[0].device, source, n_operands, i));
+    }
+  }
+
+  // Raises ValueError where what is written shares memory with anything else that was added.
+  // grads=false looks past the gradients.
+  void check(bool grads) {
+    if (!grads)
+      extents_.erase(std::remove_if(extents_.begin(), extents_.end(), [](const Extent& e) { return e.operand == 1; }),
+                     extents_.end());
+    layout_.clear();
+    for (const Extent& e : extents_) {
+      layout_.push_back(reinterpret_cast<intptr_t>(e.low));
+      layout_.push_back(reinterpret_cast<intptr_t>(e.high));
+      layout_.push_back(e.written);
+    }
+    for (const auto& s : layouts_) {
+      layout_.insert(layout_.end(), s->shape, s->shape + s->ndim);
+      for (int k = 0; k < s->n; ++k) layout_.insert(layout_.end(), s->stride[k], s->stride[k] + s->ndim);
+    }
+    if (layout_ == checked_) return;  // as in the last call
+    checked_.clear();
+    refuse_overlap();
+    checked_ = layout_;
+  }
+
+  // One step over all that was added; the global gradient norm if max_norm > 0, else None.
+  py::object run(double max_norm, int threads) {
+    check(true);
+    if (std::any_of(places_.begin(), places_.end(), [](const There* there) { return there != nullptr; })) {
+      run_on_devices(max_norm);
+      return py::none();
+    }
+    for (size_t r = 0; r < plan_.rows.size(); ++r) {
+      Row& row = plan_.rows[r];
+      if (carries_[r]) row.clock.carry = *carries_[r];
+      table().kernels[row.kernel].advance(plan_.groups[size_t(row.group)].hyper.data(), row.clock);
+      if (carries_[r]) *carries_[r] = row.clock.carry;
+    }
+    double norm;
+    {
+      py::gil_scoped_release nogil;
+      norm = plan_.run({1, max_norm}, Team::kOurs, threads_or_default(threads));
+    }
+    tell_autograd();
+    return norm < 0 ? py::object(py::none()) : py::float_(norm);
+  }
+
+ private:
+  struct Source;
+
+  // The rows on one device that belong to one stream: that of the parameters' own library.
+  struct There {
+    DevicePlan plan;
+    void* stream;
+    std::vector<void*> awaited;  // streams of other libraries' operands
+    bool wait = false;           // for the end: the stream is not known
+    There(int device, void* s) : plan(device), stream(s) {}
+  };
+
+  There& settle(int device, const Source& source, int n_operands, size_t i) {
+    bool known;
+    void* const stream = stream_of(py::type::handle_of(source.array(0, i)), device, &known);
+    There& there = devices_.try_emplace({device, stream}, device, stream).first->second;
+    there.wait |= !known;
+    for (int o = 1; o < n_operands; ++o) {
+      void* const its = stream_of(py::type::handle_of(source.array(o, i)), device, &known);
+      if (its != stream) there.awaited.push_back(its);
+    }
+    return there;
+  }
+
+  void run_on_devices(double max_norm) {
+    if (max_norm > 0) throw py::value_error("max_norm: not for arrays on a device");
+    for (size_t r = 0; r < plan_.rows.size(); ++r) {
+      if (!places_[r]) throw py::value_error("some arrays are on the CPU, others on a device: update them apart");
+      places_[r]->plan.rows.push_back({plan_.rows[r], nullptr, carries_[r], false, true, false});
+    }
+    {
+      py::gil_scoped_release nogil;
+      for (auto& [place, there] : devices_) {
+        there.plan.groups = plan_.groups;
+        there.plan.rates.assign(plan_.groups.size(), {});
+        for (void* stream : there.awaited) there.plan.wait(stream);
+        there.plan.run({}, there.stream);
+        if (there.wait) there.plan.wait(there.stream);
+      }
+    }
+    tell_autograd();
+  }
+
+  // What a group's arrays are called, and the arrays themselves: a list for each operand.
+  struct Source {
+    py::tuple names;
+    py::object labels;
+    py::list operands;
+
+    size_t count(int operand) const { return size_t(PyList_GET_SIZE(PyList_GET_ITEM(operands.ptr(), operand))); }
+    py::handle array(int operand, size_t i) const {
+      return PyList_GET_ITEM(PyList_GET_ITEM(operands.ptr(), operand), py::ssize_t(i));
+    }
+    std::string name(int operand) const { return names[size_t(operand)].cast<std::string>(); }
+    std::string name(int operand, size_t i) const {
+      return labels.is_none() ? name(operand) : name(operand) + "[" + std::string(py::str(labels[py::int_(i)])) + "]";
+    }
+  };
+  struct Place {
+    const Source& source;
+    int operand;
+    size_t index;
+    std::string name() const { return source.name(operand, index); }
+    py::object object() const { return py::reinterpret_borrow<py::object>(source.array(operand, index)); }
+  };
+  Place place(const Extent& e) const {
+    int first = e.row;
+    while (first > 0 && plan_.rows[size_t(first) - 1].group == plan_.rows[size_t(e.row)].group) --first;
+    return {sources_[size_t(plan_.rows[size_t(e.row)].group)], e.operand, size_t(e.row - first)};
+  }
+
+  template <class Name>
+  static void expect(const View& v, Format format, const Name& name) {
+    if (v.format != format)
+      throw py::type_error(name() + ": expected dtype " + name_of(format) + ", got " + name_of(v.format));
+  }
+
+  template <class Where>
+  static int loop_of(const Kernel& k, const View* v, const Extras& extras, const Where& where) {
+    const Format state = k.n_states ? v[2].format : v[0].format;
+    for (int o = 2; o < 2 + k.n_states; ++o) {
+      const Format expected = !extras.quantised ? state : code_of(word(k.states, o - 2));
+      if (v[o].format != expected)
+        throw py::type_error(where(o) + ": expected dtype " + name_of(expected) +
+                             (extras.quantised ? "" : " like " + where(2)) + ", got " + name_of(v[o].format));
+    }
+    const Form form{v[0].format,   v[1].format,  extras.quantised ? kI8 : state,
+                    extras.master, extras.noisy, extras.quantised || extras.noisy_state};
+    int loop = find_loop(k, form);
+    if (loop >= 0) return loop;
+    // Name the operand that departs from what the others allow.
+    std::string grads, states;
+    for (int l = 0; l < k.n_loops; ++l) {
+      const Form& f = k.loops[l].form;
+      if (!k.loops[l].prepare || f.param != v[0].format || f.master != form.master || f.noisy != form.noisy) continue;
+      auto note = [](std::string& list, const char* s) {
+        if (list.find(s) == std::string::npos) list += (list.empty() ? "" : " or ") + std::string(s);
+      };
+      note(grads, name_of(f.grad));
+      if (f.grad == v[1].format && f.noisy_state == form.noisy_state) note(states, name_of(f.state));
+    }
+    bool bad_grad = states.empty();
+    throw py::type_error(where(bad_grad ? 1 : 2) + ": expected dtype " + (bad_grad ? grads : states) + " with " +
+                         where(0) + " of " + name_of(v[0].format) +
+                         (bad_grad ? "" : " and " + where(1) + " of " + name_of(v[1].format)) + ", got " +
+                         name_of(v[bad_grad ? 1 : 2].format));
+  }
+
+  py::array as_numpy(const py::object& object) {
+    View v = view_of(object, keep_, [] { return std::string("array"); });
+    std::vector<py::ssize_t> shape(v.shape, v.shape + v.ndim), strides;
+    for (int d = 0; v.stride && d < v.ndim; ++d) strides.push_back(v.step(d) * py::ssize_t(size_of(v.format)));
+    return py::array(py::dtype(size_of(v.format) == 2 ? "u2" : name_of(v.format)), shape, strides, v.data, object);
+  }
+
+  void refuse_overlap() {
+    constexpr size_t kLimit = 1000000;
+    auto pairs = meetings(extents_, kLimit);
+    for (auto& [a, b] : pairs) {
+      Place pa = place(a), pb = place(b);
+      // Interleaved strided views may meet without sharing an element.
+      if (pairs.size() < kLimit && !py::module_::import("numpy")
+                                        .attr("shares_memory")(as_numpy(pa.object()), as_numpy(pb.object()))
+                                        .cast<bool>())
+        continue;
+      bool swap = b.row < a.row || (b.row == a.row && b.operand < a.operand);
+      throw py::value_error((swap ? pa : pb).name() + ": shares memory with " + (swap ? pb : pa).name());
+    }
+  }
+
+  // A raw write does not tell autograd that a torch tensor has changed.
+  void tell_autograd() {
+    if (foreign_.empty()) return;
+    py::object torch = py::module_::import("sys").attr("modules").attr("get")("torch");
+    if (torch.is_none()) return;
+    for (py::object& o : foreign_)
+      if (py::isinstance(o, torch.attr("Tensor"))) torch.attr("autograd").attr("graph").attr("increment_version")(o);
+  }
+
+  Plan plan_;
+  std::vector<Source> sources_;
+  std::vector<std::unique_ptr<Strided>> layouts_;
+  std::vector<py::object> keep_, foreign_;
+  std::vector<Extent> extents_;
+  std::vector<int64_t> layout_, checked_;  // where all operands lie: now, and when they were last found apart
+  std::vector<double*> carries_;
+  std::vector<There*> places_;  // of the rows; nullptr: here
+  std::map<std::pair<int, void*>, There> devices_;
+};
+
+// The whole of an in-place function's call. The batch is kept, so that its vectors are, too; a call within a call (from
+// an array's own __dlpack__) takes another.
+void update(int kernel, std::vector<double> hyper, bool maximize, py::tuple names, py::object labels, py::list operands,
+            py::list steps, int threads) {
+  thread_local Batch kept;
+  thread_local bool taken = false;
+  Batch other;
+  struct Turn {
+    const bool outer = !taken;
+    Turn() { taken = true; }
+    ~Turn() {
+      if (outer) {
+        kept.clear();
+        taken = false;
+      }
+    }
+  } turn;
+  Batch& batch = turn.outer ? kept : other;
+  batch.add(kernel, std::move(hyper), maximize, std::move(names), std::move(labels), std::move(operands),
+            std::move(steps), {});
+  batch.run(0, threads);
+}
+
+}  // namespace
+
+void bind_batch(py::module_& m) {
+  py::class_<Extras>(m, "Extras", "What a group has beyond its rule's own arrays, and how it rounds.")
+      .def(py::init([](int master, bool noisy, bool noisy_state, bool quantised, bool ema, double l1, double ema_weight,
+                       uint64_t seed, std::vector<int64_t> streams) {
+             return Extras{Master(master), noisy, noisy_state,       quantised, ema, l1,
+                           ema_weight,     seed,  std::move(streams)};
+           }),
+           py::kw_only(), py::arg("master") = 0, py::arg("noisy") = false, py::arg("noisy_state") = false,
+           py::arg("quantised") = false, py::arg("ema") = false, py::arg("l1") = 0.0, py::arg("ema_weight") = 0.0,
+           py::arg("seed") = 0, py::arg("streams") = std::vector<int64_t>());
+  py::class_<Batch>(m, "Batch", "Tensors to be updated together, given as arrays.")
+      .def(py::init<>())
+      .def("clear", &Batch::clear)
+      .def("add", &Batch::add, py::arg("kernel"), py::arg("hyper"), py::arg("maximize"), py::arg("names"),
+           py::arg("labels"), py::arg("operands"), py::arg("steps"), py::arg("extras") = Extras{})
+      .def("check", &Batch::check, py::arg("grads"))
+      .def("run", &Batch::run, py::arg("max_norm"), py::arg("threads"));
+  m.def("update", &update, py::arg("kernel"), py::arg("hyper"), py::arg("maximize"), py::arg("names"),
+        py::arg("labels"), py::arg("operands"), py::arg("steps"), py::arg("threads"),
+        "Adds one group to a batch and runs it.");
+}
+
+}  // namespace fusedopt

@@ -1,0 +1,352 @@
+// THE loop: update.h over a span. The compiler vectorises it; `make vectorized` shows where.
+#pragma once
+#include "rules/update.h"
+
+#if defined(__clang__)
+#define FUSEDOPT_INDEPENDENT _Pragma("clang loop vectorize(assume_safety)")
+#elif defined(__GNUC__)
+#define FUSEDOPT_INDEPENDENT _Pragma("GCC ivdep")
+#elif defined(_MSC_VER)
+#define FUSEDOPT_INDEPENDENT __pragma(loop(ivdep))
+#else
+#define FUSEDOPT_INDEPENDENT
+#endif
+
+#if defined(__GNUC__)
+#define FUSEDOPT_APART __attribute__((noinline))
+#else
+#define FUSEDOPT_APART
+#endif
+
+namespace fusedopt {
+namespace {
+
+// Two neighbours at once, so that 16-bit arrays are read and written by 32-bit words: half of a loop over them would
+// otherwise be spent on widening and narrowing.
+template <class Word, class Stored>
+FUSEDOPT_HD void get2(const Stored* x, int64_t i, Word& a, Word& b) {
+  if constexpr (sizeof(Stored) == 2 && kLittleEndian) {
+    uint32_t w;
+    memcpy(&w, x + i, sizeof w);
+    a = Word(w & 0xffffu);
+    b = Word(w >> 16);
+  } else {
+    a = Word(x[i]);
+    b = Word(x[i + 1]);
+  }
+}
+template <class Word, class Stored>
+FUSEDOPT_HD void put2(Stored* x, int64_t i, Word a, Word b) {
+  if constexpr (sizeof(Stored) == 2 && kLittleEndian) {
+    const uint32_t w = (uint32_t(a) & 0xffffu) | uint32_t(b) << 16;
+    memcpy(x + i, &w, sizeof w);
+  } else {
+    x[i] = Stored(a);
+    x[i + 1] = Stored(b);
+  }
+}
+FUSEDOPT_HD void get2(const Nothing*, int64_t, Nothing&, Nothing&) {}
+FUSEDOPT_HD void put2(Nothing*, int64_t, Nothing, Nothing) {}
+
+// The loop over whole blocks, for formats that have no 16-bit or 32-bit words: everything is decoded into numbers, the
+// rule runs over these, and they are encoded.
+template <class Rule, class W, class G, class S>
+struct Blocks {
+  using U = Update<Rule, W, G, S>;
+  using P = typename W::Weight;
+  using Rest = typename W::Rest;
+  using Ready = typename U::Ready;
+  static constexpr int N = U::N;
+  static constexpr bool quantised = U::quantised;
+
+  struct Operands {
+    typename P::Stored* p;
+    const typename G::Stored* g;
+    Rest* rest;
+    typename S::Stored* state[N + 1];
+    float* scale[N + 1];
+
+    FUSEDOPT_HD Operands at(int64_t i) const {
+      Operands o;
+      o.p = p + i;
+      o.g = g + i;
+      if constexpr (W::master != kNoMaster) o.rest = rest + i;
+      for (int k = 0; k < N; ++k) {
+        o.state[k] = state[k] + i;
+        o.scale[k] = quantised ? scale[k] + i / kBlock : nullptr;
+      }
+      return o;
+    }
+  };
+
+  static void sweep(const Ready& shared, const Span& span) {
+    const Ready ready = shared;  // codes that are written may be any bytes, the shared ones included, for the compiler
+    Operands o;
+    o.p = static_cast<typename P::Stored*>(span.param);
+    o.g = static_cast<const typename G::Stored*>(span.grad);
+    o.rest = static_cast<Rest*>(span.rest);
+    for (int k = 0; k < N; ++k) {
+      o.state[k] = static_cast<typename S::Stored*>(span.state[k]);
+      o.scale[k] = span.scale[k];
+    }
+    const int64_t n = span.n, first = span.first;
+    const uint32_t key = span.key;
+    int64_t i = 0;
+    for (; i + kBlock <= n; i += kBlock)
+      if (!block<true>(ready, o.at(i), key, first + i)) unusual(shared, o, span, i);
+    if (i < n) last(shared, o, span, i);
+  }
+
+  // A block that is not full is worked on in a copy; what is beyond it is zero.
+  static FUSEDOPT_APART void last(const Ready& ready, const Operands& whole, const Span& span, int64_t i) {
+    const Operands o = whole.at(i);
+    const size_t n = size_t(span.n - i);
+    typename P::Stored p[kBlock] = {};
+    typename G::Stored g[kBlock] = {};
+    Rest rest[kBlock] = {};
+    typename S::Stored state[N + 1][kBlock] = {};
+    Span copy = {p, g, {}, {}, rest, nullptr, kBlock, span.first + i, span.key};
+    memcpy(p, o.p, n * sizeof p[0]);
+    memcpy(g, o.g, n * sizeof g[0]);
+    if constexpr (W::master != kNoMaster) memcpy(rest, o.rest, n * sizeof rest[0]);
+    for (int k = 0; k < N; ++k) {
+      memcpy(state[k], o.state[k], n * sizeof state[k][0]);
+      copy.state[k] = state[k];
+      copy.scale[k] = o.scale[k];
+    }
+    sweep(ready, copy);
+    memcpy(o.p, p, n * sizeof p[0]);
+    if constexpr (W::master != kNoMaster) memcpy(o.rest, rest, n * sizeof rest[0]);
+    for (int k = 0; k < N; ++k) memcpy(o.state[k], state[k], n * sizeof state[k][0]);
+  }
+
+  static FUSEDOPT_APART void unusual(const Ready& ready, const Operands& whole, const Span& span, int64_t i) {
+    block<false>(ready, whole.at(i), span.key, span.first + i);
+  }
+
+  // The fast way, for usual scales, returns false with nothing written where it meets another.
+  template <bool Fast>
+  static FUSEDOPT_HD bool block(const Ready& ready, const Operands& o, uint32_t key, int64_t first) {
+    float x[kBlock], y[kBlock], s[N + 1][kBlock], size[N + 1];
+    uint32_t random[kBlock];
+    auto* const p = o.p;  // as locals: bytes may be anything, o included, as far as the compiler knows
+    auto* const g = o.g;
+    auto* const rest = o.rest;
+    for (int k = 0; quantised && Fast && k < N; ++k)
+      if (!usual(*o.scale[k])) return false;
+    for (int i = 0; i < kBlock; ++i) {
+      typename W::RestWord r{};
+      if constexpr (W::master != kNoMaster) r = typename W::RestWord(rest[i]);
+      x[i] = W::load(p[i], r);
+    }
+    for (int i = 0; i < kBlock; ++i) y[i] = G::load(g[i]) * ready.scale;
+    load<Fast>(o, s);
+    FUSEDOPT_INDEPENDENT
+    for (int i = 0; i < kBlock; ++i) {
+      float t[N + 1];
+      for (int k = 0; k < N; ++k) t[k] = s[k][i];
+      Apply<N>::to(ready.rule, x[i], y[i], t);
+      for (int k = 0; k < N; ++k) s[k][i] = t[k];
+    }
+    if constexpr (quantised) {
+      measure<Fast>(s, size);
+      for (int k = 0; Fast && k < N; ++k)
+        if (!usual(size[k])) return false;
+    }
+    if (P::noisy || S::noisy) draw(key, first, random);
+    FUSEDOPT_INDEPENDENT
+    for (int i = 0; i < kBlock; ++i) {
+      typename P::Word w;
+      typename W::RestWord r{};
+      W::store(x[i], w, r, P::noisy ? U::bits_of(random[i]) : 0);
+      p[i] = typename P::Stored(w);
+      if constexpr (W::master != kNoMaster) rest[i] = Rest(r);
+    }
+    float shift[kBlock];
+    for (int i = 0; quantised && i < kBlock; ++i) shift[i] = U::shift_of(random[i]);
+    store<Fast>(o, s, random, shift, size);
+    return true;
+  }
+
+  static FUSEDOPT_HD void draw(uint32_t key, int64_t first, uint32_t* random) {
+    for (int i = 0; i < U::numbers; ++i) {
+      const uint32_t number = U::block_noise(key, first / kBlock, i);
+      for (int k = 0; k < U::parts; ++k) random[i + k * U::numbers] = U::part_of(number, k);
+    }
+  }
+
+  // The states, one after the other: each has a code of its own.
+  template <bool Fast, int K = 0>
+  static FUSEDOPT_HD void load(const Operands& o, float (*s)[kBlock]) {
+    if constexpr (K < N) {
+      auto* const state = o.state[K];
+      if constexpr (quantised) {
+        const Decoder<typename U::template CodeOf<K>, Fast> decoder(*o.scale[K]);
+        for (int i = 0; i < kBlock; ++i) s[K][i] = decoder(state[i]);
+      } else {
+        FUSEDOPT_INDEPENDENT
+        for (int i = 0; i < kBlock; ++i) s[K][i] = S::load(state[i]);
+      }
+      load<Fast, K + 1>(o, s);
+    }
+  }
+  // Their largest magnitudes, as bits: no vector has a maximum of floats that is right for NaN. A second moment below
+  // zero, which no rule makes, is not usual.
+  template <bool Fast, int K = 0>
+  static FUSEDOPT_HD void measure(const float (*s)[kBlock], float* size) {
+    if constexpr (K < N) {
+      uint32_t top = 0;
+      for (int i = 0; i < kBlock; ++i) {
+        const uint32_t b = Fast ? bits<uint32_t>(U::template CodeOf<K>::size(s[K][i])) : size_bits(s[K][i]);
+        top = b > top ? b : top;
+      }
+      size[K] = bits<float>(top);
+      measure<Fast, K + 1>(s, size);
+    }
+  }
+  template <bool Fast, int K = 0>
+  static FUSEDOPT_HD void store(const Operands& o, const float (*s)[kBlock], const uint32_t* random, const float* shift,
+                                const float* size) {
+    if constexpr (K < N) {
+      auto* const state = o.state[K];
+      if constexpr (quantised) {
+        const Encoder<typename U::template CodeOf<K>, Fast> encoder(size[K]);
+        *o.scale[K] = size[K];
+        for (int i = 0; i < kBlock; ++i) state[i] = encoder(s[K][i], shift[i]);
+      } else {
+        FUSEDOPT_INDEPENDENT
+        for (int i = 0; i < kBlock; ++i)
+          state[i] = typename S::Stored(S::store(s[K][i], S::noisy ? U::bits_of(random[i]) : 0));
+      }
+      store<Fast, K + 1>(o, s, random, shift, size);
+    }
+  }
+};
+
+template <class Rule, class W, class G, class S>
+struct Sweep : Update<Rule, W, G, S> {
+  using U = Update<Rule, W, G, S>;
+  using typename U::P;
+  using typename U::Ready;
+  using typename U::Rest;
+  using typename U::T;
+  using U::blocked, U::element, U::N, U::random;
+  static constexpr bool paired =
+      sizeof(typename P::Stored) == 2 || sizeof(typename G::Stored) == 2 || sizeof(typename S::Stored) == 2;
+
+  static void sweep(const void* prepared, const Span& span) {
+    const Ready& ready = *static_cast<const Ready*>(prepared);
+    if constexpr (blocked) {
+      Blocks<Rule, W, G, S>::sweep(ready, span);
+    } else {
+      flat(Ready(ready), span);
+    }
+  }
+
+  static void flat(const Ready& ready, const Span& span) {
+    auto* p = static_cast<typename P::Stored*>(span.param);
+    auto* g = static_cast<const typename G::Stored*>(span.grad);
+    auto* rest = static_cast<Rest*>(span.rest);
+    typename S::Stored* state[N + 1];
+    for (int k = 0; k < N; ++k) state[k] = static_cast<typename S::Stored*>(span.state[k]);
+    const int64_t n = span.n;
+    const uint32_t key = span.key;
+    if constexpr (paired) {
+      const int64_t pairs = n / 2;
+      const uint32_t first = uint32_t(span.first >> 1);
+      FUSEDOPT_INDEPENDENT
+      for (int64_t i = 0; i < pairs; ++i) {
+        typename P::Word x[2];
+        typename G::Word y[2];
+        typename W::RestWord r[2];
+        typename S::Word s[2][N + 1];
+        get2(p, 2 * i, x[0], x[1]);
+        get2(g, 2 * i, y[0], y[1]);
+        get2(rest, 2 * i, r[0], r[1]);
+        for (int k = 0; k < N; ++k) get2(state[k], 2 * i, s[0][k], s[1][k]);
+        const uint32_t both = random ? noise(key, first + uint32_t(i)) : 0;
+        element(ready, x[0], r[0], y[0], s[0], both & 0xffffu);
+        element(ready, x[1], r[1], y[1], s[1], both >> 16);
+        put2(p, 2 * i, x[0], x[1]);
+        put2(rest, 2 * i, r[0], r[1]);
+        for (int k = 0; k < N; ++k) put2(state[k], 2 * i, s[0][k], s[1][k]);
+      }
+      if (n % 2 == 0) return;
+      const int64_t i = n - 1;
+      typename P::Word x = p[i];
+      typename W::RestWord r{};
+      if constexpr (W::master != kNoMaster) r = typename W::RestWord(rest[i]);
+      typename S::Word s[N + 1];
+      for (int k = 0; k < N; ++k) s[k] = state[k][i];
+      element(ready, x, r, typename G::Word(g[i]), s, random ? noise_at(key, span.first + i) : 0);
+      p[i] = typename P::Stored(x);
+      if constexpr (W::master != kNoMaster) rest[i] = Rest(r);
+      for (int k = 0; k < N; ++k) state[k][i] = typename S::Stored(s[k]);
+    } else {
+      FUSEDOPT_INDEPENDENT
+      for (int64_t i = 0; i < n; ++i) {
+        typename P::Word x = p[i];
+        Nothing none;
+        typename S::Word s[N + 1];
+        for (int k = 0; k < N; ++k) s[k] = state[k][i];
+        element(ready, x, none, g[i], s, 0);
+        p[i] = x;
+        for (int k = 0; k < N; ++k) state[k][i] = s[k];
+      }
+    }
+  }
+
+  // On a span that is still in the cache: proximal l1, then the moving average of the weights.
+  static void finish(const Finish& f, const Span& span) {
+    auto* p = static_cast<typename P::Stored*>(span.param);
+    auto* rest = static_cast<Rest*>(span.rest);
+    const int64_t n = span.n;
+    const uint32_t key = ~span.key;  // the numbers of the update have been used
+    if (f.shrink != 0) {
+      const T shrink = T(f.shrink);
+      FUSEDOPT_INDEPENDENT
+      for (int64_t i = 0; i < n; ++i) {
+        typename P::Word w = p[i];
+        typename W::RestWord r{};
+        if constexpr (W::master != kNoMaster) r = typename W::RestWord(rest[i]);
+        U::threshold(shrink, w, r, P::noisy ? noise_at(key, span.first + i) : 0);
+        p[i] = typename P::Stored(w);
+        if constexpr (W::master != kNoMaster) rest[i] = Rest(r);
+      }
+    }
+    if (span.ema) {
+      auto* ema = static_cast<T*>(span.ema);
+      const T weight = T(f.ema_weight);
+      FUSEDOPT_INDEPENDENT
+      for (int64_t i = 0; i < n; ++i) {
+        typename W::RestWord r{};
+        if constexpr (W::master != kNoMaster) r = typename W::RestWord(rest[i]);
+        ema[i] = U::average(ema[i], typename P::Word(p[i]), r, weight);
+      }
+    }
+  }
+};
+
+// Sum of squares in double, over lanes that are the same on every instruction set, then a fixed tree over the lanes.
+template <class F>
+double square_sum(const void* data, int64_t n) {
+  constexpr int kLanes = 16;
+  auto* x = static_cast<const typename F::Stored*>(data);
+  double lane[kLanes] = {};
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes)
+    for (int k = 0; k < kLanes; ++k) {
+      double v = double(F::load(x[i + k]));
+      lane[k] += v * v;
+    }
+  for (int k = 0; i < n; ++i, ++k) {
+    double v = double(F::load(x[i]));
+    lane[k] += v * v;
+  }
+  for (int width = kLanes / 2; width > 0; width /= 2)
+    for (int k = 0; k < width; ++k) lane[k] += lane[k + width];
+  return lane[0];
+}
+
+}  // namespace
+}  // namespace fusedopt

@@ -1,0 +1,112 @@
+// The border between this module and a library with the kernels of a device (CUDA's, or the one that the tests
+// simulate): what lies in the device's memory, in words of 8 bytes that the host compares with those of the last step,
+// and a table of functions. No Python, no CUDA and no arithmetic here.
+#pragma once
+#include "library.h"
+
+namespace fusedopt {
+
+constexpr int kDeviceHyper = 8;
+constexpr int kDeviceStates = 3;
+constexpr int kThreads = 256;      // of a block
+constexpr int64_t kChunk = 16384;  // elements that one block updates
+static_assert(kChunk % (kThreads * 8) == 0, "the threads of a block take up to 8 elements each");
+static_assert(kChunk % kNormBlock == 0 && kChunk % kBlock == 0,
+              "leaves of the norm and blocks of codes lie in one chunk");
+
+// Once in a step.
+struct DeviceHead {
+  const float* found_inf;   // on the device, or nullptr; not 0: nothing is updated
+  const float* grad_scale;  // on the device, or nullptr: gradients are divided by it
+  double unscale;           // and multiplied by this
+  double max_norm;          // 0: no clipping
+  void* norm;               // on the device, or nullptr: where the norm of the unscaled gradients goes
+  uint64_t norm_wide;       // float64, else float32
+};
+
+struct DeviceGroup {
+  double hyper[kDeviceHyper];  // the learning rate first
+  const void* lr;              // on the device, or nullptr
+  uint64_t lr_wide, maximize;
+  double l1, ema_weight;
+  uint64_t seed;
+};
+
+struct DeviceRow {
+  void* param;
+  void* state[kDeviceStates];
+  float* scale[kDeviceStates];
+  void *rest, *ema;
+  int64_t n;
+  uint64_t layout;  // 0: dense; else at which word dimensions, shape, then each operand's strides in Row's order begin
+  uint64_t group;
+  uint64_t vector;  // every operand begins at a multiple of 16 bytes
+  void* step;       // on the device, or nullptr: `done` counts
+  void* carry;
+  uint64_t step_wide, carry_wide;
+  int64_t done;  // belongs to the device once it is there
+  int64_t stream;
+  uint64_t grad;         // its Format
+  int64_t chunk, place;  // its first chunk; its number in the order of the norm
+};
+
+// The part-th kChunk elements of a row.
+struct DeviceChunk {
+  uint32_t row, part;
+};
+
+// What the kernel that goes before the update computes for each row.
+struct DeviceReady {
+  alignas(16) char prepared[kPreparedBytes];
+  double shrink, ema_weight;
+  uint64_t key;
+};
+
+struct DeviceTables {
+  const int64_t* words;  // all that the host writes
+  DeviceHead* head;
+  const DeviceGroup* groups;
+  const void* const* grads;  // of each row
+  DeviceRow* rows;
+  const DeviceChunk* chunks;
+  DeviceReady* ready;
+  double* chunk_sums;  // squares of gradients,
+  double* row_sums;    // by place
+  double* norm;        // before unscaling
+};
+
+// One rule in one combination of formats. All functions return 0 or an error for `message`.
+struct DeviceLoop {
+  int (*prepare)(const DeviceTables& t, int64_t first_row, int64_t rows, void* stream);  // nullptr: does not exist
+  int (*update)(const DeviceTables& t, int64_t first_chunk, int64_t chunks, void* stream);
+  int (*load)();  // both, as a graph may not
+  Form form;
+};
+
+struct DeviceLibrary {
+  const char* version;  // of fusedopt
+  size_t size;          // kLibrarySize, as it was when the library was compiled
+  const char* kind;
+  int32_t device_type;  // DLPack's
+  int n_kernels, n_loops;
+  const DeviceLoop* (*loops)(int kernel);
+  int (*number)(const void* memory);             // the device that it lies on, -1 for the host; nullptr: as DLPack says
+  int (*use)(int device, int* before);           // makes it current
+  int (*ready)();                                // loads what a graph may need
+  int (*allocate)(size_t bytes, void** memory);  // while a graph is captured, too
+  int (*release)(void* memory);
+  // In the stream's order, and waits for it; `apart` from it, while a graph is captured, to memory that is new.
+  int (*upload)(void* to, const void* from, size_t bytes, void* stream, bool apart);
+  int (*download)(void* to, const void* from, size_t bytes, void* stream);     // and waits for it
+  int (*patch)(uint64_t* to, const uint64_t* words, int64_t n, void* stream);  // carries the words by value
+  int (*norm)(const DeviceTables& t, int64_t rows, int64_t chunks, void* stream);
+  int (*capturing)(void* stream, bool* yes);
+  int (*synchronize)(void* stream);
+  const char* (*message)(int error);
+};
+
+// Of all that crosses the border.
+constexpr size_t kLibrarySize = sizeof(DeviceLibrary) + sizeof(DeviceHead) + sizeof(DeviceGroup) + sizeof(DeviceRow) +
+                                sizeof(DeviceReady) + sizeof(DeviceTables);
+
+}  // namespace fusedopt

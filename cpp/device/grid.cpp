@@ -1,0 +1,164 @@
+// Instantiates grid.h for the rules whose number leaves FUSEDOPT_PART when divided by FUSEDOPT_PARTS; part 0 exports
+// the library's one function. Compiled by nvcc into fusedopt's CUDA library, and as C++ into the simulated device's.
+#ifdef __CUDACC__
+#include "device/runtime_cuda.h"
+#else
+#include "device/runtime_simulated.h"
+#endif
+#include "device/grid.h"
+
+namespace fusedopt {
+namespace {
+
+#define NUMBER(name, Rule) name##_number,
+enum { FUSEDOPT_RULES(NUMBER) kKernels };
+#undef NUMBER
+
+template <class U>
+int launch_prepare(const DeviceTables& t, int64_t first, int64_t rows, void* stream) {
+  return launch(prepare<U>, (rows + kThreads - 1) / kThreads, kThreads, stream, t, first, rows);
+}
+template <class U>
+int launch_update(const DeviceTables& t, int64_t first, int64_t chunks, void* stream) {
+  return launch(update<U>, chunks, kThreads, stream, t, first);
+}
+
+template <class U>
+int load_both() {
+  const int error = load(prepare<typename U::Alone>);
+  return error ? error : load(update<U>);
+}
+
+template <class U>
+constexpr DeviceLoop loop() {
+  if constexpr (U::exists) {
+    return {launch_prepare<typename U::Alone>, launch_update<U>, load_both<U>, U::form};
+  } else {
+    return {nullptr, nullptr, nullptr, U::form};
+  }
+}
+
+template <template <class> class Rule>
+struct Loops {
+#define LOOP(W, G, S) loop<Update<Rule<W::Weight::Number>, W, G, S>>(),
+  static constexpr DeviceLoop all[] = {FUSEDOPT_FORMATS(LOOP)};
+#undef LOOP
+};
+template <template <class> class Rule>
+constexpr DeviceLoop Loops<Rule>::all[];
+
+template <template <class> class Rule, int number>
+const DeviceLoop* of_this_part() {
+  if constexpr (number % FUSEDOPT_PARTS == FUSEDOPT_PART) {
+    return Loops<Rule>::all;
+  } else {
+    return nullptr;
+  }
+}
+
+}  // namespace
+
+// The loops of one rule, in the order of FUSEDOPT_FORMATS; nullptr where another part has them.
+const DeviceLoop* FUSEDOPT_CAT(grid_part_, FUSEDOPT_PART)(int kernel) {
+#define PART(name, Rule) \
+  if (kernel == name##_number) return of_this_part<Rule, name##_number>();
+  FUSEDOPT_RULES(PART)
+#undef PART
+  return nullptr;
+}
+
+#if FUSEDOPT_PART == 0
+const DeviceLoop* grid_part_1(int kernel);
+const DeviceLoop* grid_part_2(int kernel);
+const DeviceLoop* grid_part_3(int kernel);
+
+namespace {
+
+const DeviceLoop* loops(int kernel) {
+  for (auto part : {grid_part_0, grid_part_1, grid_part_2, grid_part_3})
+    if (const DeviceLoop* found = part(kernel)) return found;
+  return nullptr;
+}
+
+template <int size>
+int write(uint64_t* to, const uint64_t* words, int n, void* stream) {
+  Words<size> some;
+  memcpy(some.word, words, sizeof(uint64_t) * size_t(n));
+  return launch(write_words<size>, (n + kThreads - 1) / kThreads, kThreads, stream, to, some, n);
+}
+int patch(uint64_t* to, const uint64_t* words, int64_t n, void* stream) {
+  int error = 0;
+  for (int64_t done = 0, count; done < n && !error; done += count) {
+    const bool many = n - done > kFewWords && many_words();
+    count = n - done < (many ? kManyWords : kFewWords) ? n - done : many ? kManyWords : kFewWords;
+    error = (many ? write<kManyWords> : write<kFewWords>)(to + done, words + done, int(count), stream);
+  }
+  return error;
+}
+
+// What a captured step may need and the plain ones before it have not launched.
+int ready() {
+  int error = load(write_words<kFewWords>);
+  if (!error && many_words()) error = load(write_words<kManyWords>);
+  if (!error) error = load(sum_chunks);
+  if (!error) error = load(sum_rows);
+  return error ? error : load(sum_all);
+}
+
+int norm(const DeviceTables& t, int64_t rows, int64_t chunks, void* stream) {
+  int error = launch(sum_chunks, chunks, kNormThreads, stream, t);
+  if (!error) error = launch(sum_rows, rows, kTreeThreads, stream, t);
+  return error ? error : launch(sum_all, 1, kTreeThreads, stream, t, rows);
+}
+
+const DeviceLibrary library = {FUSEDOPT_VERSION,
+                               kLibrarySize,
+                               kKind,
+                               kDeviceType,
+                               kKernels,
+                               int(sizeof(Loops<Sgd>::all) / sizeof(DeviceLoop)),
+                               loops,
+                               kNumber,
+                               use,
+                               ready,
+                               allocate,
+                               release,
+                               upload,
+                               download,
+                               patch,
+                               norm,
+                               capturing,
+                               synchronize,
+                               message};
+
+}  // namespace
+#endif
+
+}  // namespace fusedopt
+
+#if FUSEDOPT_PART == 0
+#if defined(_WIN32)
+extern "C" __declspec(dllexport)
+#else
+extern "C" __attribute__((visibility("default")))
+#endif
+const fusedopt::DeviceLibrary* fusedopt_device_library() {
+  return &fusedopt::library;
+}
+#ifndef __CUDACC__
+// For tests: 0 begins a capture, 1 ends it, 2 replays what has been captured; 3: launches fail, until 1.
+extern "C" __attribute__((visibility("default"))) void fusedopt_graph(int what) {
+  fusedopt::Graph& graph = fusedopt::graph();
+  if (what == 0) graph.launches.clear();
+  graph.capturing = what == 0;
+  graph.failing = what == 3;
+  graph.full = what == 4;
+  for (size_t i = 0; what == 2 && i < graph.launches.size(); ++i) graph.launches[i]();
+}
+// This memory shall lie on another device than 0, or on the host (-1); no bytes: all lies on 0 again.
+extern "C" __attribute__((visibility("default"))) void fusedopt_place(const char* begin, int64_t bytes, int device) {
+  if (bytes == 0) fusedopt::elsewhere().clear();
+  fusedopt::elsewhere().push_back({begin, begin + bytes, device});
+}
+#endif
+#endif

@@ -1,0 +1,2 @@
+// grid.cpp, compiled as CUDA.
+#include "device/grid.cpp"

@@ -1,0 +1,103 @@
+// What grid.h needs of a device, and the functions of DeviceLibrary that have no kernel in them: CUDA's.
+#pragma once
+#include <cuda_runtime.h>
+
+#define FUSEDOPT_DEVICE __device__ inline
+#define FUSEDOPT_KERNEL __global__ void
+#define FUSEDOPT_BIG_KERNEL(threads) __global__ void __launch_bounds__(threads)  // of so many that registers run short
+#define FUSEDOPT_SHARED __shared__
+#define FUSEDOPT_ROLLED _Pragma("unroll 1")
+#define FUSEDOPT_UNROLL _Pragma("unroll")
+
+#include "device/device.h"
+
+namespace fusedopt {
+namespace {
+
+FUSEDOPT_DEVICE unsigned block_index() { return blockIdx.x; }
+FUSEDOPT_DEVICE int thread_index() { return int(threadIdx.x); }
+FUSEDOPT_DEVICE void block_barrier() { __syncthreads(); }
+// The value of the thread whose number differs by this power of 2; all threads of a warp take part.
+FUSEDOPT_DEVICE int32_t exchange(int32_t x, int distance) { return __shfl_xor_sync(0xffffffffu, x, distance); }
+
+// Words that fit into a launch's arguments: of any, and of those since CUDA 12.1.
+constexpr int kFewWords = 480, kManyWords = CUDART_VERSION >= 12010 ? 4000 : kFewWords;
+inline bool many_words() {
+#if CUDART_VERSION >= 12010
+  static const bool yes = [] {
+    int driver = 0;
+    return cudaDriverGetVersion(&driver) == cudaSuccess && driver >= 12010;
+  }();
+  return yes;
+#else
+  return false;
+#endif
+}
+
+template <class... Parameters, class... Arguments>
+int launch(void (*kernel)(Parameters...), int64_t blocks, int threads, void* stream, Arguments... arguments) {
+  if (blocks == 0) return 0;
+  if (blocks > 0x7fffffff) return cudaErrorInvalidConfiguration;
+  void* list[] = {&arguments...};
+  return cudaLaunchKernel(reinterpret_cast<const void*>(kernel), dim3(unsigned(blocks)), dim3(unsigned(threads)), list,
+                          0, static_cast<cudaStream_t>(stream));
+}
+
+// Allowed even while a graph is captured: what is allocated then is no part of the graph.
+struct Relaxed {
+  cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
+  Relaxed() { cudaThreadExchangeStreamCaptureMode(&mode); }
+  ~Relaxed() { cudaThreadExchangeStreamCaptureMode(&mode); }
+};
+
+// Brings a kernel to the device before a graph is captured that has it.
+template <class... Parameters>
+int load(void (*kernel)(Parameters...)) {
+  Relaxed relaxed;
+  cudaFuncAttributes ignored;
+  return cudaFuncGetAttributes(&ignored, reinterpret_cast<const void*>(kernel));
+}
+
+constexpr const char* kKind = "cuda";
+constexpr int32_t kDeviceType = 2;
+constexpr int (*kNumber)(const void*) = nullptr;
+
+inline int use(int device, int* before) {
+  const cudaError_t error = cudaGetDevice(before);
+  return error != cudaSuccess || *before == device ? error : cudaSetDevice(device);
+}
+
+inline int allocate(size_t bytes, void** memory) {
+  Relaxed relaxed;
+  return cudaMalloc(memory, bytes);
+}
+inline int release(void* memory) {
+  Relaxed relaxed;
+  return cudaFree(memory);
+}
+inline int upload(void* to, const void* from, size_t bytes, void* stream, bool apart) {
+  auto s = static_cast<cudaStream_t>(stream);
+  Relaxed relaxed;
+  cudaError_t error = apart ? cudaStreamCreateWithFlags(&s, cudaStreamNonBlocking) : cudaSuccess;
+  if (error) return error;
+  error = cudaMemcpyAsync(to, from, bytes, cudaMemcpyHostToDevice, s);
+  if (!error) error = cudaStreamSynchronize(s);
+  if (apart) cudaStreamDestroy(s);
+  return error;
+}
+inline int download(void* to, const void* from, size_t bytes, void* stream) {
+  const auto s = static_cast<cudaStream_t>(stream);
+  const cudaError_t error = cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToHost, s);
+  return error ? error : cudaStreamSynchronize(s);
+}
+inline int capturing(void* stream, bool* yes) {
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+  const cudaError_t error = cudaStreamIsCapturing(static_cast<cudaStream_t>(stream), &status);
+  *yes = status != cudaStreamCaptureStatusNone;
+  return error;
+}
+inline int synchronize(void* stream) { return cudaStreamSynchronize(static_cast<cudaStream_t>(stream)); }
+inline const char* message(int error) { return cudaGetErrorString(cudaError_t(error)); }
+
+}  // namespace
+}  // namespace fusedopt

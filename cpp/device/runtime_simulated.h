@@ -1,0 +1,190 @@
+// What grid.h needs of a device, and the functions of DeviceLibrary that have no kernel in them: a device that lies in
+// the host's memory, for tests. The threads of a block are fibres of one thread of the host, blocks run one after the
+// other and the last first; nothing may depend on their order. Where threads of a block part ways at a barrier the
+// process ends. Of very large launches only the first and the last blocks run, so that tensors of more than 2^31
+// elements, in memory that is reserved but not there, can be tried. A graph is a list of launches. POSIX only.
+#pragma once
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <ucontext.h>
+
+#include <functional>
+#include <mutex>
+#include <vector>
+
+#define FUSEDOPT_DEVICE inline
+#define FUSEDOPT_KERNEL inline void
+#define FUSEDOPT_BIG_KERNEL(threads) inline void
+#define FUSEDOPT_SHARED static
+#define FUSEDOPT_ROLLED
+#define FUSEDOPT_UNROLL
+
+#include "device/device.h"
+
+namespace fusedopt {
+
+// What has been launched since the capture began; one for all parts of the library.
+struct Graph {
+  bool capturing = false, failing = false, full = false;
+  std::vector<std::function<void()>> launches;
+};
+inline Graph& graph() {
+  static Graph g;
+  return g;
+}
+
+// Memory that does not lie on device 0.
+struct Elsewhere {
+  const char *begin, *end;
+  int device;
+};
+inline std::vector<Elsewhere>& elsewhere() {
+  static std::vector<Elsewhere> list;
+  return list;
+}
+
+namespace {
+
+class Block {
+ public:
+  void run(int64_t block, int threads, const std::function<void()>& body) {
+    body_ = &body;
+    block_ = block;
+    fibres_.resize(size_t(threads));
+    values_.resize(size_t(threads));
+    for (Fibre& f : fibres_) {
+      if (f.stack.empty()) f.stack.resize(kStack);
+      getcontext(&f.context);
+      f.context.uc_stack.ss_sp = f.stack.data();
+      f.context.uc_stack.ss_size = f.stack.size();
+      f.context.uc_link = &home_;
+      makecontext(&f.context, enter, 0);
+      f.done = false;
+    }
+    for (int left = threads; left > 0;) {  // from barrier to barrier
+      int done = 0;
+      for (now_ = 0; now_ < threads; ++now_) {
+        swapcontext(&home_, &fibres_[size_t(now_)].context);
+        done += fibres_[size_t(now_)].done;
+      }
+      if (done != 0 && done != left) {
+        fprintf(stderr, "simulated device: %d of %d threads wait at a barrier that the others never reach\n",
+                left - done, left);
+        abort();
+      }
+      left -= done;
+    }
+  }
+  void barrier() { swapcontext(&fibres_[size_t(now_)].context, &home_); }
+  int32_t exchange(int32_t x, int distance) {
+    values_[size_t(now_)] = x;
+    barrier();
+    const int32_t other = values_[size_t(now_ ^ distance)];
+    barrier();
+    return other;
+  }
+  int64_t block() const { return block_; }
+  int thread() const { return now_; }
+
+ private:
+  static constexpr size_t kStack = 64 * 1024;
+  struct Fibre {
+    ucontext_t context;
+    std::vector<char> stack;
+    bool done;
+  };
+  static void enter();
+
+  const std::function<void()>* body_ = nullptr;
+  std::vector<Fibre> fibres_;
+  std::vector<int32_t> values_;
+  ucontext_t home_;
+  int64_t block_ = 0;
+  int now_ = 0;
+};
+
+inline Block& running() {
+  static Block block;
+  return block;
+}
+inline void Block::enter() {
+  Block& block = running();
+  (*block.body_)();
+  block.fibres_[size_t(block.now_)].done = true;
+}
+
+FUSEDOPT_DEVICE int64_t block_index() { return running().block(); }
+FUSEDOPT_DEVICE int thread_index() { return running().thread(); }
+FUSEDOPT_DEVICE void block_barrier() { running().barrier(); }
+FUSEDOPT_DEVICE int32_t exchange(int32_t x, int distance) { return running().exchange(x, distance); }
+
+constexpr int kFewWords = 4, kManyWords = 16;  // so that tests need several launches
+inline bool many_words() { return true; }
+
+constexpr int64_t kAllBlocks = 16384, kSomeBlocks = 16;
+
+template <class... Parameters, class... Arguments>
+int launch(void (*kernel)(Parameters...), int64_t blocks, int threads, void*, Arguments... arguments) {
+  const std::function<void()> body = [=] { kernel(arguments...); };
+  const auto all = [=] {
+    static std::mutex one;
+    std::lock_guard<std::mutex> lock(one);
+    for (int64_t b = blocks - 1; b >= 0; --b)
+      if (blocks <= kAllBlocks || b < kSomeBlocks || b >= blocks - kSomeBlocks) running().run(b, threads, body);
+  };
+  if (graph().failing) return 2;
+  if (graph().capturing) {
+    graph().launches.push_back(all);
+  } else {
+    all();
+  }
+  return 0;
+}
+
+template <class... Parameters>
+int load(void (*)(Parameters...)) {
+  return 0;
+}
+
+constexpr const char* kKind = "simulated";
+constexpr int32_t kDeviceType = 1;  // DLPack's CPU
+inline int number(const void* memory) {
+  for (const Elsewhere& e : elsewhere())
+    if (memory >= e.begin && memory < e.end) return e.device;
+  return 0;
+}
+constexpr int (*kNumber)(const void*) = number;
+
+inline int use(int, int* before) { return *before = 0; }
+inline int allocate(size_t bytes, void** memory) {
+  if (graph().full) return 3;
+  *memory = malloc(bytes);
+  memset(*memory, 0xff, bytes);  // nothing may rely on zeros
+  return 0;
+}
+inline int release(void* memory) {
+  free(memory);
+  return 0;
+}
+inline int upload(void* to, const void* from, size_t bytes, void*, bool apart) {
+  if (graph().capturing != apart) return 1;
+  memcpy(to, from, bytes);
+  return 0;
+}
+inline int download(void* to, const void* from, size_t bytes, void*) {
+  if (graph().capturing) return 1;
+  memcpy(to, from, bytes);
+  return 0;
+}
+inline int capturing(void*, bool* yes) {
+  *yes = graph().capturing;
+  return 0;
+}
+inline int synchronize(void*) { return 0; }
+inline const char* message(int error) {
+  return error == 2 ? "told to fail" : error == 3 ? "out of memory" : "not while a graph is being captured";
+}
+
+}  // namespace
+}  // namespace fusedopt

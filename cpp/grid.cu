@@ -1,2 +1,0 @@
-// grid.cpp, compiled as CUDA.
-#include "grid.cpp"

@@ -1,0 +1,207 @@
+// The loops of a network's layers between the matrix products: bias and activation, their way back, dropout, batch
+// normalisation. Each works on some rows; network.cpp cuts the rows and adds up sums.
+#pragma once
+#include "cpu/sweep.h"
+#include "network/functions.h"
+#include "network/network.h"
+
+namespace fusedopt {
+namespace {
+
+// An activation, and its slope from what forward keeps: its output, or its input where `from_input`.
+struct Identity {
+  static constexpr bool from_input = false;
+  template <class T>
+  static FUSEDOPT_HD T value(T x) {
+    return x;
+  }
+  template <class T>
+  static FUSEDOPT_HD T slope(T) {
+    return T(1);
+  }
+};
+
+struct Relu {
+  static constexpr bool from_input = false;
+  template <class T>
+  static FUSEDOPT_HD T value(T x) {
+    return x < T(0) ? T(0) : x;  // NaN stays
+  }
+  template <class T>
+  static FUSEDOPT_HD T slope(T y) {
+    return y > T(0) ? T(1) : T(0);
+  }
+};
+
+struct Tanh {
+  static constexpr bool from_input = false;
+  template <class T>
+  static FUSEDOPT_HD T value(T x) {
+    return tanh1(x);
+  }
+  template <class T>
+  static FUSEDOPT_HD T slope(T y) {
+    return T(1) - y * y;
+  }
+};
+
+struct Logistic {
+  static constexpr bool from_input = false;
+  template <class T>
+  static FUSEDOPT_HD T value(T x) {
+    return logistic1(x);
+  }
+  template <class T>
+  static FUSEDOPT_HD T slope(T y) {
+    return y * (T(1) - y);
+  }
+};
+
+struct Gelu {
+  static constexpr bool from_input = true;
+  template <class T>
+  static FUSEDOPT_HD T value(T x) {
+    T density;
+    return x * normal1(x, &density);
+  }
+  template <class T>
+  static FUSEDOPT_HD T slope(T x) {
+    T density;
+    const T below = normal1(x, &density);
+    return fma1(x, density, below);
+  }
+};
+
+template <class A, class T>
+void forward(const LayerSpan& s) {
+  auto* bias = static_cast<const T*>(s.a);
+  for (int64_t r = 0; r < s.rows; ++r) {
+    auto* z = static_cast<const T*>(s.in) + r * s.columns;
+    auto* out = static_cast<T*>(s.out) + r * s.columns;
+    if (s.more) {
+      auto* kept = static_cast<T*>(s.more) + r * s.columns;
+      FUSEDOPT_INDEPENDENT
+      for (int64_t c = 0; c < s.columns; ++c) {
+        const T x = bias ? z[c] + bias[c] : z[c];
+        kept[c] = x;
+        out[c] = A::value(x);
+      }
+    } else if (bias) {
+      FUSEDOPT_INDEPENDENT
+      for (int64_t c = 0; c < s.columns; ++c) out[c] = A::value(z[c] + bias[c]);
+    } else {
+      FUSEDOPT_INDEPENDENT
+      for (int64_t c = 0; c < s.columns; ++c) out[c] = A::value(z[c]);
+    }
+  }
+}
+
+// Adds rows of T into sums of doubles, kColumnBlock rows at the most.
+constexpr int64_t kColumnTile = 256;
+
+template <class T, class F>
+FUSEDOPT_HD void add_columns(const LayerSpan& s, double* sums, const F& element) {
+  T part[kColumnTile];
+  for (int64_t begin = 0; begin < s.columns; begin += kColumnTile) {
+    const int64_t n = s.columns - begin < kColumnTile ? s.columns - begin : kColumnTile;
+    for (int64_t c = 0; c < n; ++c) part[c] = T(0);
+    for (int64_t r = 0; r < s.rows; ++r) {
+      const int64_t row = r * s.columns + begin;
+      FUSEDOPT_INDEPENDENT
+      for (int64_t c = 0; c < n; ++c) part[c] += element(row + c, begin + c);
+    }
+    for (int64_t c = 0; c < n; ++c) sums[begin + c] = double(part[c]);
+  }
+}
+
+template <class A, class T>
+void backward(const LayerSpan& s) {
+  auto* kept = static_cast<const T*>(s.in);
+  auto* delta = static_cast<T*>(s.out);
+  add_columns<T>(s, s.sums, [=](int64_t i, int64_t) {
+    const T d = delta[i] * A::slope(kept[i]);
+    delta[i] = d;
+    return d;
+  });
+}
+
+template <class T>
+void column_sums(const LayerSpan& s) {
+  auto* x = static_cast<const T*>(s.in);
+  add_columns<T>(s, s.sums, [=](int64_t i, int64_t) { return x[i]; });
+}
+
+template <class T>
+void column_squares(const LayerSpan& s) {
+  auto *x = static_cast<const T*>(s.in), *mean = static_cast<const T*>(s.a);
+  add_columns<T>(s, s.sums, [=](int64_t i, int64_t c) { return (x[i] - mean[c]) * (x[i] - mean[c]); });
+}
+
+template <class T>
+void normalize(const LayerSpan& s) {
+  auto *mean = static_cast<const T*>(s.a), *rate = static_cast<const T*>(s.b);
+  auto *gain = static_cast<const T*>(s.c), *shift = static_cast<const T*>(s.d);
+  for (int64_t r = 0; r < s.rows; ++r) {
+    auto* x = static_cast<const T*>(s.in) + r * s.columns;
+    auto* normal = static_cast<T*>(s.more) + r * s.columns;
+    auto* out = static_cast<T*>(s.out) + r * s.columns;
+    FUSEDOPT_INDEPENDENT
+    for (int64_t c = 0; c < s.columns; ++c) {
+      const T n = (x[c] - mean[c]) * rate[c];
+      normal[c] = n;
+      out[c] = fma1(n, gain[c], shift[c]);
+    }
+  }
+}
+
+template <class T>
+void normal_sums(const LayerSpan& s) {
+  auto *delta = static_cast<const T*>(s.in), *normal = static_cast<const T*>(s.other);
+  add_columns<T>(s, s.sums, [=](int64_t i, int64_t) { return delta[i]; });
+  add_columns<T>(s, s.sums + s.columns, [=](int64_t i, int64_t) { return delta[i] * normal[i]; });
+}
+
+template <class T>
+void normal_back(const LayerSpan& s) {
+  auto *rate = static_cast<const T*>(s.a), *mean = static_cast<const T*>(s.b), *slope = static_cast<const T*>(s.c);
+  for (int64_t r = 0; r < s.rows; ++r) {
+    auto* delta = static_cast<const T*>(s.in) + r * s.columns;
+    auto* normal = static_cast<const T*>(s.other) + r * s.columns;
+    auto* out = static_cast<T*>(s.out) + r * s.columns;
+    FUSEDOPT_INDEPENDENT
+    for (int64_t c = 0; c < s.columns; ++c) out[c] = rate[c] * (delta[c] - mean[c] - normal[c] * slope[c]);
+  }
+}
+
+// A bijection of 32 bits in which every bit of x reaches every other (multipliers: C. Wellons, lowbias32).
+FUSEDOPT_HD uint32_t mixed(uint32_t x) {
+  x = (x ^ (x >> 16)) * 0x7feb352du;
+  x = (x ^ (x >> 15)) * 0x846ca68bu;
+  return x ^ (x >> 16);
+}
+
+template <class T>
+void dropout(const void* from, void* to, int64_t begin, int64_t n, const DropoutKey& key) {
+  auto* x = static_cast<const T*>(from) + begin;
+  auto* y = static_cast<T*>(to) + begin;
+  const T scale = T(key.scale);
+  const uint32_t start = uint32_t(begin), threshold = key.threshold;
+  const uint32_t low = key.low, high = mixed(key.high + uint32_t(uint64_t(begin) >> 32));
+  FUSEDOPT_INDEPENDENT
+  for (int64_t i = 0; i < n; ++i) {
+    const uint32_t random = mixed(mixed((start + uint32_t(i)) ^ low) + high);
+    y[i] = random < threshold ? T(0) : x[i] * scale;
+  }
+}
+
+#define FUSEDOPT_BOTH(f) {f<double>, f<float>}
+#define FUSEDOPT_ACTIVATIONS(f)                                                                                      \
+  {                                                                                                                  \
+    {f<Identity, double>, f<Identity, float>}, {f<Relu, double>, f<Relu, float>}, {f<Tanh, double>, f<Tanh, float>}, \
+        {f<Logistic, double>, f<Logistic, float>}, {                                                                 \
+      f<Gelu, double>, f<Gelu, float>                                                                                \
+    }                                                                                                                \
+  }
+
+}  // namespace
+}  // namespace fusedopt

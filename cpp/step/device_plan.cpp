@@ -1,0 +1,336 @@
+// See device_plan.h.
+#include "step/device_plan.h"
+
+#include <stddef.h>
+#include <string.h>
+
+#include <algorithm>
+#include <atomic>
+#include <map>
+#include <mutex>
+#include <numeric>
+#include <stdexcept>
+
+#include "cpu/dispatch.h"
+
+#if defined(_WIN32)
+#define WIN32_LEAN_AND_MEAN
+#include <windows.h>
+#else
+#include <dlfcn.h>
+#endif
+
+namespace fusedopt {
+namespace {
+
+std::mutex opening;
+std::string path, refusal;
+std::atomic<const DeviceLibrary*> opened{nullptr};
+bool tried = false;
+
+using Entry = const DeviceLibrary* (*)();
+
+Entry entry_of(const std::string& file, std::string* why) {
+#if defined(_WIN32)
+  HMODULE module = LoadLibraryA(file.c_str());
+  if (!module) *why = "Windows error " + std::to_string(GetLastError());
+  return module ? reinterpret_cast<Entry>(GetProcAddress(module, "fusedopt_device_library")) : nullptr;
+#else
+  void* module = dlopen(file.c_str(), RTLD_NOW | RTLD_LOCAL);
+  if (!module) *why = dlerror();
+  return module ? reinterpret_cast<Entry>(dlsym(module, "fusedopt_device_library")) : nullptr;
+#endif
+}
+
+void check(int error, const char* doing) {
+  if (!error) return;
+  throw std::runtime_error(std::string(device_library()->kind) + " error " + std::to_string(error) + " while " + doing +
+                           ": " + device_library()->message(error));
+}
+
+// A device is current for as long as this lives.
+struct Turn {
+  int before = 0, device, error;
+  explicit Turn(int d) : device(d), error(device_library()->use(d, &before)) {}
+  ~Turn() {
+    int ignored;
+    if (!error && before != device) device_library()->use(before, &ignored);
+  }
+};
+
+// The same, or nothing is done.
+struct SureTurn : Turn {
+  explicit SureTurn(int d) : Turn(d) { check(error, "choosing the device"); }
+};
+
+// Memory of plans that are no more, by device. To free it waits for the device, which has to be the current one: the
+// next plan there that allocates does it, since the end of an object may come anywhere.
+struct Left {
+  std::mutex mutex;
+  std::map<int, std::vector<void*>> memory;
+};
+Left& left() {
+  static Left* const kept = new Left;  // outlives every plan
+  return *kept;
+}
+void free_left(int device) {
+  std::lock_guard<std::mutex> lock(left().mutex);
+  auto& memory = left().memory[device];
+  for (; !memory.empty(); memory.pop_back()) check(device_library()->release(memory.back()), "freeing memory");
+}
+
+constexpr size_t kGap = 512;          // words between two changes that are sent along with them
+constexpr size_t kCopyFrom = 32'000;  // words; to copy them all waits for the stream
+
+constexpr size_t words_of(size_t bytes) { return (bytes + 7) / 8; }
+
+template <class T>
+void put(std::vector<uint64_t>& words, size_t at, const T& x) {
+  static_assert(sizeof(T) % 8 == 0, "whole words");
+  memcpy(&words[at], &x, sizeof x);
+}
+
+}  // namespace
+
+void set_device_library(const std::string& file) {
+  std::lock_guard<std::mutex> lock(opening);
+  path = file;
+  refusal.clear();
+  opened = nullptr;
+  tried = false;
+}
+
+const DeviceLibrary* device_library(std::string* why) {
+  std::lock_guard<std::mutex> lock(opening);
+  if (!tried) {
+    tried = true;
+    if (path.empty()) {
+      refusal = "this fusedopt was built without CUDA: pip install it with -C cmake.define.FUSEDOPT_CUDA=ON";
+    } else if (Entry entry = entry_of(path, &refusal)) {
+      const DeviceLibrary* found = entry();
+      if (strcmp(found->version, FUSEDOPT_VERSION) != 0 || found->size != kLibrarySize ||
+          found->n_kernels != table().n_kernels || found->n_loops != table().kernels[0].n_loops) {
+        refusal = path + " belongs to another build of fusedopt, " + found->version;
+      } else {
+        opened = found;
+      }
+    } else if (refusal.empty()) {
+      refusal = path + " is no library of fusedopt's";
+    }
+  }
+  if (why) *why = refusal;
+  return opened;
+}
+
+const DeviceLibrary* open_device_library() { return opened.load(std::memory_order_relaxed); }
+
+std::string device_trouble(int device) {
+  Turn turn(device);
+  const int error = turn.error ? turn.error : device_library()->ready();
+  return error ? std::string("its kernels do not run there: ") + device_library()->message(error) : std::string();
+}
+
+DevicePlan::~DevicePlan() {
+  if (!memory_) return;
+  std::lock_guard<std::mutex> lock(left().mutex);
+  left().memory[device_].push_back(memory_);
+}
+
+void DevicePlan::wait(void* stream) {
+  SureTurn turn(device_);
+  check(device_library()->synchronize(stream), "waiting for the update");
+}
+
+// Fills words_ and launches_. Rows are sorted by loop, so that each loop is one launch.
+void DevicePlan::describe(const DeviceScaling& s) {
+  const size_t n = rows.size();
+  order_.resize(n);
+  std::iota(order_.begin(), order_.end(), size_t(0));
+  auto loop_of = [&](size_t r) { return std::make_pair(rows[r].row.kernel, rows[r].row.loop); };
+  auto before = [&](size_t a, size_t b) { return loop_of(a) < loop_of(b); };
+  if (!std::is_sorted(order_.begin(), order_.end(), before)) std::stable_sort(order_.begin(), order_.end(), before);
+
+  groups_at_ = words_of(sizeof(DeviceHead));
+  grads_at_ = groups_at_ + groups.size() * words_of(sizeof(DeviceGroup));
+  rows_at_ = grads_at_ + n;
+  const size_t layouts_at = rows_at_ + n * words_of(sizeof(DeviceRow));
+  chunks_at_ = layouts_at;
+  chunks_ = 0;
+  for (const DeviceParam& p : rows) {
+    if (p.row.strided) chunks_at_ += 1 + size_t(p.row.strided->ndim) * size_t(1 + p.row.strided->n);
+    chunks_ += size_t((p.row.span.n + kChunk - 1) / kChunk);
+  }
+  words_.assign(chunks_at_ + chunks_, 0);
+
+  put(words_, 0, DeviceHead{s.found_inf, s.grad_scale, s.unscale, s.max_norm, s.norm, s.norm_wide});
+  for (size_t g = 0; g < groups.size(); ++g) {
+    const Group& from = groups[g];
+    DeviceGroup to{};
+    std::copy(from.hyper.begin(), from.hyper.end(), to.hyper);
+    to.lr = rates[g].at;
+    to.lr_wide = rates[g].wide;
+    to.maximize = from.maximize;
+    to.l1 = from.l1;
+    to.ema_weight = from.ema_weight;
+    to.seed = from.seed;
+    put(words_, groups_at_ + g * words_of(sizeof to), to);
+  }
+  launches_.clear();
+  int64_t chunk = 0;
+  size_t layout = layouts_at;
+  for (size_t at = 0; at < n; ++at) {
+    const DeviceParam& p = rows[order_[at]];
+    const Span& span = p.row.span;
+    DeviceRow to{};
+    to.param = span.param;
+    uintptr_t all = reinterpret_cast<uintptr_t>(span.param) | reinterpret_cast<uintptr_t>(span.grad) |
+                    reinterpret_cast<uintptr_t>(span.rest) | reinterpret_cast<uintptr_t>(span.ema);
+    for (int k = 0; k < kDeviceStates; ++k) {
+      to.state[k] = span.state[k];
+      to.scale[k] = span.scale[k];
+      all |= reinterpret_cast<uintptr_t>(span.state[k]);
+    }
+    to.rest = span.rest;
+    to.ema = span.ema;
+    to.n = span.n;
+    if (const Strided* l = p.row.strided) {
+      to.layout = layout;
+      words_[layout++] = uint64_t(l->ndim);
+      for (int d = 0; d < l->ndim; ++d) words_[layout++] = uint64_t(l->shape[d]);
+      for (int o = 0; o < l->n; ++o)
+        for (int d = 0; d < l->ndim; ++d) words_[layout++] = uint64_t(l->stride[o][d]);
+    }
+    to.vector = all % 16 == 0 && !p.row.strided;
+    to.group = uint64_t(p.row.group);
+    to.step = p.step;
+    to.carry = p.carry;
+    to.step_wide = p.step_wide;
+    to.carry_wide = p.carry_wide;
+    to.done = p.row.clock.t;
+    to.stream = p.row.stream;
+    to.grad = uint64_t(table().kernels[p.row.kernel].loops[p.row.loop].form.grad);
+    to.chunk = chunk;
+    to.place = int64_t(order_[at]);
+    put(words_, rows_at_ + at * words_of(sizeof to), to);
+    words_[grads_at_ + at] = reinterpret_cast<uintptr_t>(span.grad);
+    if (at == 0 || loop_of(order_[at]) != loop_of(order_[at - 1]))
+      launches_.push_back({p.row.kernel, p.row.loop, int64_t(at), 0, chunk, 0});
+    Launch& launch = launches_.back();
+    ++launch.rows;
+    for (int64_t part = 0; part * kChunk < span.n; ++part, ++chunk, ++launch.chunks)
+      put(words_, chunks_at_ + size_t(chunk), DeviceChunk{uint32_t(at), uint32_t(part)});
+  }
+}
+
+size_t DevicePlan::done_at(size_t row) const {
+  return rows_at_ + row * words_of(sizeof(DeviceRow)) + offsetof(DeviceRow, done) / 8;
+}
+
+DeviceTables DevicePlan::tables(char* memory) const {
+  auto* w = reinterpret_cast<uint64_t*>(memory);
+  DeviceTables t{};
+  t.words = reinterpret_cast<const int64_t*>(w);
+  t.head = reinterpret_cast<DeviceHead*>(w);
+  t.groups = reinterpret_cast<const DeviceGroup*>(w + groups_at_);
+  t.grads = reinterpret_cast<const void* const*>(w + grads_at_);
+  t.rows = reinterpret_cast<DeviceRow*>(w + rows_at_);
+  t.chunks = reinterpret_cast<const DeviceChunk*>(w + chunks_at_);
+  t.ready = reinterpret_cast<DeviceReady*>(w + (chunks_at_ + chunks_ + 1) / 2 * 2);  // aligned to 16
+  t.chunk_sums = reinterpret_cast<double*>(t.ready + rows.size());
+  t.row_sums = t.chunk_sums + chunks_;
+  t.norm = t.row_sums + rows.size();
+  return t;
+}
+
+// Memory for all that tables() points to, and the kernels that a graph may want to have been loaded.
+char* DevicePlan::allocate(size_t bytes) const {
+  const DeviceLibrary& library = *device_library();
+  check(library.ready(), "loading kernels");
+  for (const Launch& l : launches_) check(library.loops(l.kernel)[l.loop].load(), "loading kernels");
+  void* memory = nullptr;
+  check(library.allocate(bytes, &memory), "allocating memory");
+  return static_cast<char*>(memory);
+}
+
+// Brings what is on the device up to date; where it is.
+DeviceTables DevicePlan::send(void* stream) {
+  const DeviceLibrary& library = *device_library();
+  bool graph = false;
+  check(library.capturing(stream, &graph), "asking whether a graph is being captured");
+  const size_t needed = size_t(reinterpret_cast<uintptr_t>(tables(nullptr).norm + 1));
+  if (graph) {  // It may be replayed at any time, and must find what it was captured with: memory of its own, for good.
+    char* memory = allocate(needed);
+    check(library.upload(memory, words_.data(), 8 * words_.size(), stream, true), "describing the tensors");
+    return tables(memory);
+  }
+  bool fresh = !known_ || there_.size() != words_.size();
+  known_ = false;  // until all is sent
+  if (needed > bytes_) {
+    free_left(device_);
+    if (memory_) check(library.release(memory_), "freeing memory");
+    memory_ = nullptr;
+    bytes_ = 0;
+    memory_ = allocate(needed + needed / 4);
+    bytes_ = needed + needed / 4;
+    fresh = true;
+  }
+  std::vector<std::pair<size_t, size_t>> changed;  // stretches, a short one between two of them included
+  size_t total = words_.size();
+  if (fresh) {
+    changed = {{0, total}};
+  } else {
+    total = 0;
+    for (size_t r = 0; r < rows.size(); ++r)
+      if (rows[order_[r]].counted) there_[done_at(r)] = words_[done_at(r)];  // the device knows better
+    for (size_t i = 0; i < words_.size(); ++i) {
+      if (words_[i] == there_[i]) continue;
+      if (changed.empty() || i - changed.back().second > kGap) changed.push_back({i, i});
+      total += i + 1 - changed.back().second;
+      changed.back().second = i + 1;
+    }
+  }
+  auto* to = reinterpret_cast<uint64_t*>(memory_);
+  if (total > kCopyFrom) {
+    check(library.upload(to, words_.data(), 8 * words_.size(), stream, false), "describing the tensors");
+  } else {
+    for (auto [first, last] : changed)
+      check(library.patch(to + first, &words_[first], int64_t(last - first), stream), "describing the tensors");
+  }
+  there_.swap(words_);
+  known_ = true;
+  for (size_t r = 0; r < rows.size(); ++r)
+    if (!rows[order_[r]].counted) ++there_[done_at(r)];  // as the device will
+  return tables(memory_);
+}
+
+double DevicePlan::norm(void* stream) {
+  if (rows.empty()) return 0;
+  SureTurn turn(device_);
+  describe({});
+  const DeviceTables t = send(stream);
+  check(device_library()->norm(t, int64_t(rows.size()), int64_t(chunks_), stream), "starting the norm");
+  double norm;
+  check(device_library()->download(&norm, t.norm, sizeof norm, stream), "reading the norm");
+  return norm;
+}
+
+void DevicePlan::run(const DeviceScaling& scaling, void* stream) {
+  if (rows.empty()) return;
+  SureTurn turn(device_);
+  const DeviceLibrary& library = *device_library();
+  describe(scaling);
+  try {
+    const DeviceTables t = send(stream);
+    if (scaling.max_norm > 0)
+      check(library.norm(t, int64_t(rows.size()), int64_t(chunks_), stream), "starting the norm");
+    for (const Launch& l : launches_)
+      check(library.loops(l.kernel)[l.loop].prepare(t, l.row, l.rows, stream), "starting the update");
+    for (const Launch& l : launches_)
+      check(library.loops(l.kernel)[l.loop].update(t, l.chunk, l.chunks, stream), "starting the update");
+  } catch (...) {
+    known_ = false;
+    throw;
+  }
+}
+
+}  // namespace fusedopt
