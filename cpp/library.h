@@ -12,7 +12,8 @@
 
 namespace fusedopt {
 
-constexpr int kMaxStates = 4;
+constexpr int kMaxHyper = 8;  // hyperparameters of a rule
+constexpr int kMaxStates = 3;
 constexpr size_t kPreparedBytes = 256;  // a rule with its constants, ready for a span
 constexpr int64_t kNormBlock = 4096;    // elements under one leaf of the norm's tree, counted from the tensor's start
 

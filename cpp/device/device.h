@@ -6,8 +6,6 @@
 
 namespace fusedopt {
 
-constexpr int kDeviceHyper = 8;
-constexpr int kDeviceStates = 3;
 constexpr int kThreads = 256;      // of a block
 constexpr int64_t kChunk = 16384;  // elements that one block updates
 static_assert(kChunk % (kThreads * 8) == 0, "the threads of a block take up to 8 elements each");
@@ -25,8 +23,8 @@ struct DeviceHead {
 };
 
 struct DeviceGroup {
-  double hyper[kDeviceHyper];  // the learning rate first
-  const void* lr;              // on the device, or nullptr
+  double hyper[kMaxHyper];  // the learning rate first
+  const void* lr;           // on the device, or nullptr
   uint64_t lr_wide, maximize;
   double l1, ema_weight;
   uint64_t seed;
@@ -34,8 +32,8 @@ struct DeviceGroup {
 
 struct DeviceRow {
   void* param;
-  void* state[kDeviceStates];
-  float* scale[kDeviceStates];
+  void* state[kMaxStates];
+  float* scale[kMaxStates];
   void *rest, *ema;
   int64_t n;
   uint64_t layout;  // 0: dense; else at which word dimensions, shape, then each operand's strides in Row's order begin

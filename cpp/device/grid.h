@@ -58,8 +58,8 @@ FUSEDOPT_KERNEL prepare(DeviceTables t, int64_t first, int64_t rows) {
   DeviceRow& row = t.rows[first + at];
   DeviceReady& ready = t.ready[first + at];
   const DeviceGroup& group = t.groups[row.group];
-  double hyper[kDeviceHyper];
-  for (int h = 0; h < kDeviceHyper; ++h) hyper[h] = group.hyper[h];
+  double hyper[kMaxHyper];
+  for (int h = 0; h < kMaxHyper; ++h) hyper[h] = group.hyper[h];
   if (group.lr) hyper[0] = read_number(group.lr, group.lr_wide);
   Clock clock{row.step ? int64_t(read_number(row.step, row.step_wide)) : row.done,
               row.carry ? read_number(row.carry, row.carry_wide) : 0, row.carry && !row.carry_wide};

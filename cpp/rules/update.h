@@ -75,7 +75,9 @@ struct Update {
   static constexpr int N = words(Rule::states);
   template <int K>
   using CodeOf = typename Code<code_of(word(Rule::states, K))>::type;
-  static_assert(N <= 3 && N <= kMaxStates, "give Apply one more case");
+  static_assert(N <= 3, "give Apply one more case");
+  static_assert(N <= kMaxStates, "raise kMaxStates");
+  static_assert(words(Rule::hyper) <= kMaxHyper, "raise kMaxHyper");
   static_assert(sizeof(typename Rule::Hyper) == sizeof(double) * words(Rule::hyper), "Hyper and its names differ");
   static_assert(sizeof(Ready) <= kPreparedBytes && alignof(Ready) <= 16, "raise kPreparedBytes");
 

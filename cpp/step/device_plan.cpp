@@ -182,10 +182,11 @@ void DevicePlan::describe(const DeviceScaling& s) {
     const DeviceParam& p = rows[order_[at]];
     const Span& span = p.row.span;
     DeviceRow to{};
+    if (from.hyper.size() > kMaxHyper) throw std::length_error("a rule with more hyperparameters than a group holds");
     to.param = span.param;
     uintptr_t all = reinterpret_cast<uintptr_t>(span.param) | reinterpret_cast<uintptr_t>(span.grad) |
                     reinterpret_cast<uintptr_t>(span.rest) | reinterpret_cast<uintptr_t>(span.ema);
-    for (int k = 0; k < kDeviceStates; ++k) {
+    for (int k = 0; k < kMaxStates; ++k) {
       to.state[k] = span.state[k];
       to.scale[k] = span.scale[k];
       all |= reinterpret_cast<uintptr_t>(span.state[k]);
