@@ -44,13 +44,8 @@ struct DeviceRow {
   uint64_t step_wide, carry_wide;
   int64_t done;  // belongs to the device once it is there
   int64_t stream;
-  uint64_t grad;         // its Format
-  int64_t chunk, place;  // its first chunk; its number in the order of the norm
-};
-
-// The part-th kChunk elements of a row.
-struct DeviceChunk {
-  uint32_t row, part;
+  uint64_t grad;  // its Format
+  int64_t place;  // its number in the order of the norm
 };
 
 // What the kernel that goes before the update computes for each row.
@@ -65,8 +60,8 @@ struct DeviceTables {
   DeviceHead* head;
   const DeviceGroup* groups;
   const void* const* grads;  // of each row
+  const int64_t* firsts;     // of each row: its first chunk
   DeviceRow* rows;
-  const DeviceChunk* chunks;
   DeviceReady* ready;
   double* chunk_sums;  // squares of gradients,
   double* row_sums;    // by place
@@ -76,7 +71,8 @@ struct DeviceTables {
 // One rule in one combination of formats. All functions return 0 or an error for `message`.
 struct DeviceLoop {
   int (*prepare)(const DeviceTables& t, int64_t first_row, int64_t rows, void* stream);  // nullptr: does not exist
-  int (*update)(const DeviceTables& t, int64_t first_chunk, int64_t chunks, void* stream);
+  int (*update)(const DeviceTables& t, int64_t first_row, int64_t rows, int64_t first_chunk, int64_t chunks,
+                void* stream);
   int (*load)();  // both, as a graph may not
   Form form;
 };

@@ -19,8 +19,9 @@ int launch_prepare(const DeviceTables& t, int64_t first, int64_t rows, void* str
   return launch(prepare<U>, (rows + kThreads - 1) / kThreads, kThreads, stream, t, first, rows);
 }
 template <class U>
-int launch_update(const DeviceTables& t, int64_t first, int64_t chunks, void* stream) {
-  return launch(update<U>, chunks, kThreads, stream, t, first);
+int launch_update(const DeviceTables& t, int64_t first_row, int64_t rows, int64_t first_chunk, int64_t chunks,
+                  void* stream) {
+  return launch(update<U>, chunks, kThreads, stream, t, first_row, rows, first_chunk);
 }
 
 template <class U>
@@ -106,7 +107,7 @@ int ready() {
 }
 
 int norm(const DeviceTables& t, int64_t rows, int64_t chunks, void* stream) {
-  int error = launch(sum_chunks, chunks, kNormThreads, stream, t);
+  int error = launch(sum_chunks, chunks, kNormThreads, stream, t, rows);
   if (!error) error = launch(sum_rows, rows, kTreeThreads, stream, t);
   return error ? error : launch(sum_all, 1, kTreeThreads, stream, t, rows);
 }

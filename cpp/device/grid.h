@@ -41,6 +41,16 @@ FUSEDOPT_DEVICE int64_t place(const int64_t* layout, int operand, int64_t i) {
   return at;
 }
 
+// The row that a chunk belongs to: the last of these that begins there or before, as rows of no elements have no chunk.
+FUSEDOPT_DEVICE int64_t row_of(const int64_t* firsts, int64_t first_row, int64_t rows, int64_t chunk) {
+  int64_t low = first_row, high = first_row + rows;
+  while (high - low > 1) {
+    const int64_t middle = low + (high - low) / 2;
+    (firsts[middle] <= chunk ? low : high) = middle;
+  }
+  return low;
+}
+
 // The largest over the 8 threads that share a block of codes.
 FUSEDOPT_DEVICE uint32_t largest_of_8(uint32_t x) {
   for (int distance = 1; distance < 8; distance *= 2) {
@@ -53,7 +63,7 @@ FUSEDOPT_DEVICE uint32_t largest_of_8(uint32_t x) {
 // Before the update, a thread for each row: counts the step and computes its constants.
 template <class U>
 FUSEDOPT_KERNEL prepare(DeviceTables t, int64_t first, int64_t rows) {
-  const int64_t at = int64_t(block_index()) * kThreads + thread_index();
+  const int64_t at = block_index() * kThreads + thread_index();
   if (at >= rows || skipped(*t.head)) return;
   DeviceRow& row = t.rows[first + at];
   DeviceReady& ready = t.ready[first + at];
@@ -237,18 +247,18 @@ struct Grid {
     encode(s, random, scale, block, inside && begin == 0, e);
   }
 
-  static FUSEDOPT_DEVICE void run(const DeviceTables& t, int64_t chunk) {
+  static FUSEDOPT_DEVICE void run(const DeviceTables& t, int64_t first_row, int64_t rows, int64_t chunk) {
     alignas(16) FUSEDOPT_SHARED char slots[kThreads * kSlot];
     if (skipped(*t.head)) return;
-    const DeviceChunk c = t.chunks[chunk];
-    const DeviceRow row = t.rows[c.row];
-    const void* const grad = t.grads[c.row];
+    const int64_t r = row_of(t.firsts, first_row, rows, chunk);
+    const DeviceRow row = t.rows[r];
+    const void* const grad = t.grads[r];
     const int64_t* const layout = row.layout ? t.words + row.layout : nullptr;
-    const DeviceReady& own = t.ready[c.row];
+    const DeviceReady& own = t.ready[r];
     const Ready ready = *reinterpret_cast<const Ready*>(own.prepared);
     const uint32_t key = uint32_t(own.key);
     const T shrink = T(own.shrink), weight = T(own.ema_weight);
-    const int64_t begin = int64_t(c.part) * kChunk, end = begin + kChunk < row.n ? begin + kChunk : row.n;
+    const int64_t begin = (chunk - t.firsts[r]) * kChunk, end = begin + kChunk < row.n ? begin + kChunk : row.n;
     for (int64_t base = begin; base < end; base += kThreads * width) {
       const int64_t i = base + int64_t(thread_index()) * width;
       const Place at{layout, i, row.n, row.vector && i + width <= row.n, slots + thread_index() * kSlot};
@@ -288,8 +298,8 @@ struct Grid {
 };
 
 template <class U>
-FUSEDOPT_KERNEL update(DeviceTables t, int64_t first) {
-  Grid<U>::run(t, first + block_index());
+FUSEDOPT_KERNEL update(DeviceTables t, int64_t first_row, int64_t rows, int64_t first_chunk) {
+  Grid<U>::run(t, first_row, rows, first_chunk + block_index());
 }
 
 // --- the norm: the CPU's leaves (square_sum in sweep.h), then its tree, filled up with zeros to a power of 2 ---
@@ -317,15 +327,15 @@ FUSEDOPT_DEVICE void pair_up(double* x, int n, int thread, bool halves) {
   block_barrier();
 }
 
-FUSEDOPT_KERNEL sum_chunks(DeviceTables t) {
+FUSEDOPT_KERNEL sum_chunks(DeviceTables t, int64_t rows) {
   FUSEDOPT_SHARED double lanes[kNormThreads];
   FUSEDOPT_SHARED double leaves[kLeaves];
-  const DeviceChunk c = t.chunks[block_index()];
-  const DeviceRow& row = t.rows[c.row];
+  const int64_t r = row_of(t.firsts, 0, rows, block_index());
+  const DeviceRow& row = t.rows[r];
   const int thread = thread_index(), leaf = thread / kLanes, lane = thread % kLanes;
-  const int64_t begin = int64_t(c.part) * kChunk + leaf * kNormBlock;
+  const int64_t begin = (block_index() - t.firsts[r]) * kChunk + leaf * kNormBlock;
   const int64_t end = begin + kNormBlock < row.n ? begin + kNormBlock : row.n;
-  const void* const grad = t.grads[c.row];
+  const void* const grad = t.grads[r];
   const int64_t* const layout = row.layout ? t.words + row.layout : nullptr;
   double sum = 0;
   switch (row.grad) {
@@ -352,7 +362,7 @@ FUSEDOPT_KERNEL sum_chunks(DeviceTables t) {
 FUSEDOPT_BIG_KERNEL(kTreeThreads) sum_rows(DeviceTables t) {
   FUSEDOPT_SHARED double some[kTreeThreads];
   const DeviceRow& row = t.rows[block_index()];
-  double* const x = t.chunk_sums + row.chunk;
+  double* const x = t.chunk_sums + t.firsts[block_index()];
   const int thread = thread_index();
   int64_t step = 1;
   for (int64_t left = (row.n + kChunk - 1) / kChunk; left > 1; left = (left + kTreeThreads - 1) / kTreeThreads) {

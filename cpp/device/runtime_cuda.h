@@ -14,7 +14,7 @@
 namespace fusedopt {
 namespace {
 
-FUSEDOPT_DEVICE unsigned block_index() { return blockIdx.x; }
+FUSEDOPT_DEVICE int64_t block_index() { return blockIdx.x; }
 FUSEDOPT_DEVICE int thread_index() { return int(threadIdx.x); }
 FUSEDOPT_DEVICE void block_barrier() { __syncthreads(); }
 // The value of the thread whose number differs by this power of 2; all threads of a warp take part.

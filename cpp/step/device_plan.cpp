@@ -152,15 +152,13 @@ void DevicePlan::describe(const DeviceScaling& s) {
 
   groups_at_ = words_of(sizeof(DeviceHead));
   grads_at_ = groups_at_ + groups.size() * words_of(sizeof(DeviceGroup));
-  rows_at_ = grads_at_ + n;
+  firsts_at_ = grads_at_ + n;
+  rows_at_ = firsts_at_ + n;
   const size_t layouts_at = rows_at_ + n * words_of(sizeof(DeviceRow));
-  chunks_at_ = layouts_at;
-  chunks_ = 0;
-  for (const DeviceParam& p : rows) {
-    if (p.row.strided) chunks_at_ += 1 + size_t(p.row.strided->ndim) * size_t(1 + p.row.strided->n);
-    chunks_ += size_t((p.row.span.n + kChunk - 1) / kChunk);
-  }
-  words_.assign(chunks_at_ + chunks_, 0);
+  described_ = layouts_at;
+  for (const DeviceParam& p : rows)
+    if (p.row.strided) described_ += 1 + size_t(p.row.strided->ndim) * size_t(1 + p.row.strided->n);
+  words_.assign(described_, 0);
 
   put(words_, 0, DeviceHead{s.found_inf, s.grad_scale, s.unscale, s.max_norm, s.norm, s.norm_wide});
   for (size_t g = 0; g < groups.size(); ++g) {
@@ -176,7 +174,7 @@ void DevicePlan::describe(const DeviceScaling& s) {
     put(words_, groups_at_ + g * words_of(sizeof to), to);
   }
   launches_.clear();
-  int64_t chunk = 0;
+  chunks_ = 0;
   size_t layout = layouts_at;
   for (size_t at = 0; at < n; ++at) {
     const DeviceParam& p = rows[order_[at]];
@@ -210,16 +208,16 @@ void DevicePlan::describe(const DeviceScaling& s) {
     to.done = p.row.clock.t;
     to.stream = p.row.stream;
     to.grad = uint64_t(table().kernels[p.row.kernel].loops[p.row.loop].form.grad);
-    to.chunk = chunk;
     to.place = int64_t(order_[at]);
     put(words_, rows_at_ + at * words_of(sizeof to), to);
     words_[grads_at_ + at] = reinterpret_cast<uintptr_t>(span.grad);
     if (at == 0 || loop_of(order_[at]) != loop_of(order_[at - 1]))
-      launches_.push_back({p.row.kernel, p.row.loop, int64_t(at), 0, chunk, 0});
+      launches_.push_back({p.row.kernel, p.row.loop, int64_t(at), 0, chunks_, 0});
     Launch& launch = launches_.back();
     ++launch.rows;
-    for (int64_t part = 0; part * kChunk < span.n; ++part, ++chunk, ++launch.chunks)
-      put(words_, chunks_at_ + size_t(chunk), DeviceChunk{uint32_t(at), uint32_t(part)});
+    const int64_t chunks = (span.n + kChunk - 1) / kChunk;
+    launch.chunks += chunks;
+    chunks_ += chunks;
   }
 }
 
@@ -232,11 +230,11 @@ DeviceTables DevicePlan::tables(char* memory) const {
   DeviceTables t{};
   t.words = reinterpret_cast<const int64_t*>(w);
   t.head = reinterpret_cast<DeviceHead*>(w);
+    words_[firsts_at_ + at] = uint64_t(chunks_);
   t.groups = reinterpret_cast<const DeviceGroup*>(w + groups_at_);
   t.grads = reinterpret_cast<const void* const*>(w + grads_at_);
   t.rows = reinterpret_cast<DeviceRow*>(w + rows_at_);
-  t.chunks = reinterpret_cast<const DeviceChunk*>(w + chunks_at_);
-  t.ready = reinterpret_cast<DeviceReady*>(w + (chunks_at_ + chunks_ + 1) / 2 * 2);  // aligned to 16
+  t.ready = reinterpret_cast<DeviceReady*>(w + (described_ + 1) / 2 * 2);  // aligned to 16
   t.chunk_sums = reinterpret_cast<double*>(t.ready + rows.size());
   t.row_sums = t.chunk_sums + chunks_;
   t.norm = t.row_sums + rows.size();
@@ -252,6 +250,7 @@ char* DevicePlan::allocate(size_t bytes) const {
   check(library.allocate(bytes, &memory), "allocating memory");
   return static_cast<char*>(memory);
 }
+  t.firsts = reinterpret_cast<const int64_t*>(w + firsts_at_);
 
 // Brings what is on the device up to date; where it is.
 DeviceTables DevicePlan::send(void* stream) {
@@ -309,7 +308,7 @@ double DevicePlan::norm(void* stream) {
   SureTurn turn(device_);
   describe({});
   const DeviceTables t = send(stream);
-  check(device_library()->norm(t, int64_t(rows.size()), int64_t(chunks_), stream), "starting the norm");
+  check(device_library()->norm(t, int64_t(rows.size()), chunks_, stream), "starting the norm");
   double norm;
   check(device_library()->download(&norm, t.norm, sizeof norm, stream), "reading the norm");
   return norm;
@@ -322,12 +321,12 @@ void DevicePlan::run(const DeviceScaling& scaling, void* stream) {
   describe(scaling);
   try {
     const DeviceTables t = send(stream);
-    if (scaling.max_norm > 0)
-      check(library.norm(t, int64_t(rows.size()), int64_t(chunks_), stream), "starting the norm");
+    if (scaling.max_norm > 0) check(library.norm(t, int64_t(rows.size()), chunks_, stream), "starting the norm");
     for (const Launch& l : launches_)
       check(library.loops(l.kernel)[l.loop].prepare(t, l.row, l.rows, stream), "starting the update");
     for (const Launch& l : launches_)
-      check(library.loops(l.kernel)[l.loop].update(t, l.chunk, l.chunks, stream), "starting the update");
+      check(library.loops(l.kernel)[l.loop].update(t, l.row, l.rows, l.chunk, l.chunks, stream),
+                   "starting the update");
   } catch (...) {
     known_ = false;
     throw;

@@ -75,8 +75,9 @@ class DevicePlan {
   bool known_ = false;                   // and whether that is so
   std::vector<size_t> order_;            // in which rows are described: by loop
   std::vector<Launch> launches_;
-  size_t groups_at_ = 0, grads_at_ = 0, rows_at_ = 0, chunks_at_ = 0;  // in words
-  size_t chunks_ = 0;                                                  // how many
+  size_t groups_at_ = 0, grads_at_ = 0, firsts_at_ = 0, rows_at_ = 0;  // in words,
+  size_t described_ = 0;                                               // and their number
+  int64_t chunks_ = 0;
 };
 
 }  // namespace fusedopt
