@@ -126,10 +126,12 @@ struct Grid {
         to = *reinterpret_cast<const Pack<Stored>*>(x + i);
         return;
       }
-      auto* one = reinterpret_cast<Stored*>(slot);
       FUSEDOPT_ROLLED
-      for (int k = 0; k < width; ++k) one[k] = i + k < n ? x[place(layout, operand, i + k)] : Stored(0);
-      to = *reinterpret_cast<const Pack<Stored>*>(slot);
+      for (int k = 0; k < width; ++k) {
+        const Stored one = i + k < n ? x[place(layout, operand, i + k)] : Stored(0);
+        memcpy(slot + k * int(sizeof one), &one, sizeof one);
+      }
+      memcpy(&to, slot, sizeof to);
     }
     template <class Stored>
     FUSEDOPT_DEVICE void put(int operand, const Pack<Stored>& from, void* to) const {
@@ -138,10 +140,13 @@ struct Grid {
         *reinterpret_cast<Pack<Stored>*>(x + i) = from;
         return;
       }
-      *reinterpret_cast<Pack<Stored>*>(slot) = from;
-      auto* one = reinterpret_cast<const Stored*>(slot);
+      memcpy(slot, &from, sizeof from);
       FUSEDOPT_ROLLED
-      for (int k = 0; k < width && i + k < n; ++k) x[place(layout, operand, i + k)] = one[k];
+      for (int k = 0; k < width && i + k < n; ++k) {
+        Stored one;
+        memcpy(&one, slot + k * int(sizeof one), sizeof one);
+        x[place(layout, operand, i + k)] = one;
+      }
     }
   };
 
