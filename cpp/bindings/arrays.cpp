@@ -230,14 +230,16 @@ bool device_of(const DLTensor& t, int* device, std::string* why) {
 void* stream_of(py::handle type, int device, bool* known) {
   *known = true;
   const DeviceLibrary* library = open_device_library();
-  if (!library || library->device_type == kDLCpu) return nullptr;
-  const DLPackExchangeAPI* api = exchange_api(type);
+  if (!library) return nullptr;
+  const bool simulated = library->device_type == kDLCpu;
+  const DLPackExchangeAPI* api = simulated ? nullptr : exchange_api(type);
   void* stream = nullptr;
   if (api && api->current_stream) {
     if (api->current_stream(library->device_type, device, &stream) != 0) throw py::error_already_set();
     return stream;
   }
   const auto module = type.attr("__module__").cast<std::string>();
+  if (module.rfind("torch", 0) == 0 && simulated) return nullptr;
   if (module.rfind("torch", 0) == 0)
     return reinterpret_cast<void*>(
         py::module_::import("torch.cuda").attr("current_stream")(device).attr("cuda_stream").cast<uintptr_t>());

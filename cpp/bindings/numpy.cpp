@@ -163,7 +163,7 @@ class Batch {
     DevicePlan plan;
     void* stream;
     std::vector<void*> awaited;  // streams of other libraries' operands
-    bool wait = false;           // for the end: the stream is not known
+    bool wait = false;           // for the end: some operand's library works on a stream of its own
     There(int device, void* s) : plan(device), stream(s) {}
   };
 
@@ -174,6 +174,7 @@ class Batch {
     there.wait |= !known;
     for (int o = 1; o < n_operands; ++o) {
       void* const its = stream_of(py::type::handle_of(source.array(o, i)), device, &known);
+      there.wait |= !known || its != stream;
       if (its != stream) there.awaited.push_back(its);
     }
     return there;
