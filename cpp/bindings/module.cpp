@@ -115,6 +115,14 @@ PYBIND11_MODULE(_core, m) {
       },
       py::arg("type"), py::arg("index") = -1,
       "Why no kernels serve tensors on 'cuda'; empty where they do. 'cpu': the simulated device.");
+  m.def(
+      "device_capturing",
+      [](py::handle type, int index) {
+        bool known;
+        return open_device_library() && device_capturing(index, stream_of(type, index, &known));
+      },
+      py::arg("type"), py::arg("index"), "Is a graph captured on the current stream of tensors of this type?");
+  py::register_exception<DeviceOutOfMemory>(m, "DeviceOutOfMemoryError", PyExc_RuntimeError);
   bind_batch(m);
   bind_losses(m);
   bind_torch_plan(m);

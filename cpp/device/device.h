@@ -82,10 +82,12 @@ struct DeviceLibrary {
   size_t size;          // kLibrarySize, as it was when the library was compiled
   const char* kind;
   int32_t device_type;  // DLPack's
+  int out_of_memory;    // the error that says so
   int n_kernels, n_loops;
   const DeviceLoop* (*loops)(int kernel);
   int (*number)(const void* memory);             // the device that it lies on, -1 for the host; nullptr: as DLPack says
-  int (*use)(int device, int* before);           // makes it current
+  int (*enter)(int device, bool* entered);       // makes it current, unless it is
+  int (*leave)();                                // back to the one before, which need not have been in use
   int (*ready)();                                // loads what a graph may need
   int (*allocate)(size_t bytes, void** memory);  // while a graph is captured, too
   int (*release)(void* memory);

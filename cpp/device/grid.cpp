@@ -116,11 +116,13 @@ const DeviceLibrary library = {FUSEDOPT_VERSION,
                                kLibrarySize,
                                kKind,
                                kDeviceType,
+                               kOutOfMemory,
                                kKernels,
                                int(sizeof(Loops<Sgd>::all) / sizeof(DeviceLoop)),
                                loops,
                                kNumber,
-                               use,
+                               enter,
+                               leave,
                                ready,
                                allocate,
                                release,
@@ -147,17 +149,29 @@ const fusedopt::DeviceLibrary* fusedopt_device_library() {
   return &fusedopt::library;
 }
 #ifndef __CUDACC__
-// For tests: 0 begins a capture, 1 ends it, 2 replays what has been captured; 3: launches fail, until 1.
-extern "C" __attribute__((visibility("default"))) void fusedopt_graph(int what) {
-  fusedopt::Graph& graph = fusedopt::graph();
-  if (what == 0) graph.launches.clear();
-  graph.capturing = what == 0;
-  graph.failing = what == 3;
-  graph.full = what == 4;
-  for (size_t i = 0; what == 2 && i < graph.launches.size(); ++i) graph.launches[i]();
+#define FUSEDOPT_FOR_TESTS extern "C" __attribute__((visibility("default")))
+// While `capturing` launches are kept for fusedopt_replay(); `failing`: nothing can be launched or copied; `full`:
+// there is no memory left.
+FUSEDOPT_FOR_TESTS void fusedopt_simulate(bool capturing, bool failing, bool full) {
+  fusedopt::Simulation& s = fusedopt::simulation();
+  if (capturing && !s.capturing) s.launches.clear();
+  s.capturing = capturing;
+  s.failing = failing;
+  s.full = full;
+}
+FUSEDOPT_FOR_TESTS void fusedopt_forget() { fusedopt::simulation() = {}; }
+FUSEDOPT_FOR_TESTS void fusedopt_replay() {
+  for (auto& launch : fusedopt::simulation().launches) launch();
+}
+// What has been asked of the device since the last call.
+FUSEDOPT_FOR_TESTS const char* fusedopt_log() {
+  static std::string last;
+  last.clear();
+  last.swap(fusedopt::simulation().log);
+  return last.c_str();
 }
 // This memory shall lie on another device than 0, or on the host (-1); no bytes: all lies on 0 again.
-extern "C" __attribute__((visibility("default"))) void fusedopt_place(const char* begin, int64_t bytes, int device) {
+FUSEDOPT_FOR_TESTS void fusedopt_place(const char* begin, int64_t bytes, int device) {
   if (bytes == 0) fusedopt::elsewhere().clear();
   fusedopt::elsewhere().push_back({begin, begin + bytes, device});
 }

@@ -1,6 +1,10 @@
 // What grid.h needs of a device, and the functions of DeviceLibrary that have no kernel in them: CUDA's.
 #pragma once
+#include <cuda.h>  // types alone: the driver's functions are found at run time
 #include <cuda_runtime.h>
+
+#include <map>
+#include <mutex>
 
 #define FUSEDOPT_DEVICE __device__ inline
 #define FUSEDOPT_KERNEL __global__ void
@@ -62,9 +66,43 @@ constexpr const char* kKind = "cuda";
 constexpr int32_t kDeviceType = 2;
 constexpr int (*kNumber)(const void*) = nullptr;
 
-inline int use(int device, int* before) {
-  const cudaError_t error = cudaGetDevice(before);
-  return error != cudaSuccess || *before == device ? error : cudaSetDevice(device);
+constexpr int kOutOfMemory = cudaErrorMemoryAllocation;
+
+// A function of the driver's, nullptr where there is none.
+template <class Function>
+Function of_driver(const char* name) {
+  void* found = nullptr;
+  cudaDriverEntryPointQueryResult result;
+#if CUDART_VERSION >= 12050
+  const cudaError_t error = cudaGetDriverEntryPointByVersion(name, &found, 12000, cudaEnableDefault, &result);
+#else
+  const cudaError_t error = cudaGetDriverEntryPoint(name, &found, cudaEnableDefault, &result);
+#endif
+  return error == cudaSuccess ? reinterpret_cast<Function>(found) : nullptr;
+}
+
+// By the driver's stack of contexts, since cudaSetDevice() on the way back would make a context (some hundred MB) on a
+// device that nobody uses.
+inline int enter(int device, bool* entered) {
+  static std::mutex one;
+  static std::map<int, CUcontext> contexts;  // kept for good, as the runtime's own are
+  *entered = false;
+  int now = 0;
+  if (const cudaError_t error = cudaGetDevice(&now); error != cudaSuccess || now == device) return error;
+  static const auto retain = of_driver<CUresult (*)(CUcontext*, CUdevice)>("cuDevicePrimaryCtxRetain");
+  static const auto push = of_driver<CUresult (*)(CUcontext)>("cuCtxPushCurrent");
+  if (!retain || !push) return cudaErrorSymbolNotFound;
+  std::lock_guard<std::mutex> lock(one);
+  CUcontext& context = contexts[device];
+  CUresult error = context ? CUDA_SUCCESS : retain(&context, device);
+  if (error == CUDA_SUCCESS) error = push(context);
+  *entered = error == CUDA_SUCCESS;
+  return int(error);  // by the number that the runtime's errors have, too
+}
+inline int leave() {
+  static const auto pop = of_driver<CUresult (*)(CUcontext*)>("cuCtxPopCurrent");
+  CUcontext ignored;
+  return pop ? int(pop(&ignored)) : int(cudaErrorSymbolNotFound);
 }
 
 inline int allocate(size_t bytes, void** memory) {

@@ -11,6 +11,8 @@
 
 #include <functional>
 #include <mutex>
+#include <set>
+#include <string>
 #include <vector>
 
 #define FUSEDOPT_DEVICE inline
@@ -24,15 +26,22 @@
 
 namespace fusedopt {
 
-// What has been launched since the capture began; one for all parts of the library.
-struct Graph {
+// What the tests ask for and look at; one for all parts of the library.
+struct Simulation {
   bool capturing = false, failing = false, full = false;
-  std::vector<std::function<void()>> launches;
+  std::vector<std::function<void()>> launches;  // since the capture began
+  std::set<const void*> loaded;                 // kernels
+  std::string log;                              // a line for each call that tests ask about
+  std::vector<int> current{0};                  // devices made current, one within the other
+
+  void note(const char* what) { log += std::string(what) + "\n"; }
+  void note(const char* what, int64_t number) { log += std::string(what) + " " + std::to_string(number) + "\n"; }
 };
-inline Graph& graph() {
-  static Graph g;
-  return g;
+inline Simulation& simulation() {
+  static Simulation s;
+  return s;
 }
+enum { kTold = 2, kFull = 3 };  // errors
 
 // Memory that does not lie on device 0.
 struct Elsewhere {
@@ -125,7 +134,7 @@ inline bool many_words() { return true; }
 constexpr int64_t kAllBlocks = 16384, kSomeBlocks = 16;
 
 template <class... Parameters, class... Arguments>
-int launch(void (*kernel)(Parameters...), int64_t blocks, int threads, void*, Arguments... arguments) {
+int launch(void (*kernel)(Parameters...), int64_t blocks, int threads, void* stream, Arguments... arguments) {
   const std::function<void()> body = [=] { kernel(arguments...); };
   const auto all = [=] {
     static std::mutex one;
@@ -133,9 +142,10 @@ int launch(void (*kernel)(Parameters...), int64_t blocks, int threads, void*, Ar
     for (int64_t b = blocks - 1; b >= 0; --b)
       if (blocks <= kAllBlocks || b < kSomeBlocks || b >= blocks - kSomeBlocks) running().run(b, threads, body);
   };
-  if (graph().failing) return 2;
-  if (graph().capturing) {
-    graph().launches.push_back(all);
+  if (simulation().failing) return kTold;
+  simulation().note("launch", int64_t(reinterpret_cast<intptr_t>(stream)));
+  if (simulation().capturing) {
+    simulation().launches.push_back(all);
   } else {
     all();
   }
@@ -143,7 +153,11 @@ int launch(void (*kernel)(Parameters...), int64_t blocks, int threads, void*, Ar
 }
 
 template <class... Parameters>
-int load(void (*)(Parameters...)) {
+int load(void (*kernel)(Parameters...)) {
+  auto& loaded = simulation().loaded;
+  const auto* at = reinterpret_cast<const void*>(kernel);
+  if (simulation().full && !loaded.count(at)) return kFull;
+  loaded.insert(at);
   return 0;
 }
 
@@ -155,35 +169,53 @@ inline int number(const void* memory) {
   return 0;
 }
 constexpr int (*kNumber)(const void*) = number;
+constexpr int kOutOfMemory = kFull;
 
-inline int use(int, int* before) { return *before = 0; }
+inline int enter(int device, bool* entered) {
+  *entered = device != simulation().current.back();
+  if (*entered) simulation().note("context", device);
+  if (*entered) simulation().current.push_back(device);
+  return 0;
+}
+inline int leave() {
+  simulation().note("leave");
+  simulation().current.pop_back();
+  return 0;
+}
 inline int allocate(size_t bytes, void** memory) {
-  if (graph().full) return 3;
+  if (simulation().full) return kFull;
+  simulation().note("allocate");
   *memory = malloc(bytes);
   memset(*memory, 0xff, bytes);  // nothing may rely on zeros
   return 0;
 }
 inline int release(void* memory) {
+  simulation().note("release");
   free(memory);
   return 0;
 }
 inline int upload(void* to, const void* from, size_t bytes, void*, bool apart) {
-  if (graph().capturing != apart) return 1;
+  if (simulation().capturing != apart) return 1;
+  if (simulation().failing) return kTold;
+  if (!apart) simulation().note("upload");
   memcpy(to, from, bytes);
   return 0;
 }
 inline int download(void* to, const void* from, size_t bytes, void*) {
-  if (graph().capturing) return 1;
+  if (simulation().capturing) return 1;
   memcpy(to, from, bytes);
   return 0;
 }
 inline int capturing(void*, bool* yes) {
-  *yes = graph().capturing;
+  *yes = simulation().capturing;
   return 0;
 }
-inline int synchronize(void*) { return 0; }
+inline int synchronize(void* stream) {
+  simulation().note("wait", int64_t(reinterpret_cast<intptr_t>(stream)));
+  return 0;
+}
 inline const char* message(int error) {
-  return error == 2 ? "told to fail" : error == 3 ? "out of memory" : "not while a graph is being captured";
+  return error == kTold ? "told to fail" : error == kFull ? "out of memory" : "not while a graph is being captured";
 }
 
 }  // namespace

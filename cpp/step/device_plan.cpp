@@ -42,25 +42,35 @@ Entry entry_of(const std::string& file, std::string* why) {
 #endif
 }
 
+std::string failure(int error, const char* doing) {
+  return std::string(device_library()->kind) + " error " + std::to_string(error) + " while " + doing + ": " +
+         device_library()->message(error);
+}
+// For what comes before the first launch of a step.
 void check(int error, const char* doing) {
-  if (!error) return;
-  throw std::runtime_error(std::string(device_library()->kind) + " error " + std::to_string(error) + " while " + doing +
-                           ": " + device_library()->message(error));
+  if (error && error == device_library()->out_of_memory) throw DeviceOutOfMemory(failure(error, doing));
+  if (error) throw std::runtime_error(failure(error, doing));
+}
+// For the launches, after which no step can be repeated.
+void check_launch(int error, const char* doing) {
+  if (error) throw std::runtime_error(failure(error, doing));
 }
 
 // A device is current for as long as this lives.
 struct Turn {
-  int before = 0, device, error;
-  explicit Turn(int d) : device(d), error(device_library()->use(d, &before)) {}
+  bool entered = false;
+  int error;
+  explicit Turn(int device) : error(device_library()->enter(device, &entered)) {}
+  Turn(const Turn&) = delete;
+  Turn& operator=(const Turn&) = delete;
   ~Turn() {
-    int ignored;
-    if (!error && before != device) device_library()->use(before, &ignored);
+    if (entered) device_library()->leave();
   }
 };
 
 // The same, or nothing is done.
 struct SureTurn : Turn {
-  explicit SureTurn(int d) : Turn(d) { check(error, "choosing the device"); }
+  explicit SureTurn(int device) : Turn(device) { check(error, "choosing the device"); }
 };
 
 // Memory of plans that are no more, by device. To free it waits for the device, which has to be the current one: the
@@ -127,7 +137,15 @@ const DeviceLibrary* open_device_library() { return opened.load(std::memory_orde
 std::string device_trouble(int device) {
   Turn turn(device);
   const int error = turn.error ? turn.error : device_library()->ready();
+  if (error == device_library()->out_of_memory) check(error, "loading kernels");
   return error ? std::string("its kernels do not run there: ") + device_library()->message(error) : std::string();
+}
+
+bool device_capturing(int device, void* stream) {
+  SureTurn turn(device);
+  bool yes = false;
+  check(device_library()->capturing(stream, &yes), "asking whether a graph is being captured");
+  return yes;
 }
 
 DevicePlan::~DevicePlan() {
@@ -164,6 +182,7 @@ void DevicePlan::describe(const DeviceScaling& s) {
   for (size_t g = 0; g < groups.size(); ++g) {
     const Group& from = groups[g];
     DeviceGroup to{};
+    if (from.hyper.size() > kMaxHyper) throw std::length_error("a rule with more hyperparameters than a group holds");
     std::copy(from.hyper.begin(), from.hyper.end(), to.hyper);
     to.lr = rates[g].at;
     to.lr_wide = rates[g].wide;
@@ -180,7 +199,6 @@ void DevicePlan::describe(const DeviceScaling& s) {
     const DeviceParam& p = rows[order_[at]];
     const Span& span = p.row.span;
     DeviceRow to{};
-    if (from.hyper.size() > kMaxHyper) throw std::length_error("a rule with more hyperparameters than a group holds");
     to.param = span.param;
     uintptr_t all = reinterpret_cast<uintptr_t>(span.param) | reinterpret_cast<uintptr_t>(span.grad) |
                     reinterpret_cast<uintptr_t>(span.rest) | reinterpret_cast<uintptr_t>(span.ema);
@@ -211,6 +229,7 @@ void DevicePlan::describe(const DeviceScaling& s) {
     to.place = int64_t(order_[at]);
     put(words_, rows_at_ + at * words_of(sizeof to), to);
     words_[grads_at_ + at] = reinterpret_cast<uintptr_t>(span.grad);
+    words_[firsts_at_ + at] = uint64_t(chunks_);
     if (at == 0 || loop_of(order_[at]) != loop_of(order_[at - 1]))
       launches_.push_back({p.row.kernel, p.row.loop, int64_t(at), 0, chunks_, 0});
     Launch& launch = launches_.back();
@@ -230,9 +249,9 @@ DeviceTables DevicePlan::tables(char* memory) const {
   DeviceTables t{};
   t.words = reinterpret_cast<const int64_t*>(w);
   t.head = reinterpret_cast<DeviceHead*>(w);
-    words_[firsts_at_ + at] = uint64_t(chunks_);
   t.groups = reinterpret_cast<const DeviceGroup*>(w + groups_at_);
   t.grads = reinterpret_cast<const void* const*>(w + grads_at_);
+  t.firsts = reinterpret_cast<const int64_t*>(w + firsts_at_);
   t.rows = reinterpret_cast<DeviceRow*>(w + rows_at_);
   t.ready = reinterpret_cast<DeviceReady*>(w + (described_ + 1) / 2 * 2);  // aligned to 16
   t.chunk_sums = reinterpret_cast<double*>(t.ready + rows.size());
@@ -250,7 +269,6 @@ char* DevicePlan::allocate(size_t bytes) const {
   check(library.allocate(bytes, &memory), "allocating memory");
   return static_cast<char*>(memory);
 }
-  t.firsts = reinterpret_cast<const int64_t*>(w + firsts_at_);
 
 // Brings what is on the device up to date; where it is.
 DeviceTables DevicePlan::send(void* stream) {
@@ -260,7 +278,9 @@ DeviceTables DevicePlan::send(void* stream) {
   const size_t needed = size_t(reinterpret_cast<uintptr_t>(tables(nullptr).norm + 1));
   if (graph) {  // It may be replayed at any time, and must find what it was captured with: memory of its own, for good.
     char* memory = allocate(needed);
-    check(library.upload(memory, words_.data(), 8 * words_.size(), stream, true), "describing the tensors");
+    const int error = library.upload(memory, words_.data(), 8 * words_.size(), stream, true);
+    if (error) library.release(memory);
+    check(error, "describing the tensors");
     return tables(memory);
   }
   bool fresh = !known_ || there_.size() != words_.size();
@@ -321,11 +341,11 @@ void DevicePlan::run(const DeviceScaling& scaling, void* stream) {
   describe(scaling);
   try {
     const DeviceTables t = send(stream);
-    if (scaling.max_norm > 0) check(library.norm(t, int64_t(rows.size()), chunks_, stream), "starting the norm");
+    if (scaling.max_norm > 0) check_launch(library.norm(t, int64_t(rows.size()), chunks_, stream), "starting the norm");
     for (const Launch& l : launches_)
-      check(library.loops(l.kernel)[l.loop].prepare(t, l.row, l.rows, stream), "starting the update");
+      check_launch(library.loops(l.kernel)[l.loop].prepare(t, l.row, l.rows, stream), "starting the update");
     for (const Launch& l : launches_)
-      check(library.loops(l.kernel)[l.loop].update(t, l.row, l.rows, l.chunk, l.chunks, stream),
+      check_launch(library.loops(l.kernel)[l.loop].update(t, l.row, l.rows, l.chunk, l.chunks, stream),
                    "starting the update");
   } catch (...) {
     known_ = false;

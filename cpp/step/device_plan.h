@@ -2,6 +2,7 @@
 // the kernels on a stream. What changes between steps (as a rule addresses of gradients) is sent; nothing is waited
 // for.
 #pragma once
+#include <stdexcept>
 #include <string>
 #include <vector>
 
@@ -18,6 +19,14 @@ const DeviceLibrary* device_library(std::string* why = nullptr);
 std::string device_trouble(int device);
 // The library if it is open.
 const DeviceLibrary* open_device_library();
+
+// While a graph is captured on the stream what is launched there runs at each replay, and not before.
+bool device_capturing(int device, void* stream);
+
+// The device is out of memory, and no step has begun: once some is free the call can be repeated.
+struct DeviceOutOfMemory : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
 
 struct DeviceParam {
   Row row;                     // clock.t: steps done, where no tensor counts them
@@ -50,7 +59,7 @@ class DevicePlan {
   DevicePlan& operator=(const DevicePlan&) = delete;
   ~DevicePlan();
 
-  // Starts one step. Throws std::runtime_error with the device's own message.
+  // Starts one step. Throws DeviceOutOfMemory, or else std::runtime_error with the device's own message.
   void run(const DeviceScaling& scaling, void* stream);
   // Waits for what has been started on the stream.
   void wait(void* stream);

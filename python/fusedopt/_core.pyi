@@ -37,6 +37,12 @@ def device_formats() -> dict[str, list[tuple[str, str, str, str, bool, bool]]]:
 def device_refusal(type: str, index: int = -1) -> str:
     """Why no kernels serve tensors on "cuda", and on this one if it is given; empty where they do. "cpu": simulated."""
 
+def device_capturing(type: type, index: int) -> bool:
+    """Is a graph captured on the current stream of tensors of this type?"""
+
+class DeviceOutOfMemoryError(RuntimeError):
+    """The device is out of memory, and no step has begun: once some is free the call can be repeated."""
+
 def torch_team() -> str:
     """What runs the steps beside torch: 'openmp', its own runtime, or 'pool', ours."""
 

@@ -43,7 +43,11 @@ def flat(t: torch.Tensor) -> Any:
 
 @cache
 def _refused(index: int) -> str:
-    return _core.device_refusal("cuda", index)
+    try:
+        return _core.device_refusal("cuda", index)
+    except _core.DeviceOutOfMemoryError:  # torch may hold memory for later; and what is raised is not cached
+        torch.cuda.empty_cache()
+        return _core.device_refusal("cuda", index)
 
 
 def refused(device: torch.device) -> str:
@@ -56,6 +60,11 @@ def refused(device: torch.device) -> str:
 def on_device(device: torch.device) -> bool:
     """Do kernels of ours work there, other than the CPU's?"""
     return not (_core.device_refusal("cpu") if device.type == "cpu" else refused(device))
+
+
+def capturing(device: torch.device) -> bool:
+    """Is a graph being captured on a device with kernels of ours?"""
+    return on_device(device) and _core.device_capturing(torch.Tensor, device.index or 0)
 
 
 def recode(p: torch.Tensor, state: dict[str, Any], names: tuple[str, ...], form: forms.Form) -> None:

@@ -1,7 +1,10 @@
 """The kernels of a GPU, run as host code on the simulated device: same bits as the CPU's loops for every rule and form,
 and what is around them: the norm, GradScaler, graphs, addresses that change, tensors beyond 2^31 elements."""
 
+import copy
 import os
+import sys
+import types
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,10 +16,11 @@ import torch
 
 import fusedopt
 import fusedopt.torch as optim
-from device import CHUNK, capture, failing, full, opened, placed, replay, some_freed
+from device import CHUNK, asked, capture, failing, full, opened, placed, replay, some_freed
 from form_cases import CASES, Case, one_of_each_form
 from form_cases_torch import BOTH, DTYPES, filled, made, parameter, wrapped
 from fusedopt import _core
+from fusedopt.torch_forms import refused
 from gpu_cases import assert_same_bits as assert_tensors_same
 from torch_cases import NAMES
 from torch_compare import Snapshot, snapshot
@@ -285,32 +289,86 @@ def test_a_replayed_graph_gives_the_values_of_plain_steps(case: Case, max_norm: 
     assert_same_bits(snapshot(opt), snapshot(want))
 
 
-def test_a_step_that_has_to_send_everything_can_be_captured_first(device: None) -> None:
-    params = [torch.nn.Parameter(filled((n,), "float32", n)) for n in (5, 200)]
-    opt = optim.Adam(params, lr=0.1, capturable=True)
-    for p in params:
-        p.grad = torch.ones_like(p)
-    with capture():
-        opt.step()
-    assert float(opt.state[params[0]]["step"]) == 0
-    replay()
-    replay()
-    assert float(opt.state[params[0]]["step"]) == 2
-    assert bool((params[1] != filled((200,), "float32", 200)).all())
+CAPTURED: dict[str, dict[str, Any]] = {"Adam": {"capturable": True}, "SGD": {"momentum": 0.9, "dampening": 0.5}}
 
 
-def test_momentum_that_is_captured_first_begins_once(device: None) -> None:
-    p, twin = (torch.nn.Parameter(torch.ones(70)) for _ in range(2))
-    opt, want = (optim.SGD([x], lr=0.1, momentum=0.9, dampening=0.5) for x in (p, twin))
-    p.grad, twin.grad = torch.ones(70), torch.ones(70)
+@pytest.mark.parametrize("name", CAPTURED)
+def test_a_step_that_has_to_send_everything_can_be_captured_first(name: str, device: None) -> None:
+    def started() -> Any:
+        params = [torch.nn.Parameter(filled((n,), "float32", n)) for n in (5, 200)]
+        opt = getattr(optim, name)(params, lr=0.1, **CAPTURED[name])
+        for p in params:
+            p.grad = torch.ones_like(p)
+        opt.step()
+        return opt
+
+    before, want = started(), started()
+    opt = getattr(optim, name)(before.param_groups[0]["params"], lr=0.1, **CAPTURED[name])
+    opt.load_state_dict(before.state_dict())
     with capture():
         opt.step()
-    for _ in range(3):
-        replay()
-    _core.set_device_library("")
-    for _ in range(3):
+    assert_same_bits(snapshot(opt), snapshot(before))
+    for way in (replay, replay, opt.step, replay):
+        way()
         want.step()
-    assert torch.equal(p, twin)
+    assert_same_bits(snapshot(opt), snapshot(want))
+
+
+@pytest.mark.parametrize("name", CAPTURED)
+def test_state_is_not_created_within_a_graph(name: str, device: None) -> None:
+    p = torch.nn.Parameter(torch.ones(70))
+    opt = getattr(optim, name)([p], lr=0.1, **CAPTURED[name])
+    p.grad = torch.ones(70)
+    with capture(), pytest.raises(RuntimeError, match="do one step before the capture"):
+        opt.step()
+    replay()
+    assert bool((p == 1).all())
+    assert not opt.state
+    opt.step()
+    assert bool((p != 1).all())
+
+
+@pytest.mark.parametrize("then", ["as before", "a gradient is gone", "reloaded", "copied"])
+@pytest.mark.parametrize("name", ["SGD", "Adam"])
+def test_a_first_step_that_is_skipped_begins_nothing(name: str, then: str) -> None:
+    options: dict[str, Any] = {"momentum": 0.9, "dampening": 0.5} if name == "SGD" else {}
+
+    def run() -> Any:
+        opt = getattr(optim, name)([torch.nn.Parameter(torch.ones(n)) for n in (70, 5)], lr=0.1, **options)
+        for k in range(4):
+            params = opt.param_groups[0]["params"]
+            for p in params:
+                p.grad = torch.ones_like(p)
+            if k == 2 and then == "a gradient is gone":
+                params[1].grad = None
+            opt.grad_scale, opt.found_inf = torch.tensor(1.0), torch.tensor(float(k < 2))
+            opt.step()
+            assert opt.last_step_skipped == (k < 2)
+            assert bool(opt.state) == (k >= 2)
+            if k == 1 and then == "reloaded":
+                opt.load_state_dict(opt.state_dict())
+            if k == 1 and then == "copied":
+                opt = copy.deepcopy(opt)
+        return opt
+
+    here, there = both(run)
+    assert there._place is not None
+    assert_same_bits(snapshot(here), snapshot(there))
+
+
+def test_a_tensor_that_joins_in_a_step_that_is_skipped_begins_later() -> None:
+    def run() -> Any:
+        params = [torch.nn.Parameter(torch.ones(n)) for n in (70, 5, 9)]
+        opt = optim.SGD(params, lr=0.1, momentum=0.9, dampening=0.5)
+        for k, found in enumerate((0.0, 1.0, 1.0, 0.0, 1.0, 0.0)):
+            for i, p in enumerate(params):
+                p.grad = None if (i, k) in ((1, 0), (2, 2)) else torch.full_like(p, k + 1.0)
+            opt.grad_scale, opt.found_inf = torch.tensor(1.0), torch.tensor(found)
+            opt.step()
+        return opt
+
+    here, there = both(run)
+    assert_same_bits(snapshot(here), snapshot(there))
 
 
 def test_capturable_is_done_on_a_device_and_falls_back_on_the_cpu() -> None:
@@ -424,9 +482,68 @@ def test_memory_that_torch_keeps_for_itself_is_asked_back(device: None, monkeypa
                 opt.step()
         return opt
 
-    assert_same_bits(snapshot(run(some_freed)), snapshot(run(None)))
-    with pytest.raises(RuntimeError, match="while allocating memory: out of memory"):
+    with pytest.raises(_core.DeviceOutOfMemoryError, match="while loading kernels: out of memory"):
         run(lambda: None)
+    assert_same_bits(snapshot(run(some_freed)), snapshot(run(None)))
+    with pytest.raises(_core.DeviceOutOfMemoryError, match="while allocating memory: out of memory"):
+        run(lambda: None)
+
+
+def test_a_device_that_is_full_when_its_kernels_are_loaded_is_asked_again(
+    device: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ask, freed = _core.device_refusal, torch.device("cuda:7")
+    monkeypatch.setattr(_core, "device_refusal", lambda kind, index=-1: ask("cpu", 0))
+    with full():
+        monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+        with pytest.raises(_core.DeviceOutOfMemoryError, match="while loading kernels: out of memory"):
+            refused(freed)
+        monkeypatch.setattr(torch.cuda, "empty_cache", some_freed)
+        assert not refused(freed)
+
+
+def test_a_captured_step_that_cannot_be_described_keeps_no_memory(device: None) -> None:
+    p = torch.nn.Parameter(torch.ones(300))
+    opt = optim.SGD([p], lr=0.5)
+    p.grad = torch.ones(300)
+    opt.step()
+    asked()
+    with capture():
+        with failing(), pytest.raises(RuntimeError, match="told to fail"):
+            opt.step()
+        assert asked() == ["allocate", "release"]
+        opt.step()
+    replay()
+    assert bool((p == 0).all())
+
+
+def test_another_choice_of_gradients_beside_a_huge_tensor_waits_for_nothing(device: None) -> None:
+    """What describes the tensors grows with their number, not with their elements."""
+    huge = torch.from_numpy(np.zeros(600_000_000, np.int16)).view(torch.bfloat16)  # reserved, not there
+    params = [torch.nn.Parameter(p) for p in (huge, torch.ones(5, dtype=huge.dtype), torch.ones(9, dtype=huge.dtype))]
+    opt = optim.SGD(params, lr=0.5)
+    params[0].grad = torch.from_numpy(np.zeros(huge.numel(), np.int16)).view(torch.bfloat16)
+    for p in params[1:]:
+        p.grad = torch.ones_like(p)
+    for k in range(4):
+        asked()
+        params[1].grad = None if k % 2 else torch.ones_like(params[1])
+        opt.step()
+        assert not {"upload", "wait 0"} & set(asked())
+    assert bool((params[1] == 0).all())
+    assert bool((params[2] == -1).all())
+
+
+def test_a_step_on_another_device_uses_no_other_and_goes_back(device: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(optim, "on_device", lambda device: False)  # to torch there is one device only
+    p = torch.nn.Parameter(torch.ones(5))
+    p.grad = torch.ones(5)
+    with placed({p.detach(): 1, p.grad: 1}):
+        asked()
+        optim.SGD([p], lr=0.5).step()
+        events = asked()
+    assert bool((p == 0.5).all())
+    assert [e for e in events if e.startswith(("context", "leave"))] == ["context 1", "leave"]
 
 
 # ---- in-place functions, and what is refused
@@ -445,6 +562,53 @@ def test_functions_take_arrays_of_the_device() -> None:
     here, there = both(run)
     for a, b in zip(here, there, strict=True):
         assert torch.equal(a, b)
+
+
+class Foreign:
+    """An array of another library's, on the device."""
+
+    def __init__(self, numbers: torch.Tensor) -> None:
+        self.numbers = numbers
+
+    def __dlpack__(self, **options: Any) -> Any:
+        return self.numbers.__dlpack__()
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return (1, 0)
+
+
+@pytest.mark.parametrize(
+    ("module", "its"), [("cupy", 7), ("cupy", 0), ("other", None)], ids=["own stream", "same stream", "unknown"]
+)
+@pytest.mark.parametrize("operand", [0, 1])
+def test_operands_of_other_libraries_are_waited_for_before_and_after(
+    module: str, its: int | None, operand: int, device: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What comes after the call on a stream that is not ours may write to what the step still reads."""
+    cupy = types.ModuleType("cupy")
+    cuda = types.ModuleType("cupy.cuda")
+    cuda.get_current_stream = lambda device: types.SimpleNamespace(ptr=its)  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "cupy", cupy)
+    monkeypatch.setitem(sys.modules, "cupy.cuda", cuda)
+    monkeypatch.setattr(Foreign, "__module__", module)
+    arrays: list[Any] = [torch.ones(5), torch.ones(5)]
+    arrays[operand] = Foreign(arrays[operand])
+    asked()
+    fusedopt.sgd_(*arrays, lr=0.5)
+    events = [e for e in asked() if e.startswith(("wait", "launch"))]
+    assert "launch 0" in events or operand == 0
+    ours = its or 0 if operand == 0 else 0
+    apart = module == "cupy" and its != 0
+    assert events[:1] == [f"wait {its if operand else 0}"] if apart else not events[0].startswith("wait")
+    assert {e for e in events if e.startswith("launch")} == {f"launch {ours}"}
+    assert (events[-1] == f"wait {ours}") == (apart or its is None)
+
+
+def test_more_hyperparameters_than_a_device_holds_are_refused(device: None) -> None:
+    p, g = torch.ones(5), torch.ones(5)
+    with pytest.raises(ValueError, match="more hyperparameters"):
+        _core.update(0, [0.1] * 9, False, ("param", "grad"), None, [[p], [g]], [1], 1)
+    assert bool((p == 1).all())
 
 
 def test_arrays_here_and_there_are_not_updated_together(device: None) -> None:

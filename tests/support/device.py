@@ -24,46 +24,62 @@ def opened(path: Path = LIBRARY) -> Iterator[None]:
     _core.set_device_library(str(path))
     try:
         _core.device_refusal("cuda")  # opens it
+        if path == LIBRARY:
+            ctypes.CDLL(str(LIBRARY)).fusedopt_forget()
         yield
     finally:
         _core.set_device_library("")
 
 
-def _graph(what: int) -> None:
-    ctypes.CDLL(str(LIBRARY)).fusedopt_graph(what)
+_modes: set[str] = set()  # that hold now
+
+
+def _simulate(modes: set[str]) -> None:
+    _modes.clear()
+    _modes.update(modes)
+    flags = [ctypes.c_bool(mode in _modes) for mode in ("capturing", "failing", "full")]
+    ctypes.CDLL(str(LIBRARY)).fusedopt_simulate(*flags)
 
 
 @contextmanager
-def _meanwhile(what: int) -> Iterator[None]:
-    _graph(what)
+def _meanwhile(mode: str) -> Iterator[None]:
+    _simulate(_modes | {mode})
     try:
         yield
     finally:
-        _graph(1)
+        _simulate(_modes - {mode})
 
 
 def capture() -> AbstractContextManager[None]:
     """What is launched now runs at each ``replay``, and not before."""
-    return _meanwhile(0)
+    return _meanwhile("capturing")
 
 
 def replay() -> None:
-    _graph(2)
+    ctypes.CDLL(str(LIBRARY)).fusedopt_replay()
 
 
 def failing() -> AbstractContextManager[None]:
-    """Nothing can be launched."""
-    return _meanwhile(3)
+    """Nothing can be launched or copied."""
+    return _meanwhile("failing")
 
 
 def full() -> AbstractContextManager[None]:
     """The device has no memory left."""
-    return _meanwhile(4)
+    return _meanwhile("full")
 
 
 def some_freed() -> None:
     """Within ``full``: no longer."""
-    _graph(1)
+    _simulate(_modes - {"full"})
+
+
+def asked() -> list[str]:
+    """What the device has been asked for since the last call: launches and waits by stream, memory, contexts."""
+    log = ctypes.CDLL(str(LIBRARY)).fusedopt_log
+    log.restype = ctypes.c_char_p
+    lines: str = log().decode()
+    return lines.splitlines()
 
 
 @contextmanager
