@@ -52,6 +52,7 @@ from .torch_forms import (
     WIDE,
     Keep,
     before_load,
+    capturing,
     dtype_of,
     form_of,
     like,
@@ -262,14 +263,13 @@ class _Fused(Optimizer):
         try:
             if plan is None or not plan.step(self.state, groups, *scaling):
                 plan = self._replan(scaling)
-        except RuntimeError as error:
-            # On one device nothing has been launched by then, and torch may hold memory for later.
-            if home is None or "while allocating memory: out of memory" not in str(error):
+        except _core.DeviceOutOfMemoryError:  # on one device nothing has been launched by then
+            if home is None or capturing(home):
                 raise
-            if home.type == "cuda" and torch.cuda.is_current_stream_capturing():
-                raise
-            torch.cuda.empty_cache()
+            torch.cuda.empty_cache()  # torch may hold memory for later
             plan = self._replan(scaling)
+        if plan is None:
+            return
         if max_norm:
             self.last_grad_norm = torch.tensor(plan.norm, dtype=self._norm_dtype()) if norm is None else norm
         if self._foreign and not self.last_step_skipped:
@@ -298,14 +298,23 @@ class _Fused(Optimizer):
         return self._shards is not None
 
     def _replan(self, scaling: tuple[Any, ...]) -> Any:
-        """Sorts the parameters, creates missing state, and does the step by a new plan."""
+        """Sorts the parameters, creates missing state, and does the step by a new plan; None if the step is skipped."""
         created: list[tuple[torch.Tensor, list[str]]] = []
         banned: dict[torch.Tensor, str] = {}
-        unscale, max_norm, _, _, scale, _ = scaling
+        unscale, max_norm, _, found_inf, scale, _ = scaling
         try:
             for _ in range(3):
                 self._plan = plan = self._build(created, banned)
                 self._refuse_foreign(max_norm, unscale != 1.0 or scale is not None)
+                if created and any(capturing(d) for d in {p.device for p, _ in created}):
+                    raise RuntimeError(
+                        "a step that creates state cannot be captured, since every replay would create it anew: do one "
+                        "step before the capture"
+                    )
+                if created and found_inf is not None and float(found_inf):  # a step that is skipped leaves no state
+                    self._plan = None
+                    self._take_back(created)
+                    return None
                 clash = plan.conflicts()
                 if not clash and plan.step(self.state, self.param_groups, *scaling):
                     return plan
