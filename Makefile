@@ -5,16 +5,19 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PY := $(BIN)/python
-GPU := .venv-gpu
 BUILD_TOOLS := scikit-build-core pybind11 cmake ninja
 SOURCES := CMakeLists.txt pyproject.toml constraints.txt \
   $(shell find cpp -type f) $(shell find python/fusedopt -name '*.py')
 CPP := $(shell find cpp tests/sanitize -name '*.h' -o -name '*.cpp' -o -name '*.cu')
+# A kit that is named is used as it is, be it from another machine; the one that is not is kept up to date.
+KIT ?= build/gpu-kit
+FRESH_KIT := $(if $(filter file,$(origin KIT)),$(KIT)/.made)
+export PYTHON
 CHECKED := python tests bench examples
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test test-gpu integrations bench bench-gpu lint format stubs sanitize cuda vectorized clean distclean
+.PHONY: help demo test gpu-kit test-gpu integrations bench bench-gpu lint format stubs sanitize cuda vectorized clean distclean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -25,8 +28,11 @@ demo: $(VENV)/.demo ## train on real data with torch.optim, fusedopt and NumPy; 
 test: $(VENV)/.test ## the tests, on every processor; ARGS="-n 0 -k adam" in one process
 	$(PY) -m pytest -n auto --dist worksteal $(ARGS)
 
-test-gpu: $(GPU)/.installed ## the tests that need a GPU; with the torch that PYTHON has, and nvcc
-	$(GPU)/bin/python -m pytest -m gpu tests/gpu $(ARGS)
+gpu-kit: ## all that a machine with a GPU needs, in one folder, for PYTHON's version; CUDAARCHS=90; needs nvcc, no GPU
+	sh tests/gpu/kit.sh kit $(KIT)
+
+test-gpu: $(FRESH_KIT) ## the tests that need a GPU, with the torch that PYTHON has; KIT=folder takes that kit
+	sh tests/gpu/kit.sh test $(KIT) $(ARGS)
 
 integrations: $(VENV)/.integrations ## the tests with every trainer installed; writes docs/integrations-table.md
 	$(PY) -m pytest --integrations -m integration $(ARGS)
@@ -34,8 +40,8 @@ integrations: $(VENV)/.integrations ## the tests with every trainer installed; w
 bench: $(VENV)/.bench ## every rule against PyTorch; table, JSON and pictures in bench-output
 	$(PY) -m fusedopt bench --json bench-output/bench.json --plot bench-output $(ARGS)
 
-bench-gpu: $(GPU)/.installed ## a GPU's steps against PyTorch and other projects; writes bench/results/gpu.json
-	$(GPU)/bin/python -m fusedopt bench --suite gpu --json bench/results/gpu.json $(ARGS)
+bench-gpu: $(FRESH_KIT) ## a GPU's steps against PyTorch and other projects; writes bench/results/gpu.json
+	sh tests/gpu/kit.sh bench $(KIT) --json bench/results/gpu.json $(ARGS)
 
 lint: $(VENV)/.dev ## ruff, mypy, clang-format, stubs
 	$(BIN)/ruff check $(CHECKED)
@@ -63,11 +69,11 @@ vectorized: ## which loops the compiler vectorises (GCC)
 	$(PYTHON) bench/vectorized.py $(ARGS)
 
 clean: ## remove what was built and written, but not .venv
-	rm -rf build dist wheelhouse demo-output bench-output .benchmarks .hypothesis .*_cache $(addprefix $(VENV)/.,demo test integrations bench dev) $(GPU)/.installed
+	rm -rf build dist wheelhouse demo-output bench-output .benchmarks .hypothesis .*_cache $(addprefix $(VENV)/.,demo test integrations bench dev)
 	find $(CHECKED) -name __pycache__ -type d -prune -exec rm -rf {} +
 
-distclean: clean ## remove .venv and .venv-gpu, too
-	rm -rf $(VENV) $(GPU)
+distclean: clean ## remove .venv, too
+	rm -rf $(VENV)
 
 # One environment; the stamp's name is the extra that has been installed into it. Built without isolation, so that the
 # pinned build tools are used and only what changed is compiled again. A warning is an error, and the tests' simulated
@@ -80,16 +86,8 @@ $(VENV)/.%: $(SOURCES) | $(PY)
 	  -C cmake.define.FUSEDOPT_WERROR=$(strict) -C cmake.define.FUSEDOPT_SIMULATED=$(strict)
 	@touch $@
 
-# An environment of its own beside the torch with CUDA and the NumPy that $(PYTHON) has: it sees the packages there and adds
-# tools that are missing. constraints.txt, whose torch may be another, is not asked. Compiled for the GPU that is here.
-$(GPU)/.installed: $(SOURCES)
-	@$(PYTHON) -m venv $(GPU)
-	@$(PYTHON) -c 'import sys; print("\n".join(p for p in sys.path if p.endswith("-packages")))' \
-	  > "$$($(GPU)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/beside.pth"
-	@$(GPU)/bin/python -m pip install --quiet $(BUILD_TOOLS) pytest hypothesis ml_dtypes
-	@$(GPU)/bin/python -m pip install --quiet --no-deps --no-build-isolation --editable . -C build-dir=build/gpu \
-	  -C cmake.define.FUSEDOPT_CUDA=ON -C cmake.define.CMAKE_CUDA_ARCHITECTURES=$(or $(CUDAARCHS),native)
-	@touch $@
+$(KIT)/.made: $(SOURCES) $(shell find tests bench -name '*.py') tests/gpu/kit.sh
+	sh tests/gpu/kit.sh kit $(KIT)
 
 $(PY):
 	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }

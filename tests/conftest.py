@@ -1,6 +1,7 @@
 """Settings of the whole test run: hypothesis profile, engine settings put back after each test. No data."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import hypothesis
 import pytest
@@ -15,11 +16,20 @@ hypothesis.settings.load_profile("fusedopt")
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--integrations", action="store_true", help="write docs/integrations-table.md from the outcomes")
+    parser.addoption("--gpu", action="store_true", help="fail unless a test has run: on no GPU they are all skipped")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("--integrations"):
         config.pluginmanager.register(integrations.Outcomes())
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    reporter: Any = session.config.pluginmanager.get_plugin("terminalreporter")
+    if session.config.getoption("--gpu") and not reporter.stats.get("passed") and not session.exitstatus:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+        reporter.write_line("")
+        reporter.write_line("no test has run: all were skipped", red=True)
 
 
 @pytest.fixture(autouse=True)

@@ -2,6 +2,9 @@
 run with the CPU in a GPU's place, the table, and what the command line says."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -135,6 +138,24 @@ def test_the_table_has_times_and_bars_and_the_copy_as_ceiling() -> None:
     assert "share of copy_" in text
     assert "missed" in text
     assert "mul_" not in text
+
+
+def test_a_run_in_which_every_test_is_skipped_fails() -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "--gpu",
+        "-q",
+        str(Path(__file__).parents[1] / "gpu" / "test_gpu.py"),
+        "-k",
+        "cupys",
+    ]
+    done = subprocess.run(
+        command, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert "no test has run: all were skipped" in done.stdout, done.stdout + done.stderr
+    assert done.returncode == 1
 
 
 def test_a_machine_without_a_gpu_is_told_why_nothing_runs(
