@@ -31,7 +31,9 @@ def dump(isa: str) -> str:
     compiler = shlex.split(os.environ.get("CXX", "g++"))
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "dump"
-        flags = shlex.split(f"{FLAGS} {ISAS[isa]} -I{CPP} -DFUSEDOPT_ISA={isa} -fdump-tree-vect-optimized={path}")
+        flags = shlex.split(
+            f"{FLAGS} {ISAS[isa]} -I{CPP} -DFUSEDOPT_ISA={isa} -DFUSEDOPT_VERSION=0 -fdump-tree-vect-optimized={path}"
+        )
         subprocess.run([*compiler, *flags, "-c", str(CPP / "cpu" / "cpu.cpp"), "-o", os.devnull], check=True)
         return path.read_text()
 

@@ -1,44 +1,23 @@
-// The table that every build of cpu.cpp exports, and the plain types that cross its border. No code here.
+// The border for kernels. A kernel library is one C table: rules, the forms in which tensors may be stored, and for
+// each rule and form a kernel. There is one library for each instruction set within the module, one for CUDA in a file
+// beside it, and any number may be added at run time. Nothing above the border knows which it calls. No code here.
 #pragma once
-#include <stddef.h>
-#include <stdint.h>
-
-#include "network/network.h"
-#include "rules/formats.h"
-#include "rules/rules.h"
-
-#define FUSEDOPT_CAT_(a, b) a##b
-#define FUSEDOPT_CAT(a, b) FUSEDOPT_CAT_(a, b)
+#include "rules/types.h"
 
 namespace fusedopt {
 
-constexpr int kMaxHyper = 8;  // hyperparameters of a rule
-constexpr int kMaxStates = 3;
-constexpr size_t kPreparedBytes = 256;  // a rule with its constants, ready for a span
-constexpr int64_t kNormBlock = 4096;    // elements under one leaf of the norm's tree, counted from the tensor's start
+constexpr int64_t kNormBlock = 4096;  // elements under one leaf of the norm's tree, counted from the tensor's start
 
-// One span of equally laid out operands.
+// A contiguous part of one tensor, all of whose operands are laid out alike.
 struct Span {
   void* param;
   const void* grad;
   void* state[kMaxStates];
-  float* scale[kMaxStates];  // of quantised states: that of the block in which the span begins
-  void* rest;                // what is kept beside the weight
-  void* ema;                 // the weights' moving average, or nullptr
-  int64_t n, first;          // length; the place of its first element in the tensor
-  uint32_t key;              // of this tensor's random numbers in this step
-};
-
-// A combination of formats. state: kI8 for every block-quantised one.
-struct Form {
-  Format param, grad, state;
-  Master master;
-  bool noisy, noisy_state;  // rounds stochastically
-
-  bool operator==(const Form& o) const {
-    return param == o.param && grad == o.grad && state == o.state && master == o.master && noisy == o.noisy &&
-           noisy_state == o.noisy_state;
-  }
+  float* scale[kMaxStates];  // quantisation scales of the states: that of the block in which the span begins
+  void* residual;            // or nullptr
+  void* ema;                 // the moving average of the parameter, or nullptr
+  int64_t n, first;          // length; position of its first element in the tensor
+  uint32_t key;              // selects this tensor's random numbers in this step
 };
 
 // What follows the update while the span is in the cache: soft-thresholding by `shrink`, then ema += weight (p - ema).
@@ -46,39 +25,43 @@ struct Finish {
   double shrink, ema_weight;
 };
 
-// One rule in one combination of formats.
-struct Loop {
+// One rule in one form, on the host. Each function is passed `self`, so that a rule may be data instead of a type.
+struct HostKernel {
+  const void* self;
   // Computes the constants of a step into `prepared` (kPreparedBytes, aligned to 16); g is multiplied by `scale`.
-  // nullptr: the rule has a state that this combination cannot hold.
-  void (*prepare)(const double* hyper, const Clock& clock, double scale, void* prepared);
-  void (*sweep)(const void* prepared, const Span& span);
+  void (*prepare)(const void* self, const double* hyper, const Clock& clock, double scale, void* prepared);
+  void (*update)(const void* self, const void* prepared, const Span& span);  // nullptr: the kernel does not exist
+};
+
+// One form on the host, whatever the rule. `n` numbers are of the type that rules compute in: double for kF64, else
+// float. `codes` says how the states of a quantised form are coded.
+struct HostForm {
   void (*finish)(const Finish& finish, const Span& span);
-  Form form;
-  bool counts;  // elements: spans must begin at multiples of kBlock
+  void (*decode)(const Span& span, int n_states, const Format* codes, void* p, void* g, void* const* states);
+  void (*encode)(const Span& span, int n_states, const Format* codes, const void* p, void* const* states);
 };
 
-struct Kernel {
-  const char* name;
-  const char* hyper;   // names, separated by blanks
-  const char* states;  // likewise
-  bool carries;
-  void (*advance)(const double* hyper, Clock& clock);
-  const Loop* loops;
-  int n_loops;
-  int n_states;
+struct HostTable {
+  const HostKernel* const* kernels;  // of each rule, one for each form
+  const HostForm* forms;
+  double (*square_sum[kFloats])(const void* x, int64_t n);  // of up to kNormBlock elements, by format
 };
 
-struct Table {
-  const char* isa;
-  const Kernel* kernels;
-  int n_kernels;
-  // The sum of squares of up to kNormBlock elements, by format.
-  double (*square_sum[kFloats])(const void* x, int64_t n);
-  const NetworkTable* network;
+struct DeviceTable;
+
+struct KernelLibrary {
+  const char* version;    // of fusedopt
+  size_t size;            // of all that crosses the border: kHostSize or kDeviceSize, as compiled
+  const char* processor;  // "avx2", "CUDA"
+  const Rule* rules;
+  int n_rules;
+  const Form* forms;
+  int n_forms;
+  const HostTable* host;  // one of the two
+  const DeviceTable* device;
 };
 
-const Table* table_baseline();
-const Table* table_avx2();
-const Table* table_avx512();
+constexpr size_t kHostSize = sizeof(KernelLibrary) + sizeof(Rule) + sizeof(Form) + sizeof(HostTable) +
+                             sizeof(HostKernel) + sizeof(HostForm) + sizeof(Span) + sizeof(Finish) + sizeof(Clock);
 
 }  // namespace fusedopt

@@ -6,7 +6,7 @@
 #include <algorithm>
 #include <stdexcept>
 
-#include "step/device_plan.h"
+#include "step/device.h"
 
 namespace fusedopt {
 namespace {
@@ -213,7 +213,7 @@ const DLPackExchangeAPI* exchange_api(py::handle type) {
 }
 
 bool device_of(const DLTensor& t, int* device, std::string* why) {
-  const DeviceLibrary* library = open_device_library();
+  const DeviceTable* library = open_device_library();
   *device = -1;
   if (t.device_type == kDLCudaHost) return true;
   if (t.device_type == kDLCpu && (!library || library->device_type != kDLCpu)) return true;
@@ -229,7 +229,7 @@ bool device_of(const DLTensor& t, int* device, std::string* why) {
 
 void* stream_of(py::handle type, int device, bool* known) {
   *known = true;
-  const DeviceLibrary* library = open_device_library();
+  const DeviceTable* library = open_device_library();
   if (!library) return nullptr;
   const bool simulated = library->device_type == kDLCpu;
   const DLPackExchangeAPI* api = simulated ? nullptr : exchange_api(type);
@@ -298,18 +298,18 @@ bool try_view(py::handle object, bool integers, std::vector<py::object>& keep, V
   return false;
 }
 
-void lay_out(const View* v, const Parts& parts, Row& row, std::vector<std::unique_ptr<Strided>>& layouts) {
+void lay_out(const View* v, const Parts& parts, Tensor& tensor, std::vector<std::unique_ptr<Strided>>& layouts) {
   const int n = parts.count();
-  row.span.param = v[0].data;
-  row.span.grad = v[1].data;
-  for (int k = 0; k < parts.states; ++k) row.span.state[k] = v[2 + k].data;
-  row.span.rest = parts.rest ? v[2 + parts.states].data : nullptr;
-  row.span.ema = parts.ema ? v[n - 1].data : nullptr;
-  row.span.n = v[0].size();
-  row.strided = nullptr;
+  tensor.span.param = v[0].data;
+  tensor.span.grad = v[1].data;
+  for (int k = 0; k < parts.states; ++k) tensor.span.state[k] = v[2 + k].data;
+  tensor.span.residual = parts.residual ? v[2 + parts.states].data : nullptr;
+  tensor.span.ema = parts.ema ? v[n - 1].data : nullptr;
+  tensor.span.n = v[0].size();
+  tensor.strided = nullptr;
   bool flat = true;
   for (int k = 0; k < n && flat; ++k) flat = v[k].contiguous();
-  if (flat || row.span.n == 0) return;
+  if (flat || tensor.span.n == 0) return;
   Strided s;
   s.n = n;
   s.ndim = 0;
@@ -334,7 +334,7 @@ void lay_out(const View* v, const Parts& parts, Row& row, std::vector<std::uniqu
   for (int k = 1; k < n && alike; ++k) alike = std::equal(s.stride[0], s.stride[0] + s.ndim, s.stride[k]);
   if (alike) return;
   layouts.push_back(std::make_unique<Strided>(s));
-  row.strided = layouts.back().get();
+  tensor.strided = layouts.back().get();
 }
 
 bool overlaps_itself(const View& v) {

@@ -1,6 +1,6 @@
 // One door for every array: pointer, shape, strides, format. NumPy arrays come by NumPy's own fields, torch tensors by
 // DLPack's exchange API (no libtorch), anything else by __dlpack__. Here too: how the views of one tensor's operands
-// become a Row, and whether memory overlaps.
+// become a Tensor, and whether memory overlaps.
 #pragma once
 #include <pybind11/pybind11.h>
 
@@ -8,7 +8,7 @@
 #include <string>
 #include <vector>
 
-#include "step/plan.h"
+#include "step/step.h"
 
 namespace fusedopt {
 
@@ -23,7 +23,7 @@ struct View {
   const int64_t* stride;  // nullptr: C-contiguous
   bool stride_in_bytes;
   bool read_only;
-  int device = -1;  // the number of the open DeviceLibrary's device on which it lies, or the CPU
+  int device = -1;  // the number of the open device library's device on which it lies, or the CPU
 
   int64_t step(int d) const { return stride_in_bytes ? stride[d] / int64_t(size_of(format)) : stride[d]; }
   int64_t size() const {
@@ -61,15 +61,15 @@ struct Extent {
   int row, operand;
 };
 
-// Which operands a row has, beside param and grad; in this order.
+// Which operands a tensor has, beside param and grad; in this order.
 struct Parts {
   int states;
-  bool rest, ema;
-  int count() const { return 2 + states + rest + ema; }
+  bool residual, ema;
+  int count() const { return 2 + states + residual + ema; }
 };
 
-// Fills span, strided of `row` from its operands, all of one shape. `layouts` owns what a row that is not dense needs.
-void lay_out(const View* operands, const Parts& parts, Row& row, std::vector<std::unique_ptr<Strided>>& layouts);
+// Fills span, strided of `tensor` from its operands, all of one shape. `layouts` owns what one that is not dense needs.
+void lay_out(const View* operands, const Parts& parts, Tensor& tensor, std::vector<std::unique_ptr<Strided>>& layouts);
 
 // Can two of its own elements share memory?
 bool overlaps_itself(const View& v);

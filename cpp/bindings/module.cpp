@@ -9,8 +9,7 @@
 #include "bindings/arrays.h"
 #include "bindings/bind.h"
 #include "cpu/dispatch.h"
-#include "step/device_plan.h"
-#include "step/plan.h"
+#include "step/step.h"
 #include "step/threads.h"
 
 namespace py = pybind11;
@@ -25,40 +24,48 @@ std::vector<std::string> split(const char* words) {
   return out;
 }
 
-// name -> (index, hyperparameters, states, carries a scalar)
+// name -> (number, hyperparameters, states, carries a scalar)
 py::dict kernels() {
   py::dict d;
-  const Table& t = table();
-  for (int i = 0; i < t.n_kernels; ++i) {
-    const Kernel& k = t.kernels[i];
-    d[k.name] = py::make_tuple(i, py::tuple(py::cast(split(k.hyper))), py::tuple(py::cast(split(k.states))), k.carries);
+  for (int i = 0; i < n_rules(); ++i) {
+    const Rule& r = rule_of(i);
+    d[r.name] = py::make_tuple(i, py::tuple(py::cast(split(r.hyper))), py::tuple(py::cast(split(r.states))), r.carries);
   }
   return d;
 }
 
-// kernel -> list of (param, grad, state, master, noisy, noisy_state): dtype names, "int8" for quantised states. `loops`
-// gives a kernel's, those that do not exist among them.
-template <class Loops>
-py::dict formats_of(const Loops& loops) {
+// rule -> list of (param, grad, state, master, noisy, noisy_state): dtype names, "int8" for quantised states.
+template <class Exists>
+py::dict formats_of(int rules, const Exists& exists) {
   py::dict out;
-  const Table& t = table();
-  for (int i = 0; i < t.n_kernels; ++i) {
-    py::list forms;
-    for (int l = 0; l < t.kernels[i].n_loops; ++l) {
-      const auto& loop = loops(i)[l];
-      const Form& f = loop.form;
-      if (loop.prepare)
-        forms.append(py::make_tuple(name_of(f.param), name_of(f.grad), name_of(f.state), name_of(f.master), f.noisy,
-                                    f.noisy_state));
+  for (int r = 0; r < rules; ++r) {
+    int number;
+    const KernelLibrary& l = library_of(r, &number);
+    py::list list;
+    for (int i = 0; i < l.n_forms; ++i) {
+      const Form& f = l.forms[i];
+      if (exists(KernelId{r, i}))
+        list.append(py::make_tuple(name_of(f.param), name_of(f.grad), name_of(f.state), name_of(f.master), f.noisy,
+                                   f.noisy_state));
     }
-    out[t.kernels[i].name] = forms;
+    out[rule_of(r).name] = list;
   }
   return out;
 }
 
+// The codes of a state of this name, in the rules that have one.
+Format code_of(const std::string& state) {
+  for (int r = 0; r < n_rules(); ++r) {
+    const std::vector<std::string> states = split(rule_of(r).states);
+    for (size_t k = 0; k < states.size(); ++k)
+      if (states[k] == state) return rule_of(r).codes[k];
+  }
+  return kNotQuantised;
+}
+
 py::tuple isas() {
   py::list out;
-  for (int i = 0; const Table* t = usable_table(i); ++i) out.append(t->isa);
+  for (int i = 0; const char* name = usable_isa(i); ++i) out.append(name);
   return py::tuple(out);
 }
 
@@ -77,18 +84,18 @@ PYBIND11_MODULE(_core, m) {
   m.attr("__version__") = FUSEDOPT_VERSION;
   m.def("kernels", &kernels, "name -> (index, hyperparameter names, state names, carries a scalar)");
   m.def(
-      "formats", [] { return formats_of([](int kernel) { return table().kernels[kernel].loops; }); },
+      "formats", [] { return formats_of(n_rules(), exists); },
       "kernel -> the combinations that exist: (param, grad, state, master, noisy, noisy_state).");
   m.attr("BLOCK") = kBlock;
   m.def(
       "code_of",
       [](const std::string& state) {
-        const Format f = code_of(state.c_str());
-        return f == kFormats ? "" : name_of(f);
+        const Format f = code_of(state);
+        return f == kNotQuantised ? "" : name_of(f);
       },
       py::arg("state"), "The dtype of the codes of a state of this name; empty where it is not quantised.");
   m.def("isas", &isas, "Instruction sets this processor can run, best last.");
-  m.def("isa", [] { return table().isa; }, "The instruction set in use.");
+  m.def("isa", [] { return usable_isa(isa_in_use()); }, "The instruction set in use.");
   m.def(
       "use_isa", [](const char* name) { return use_isa(name); }, py::arg("name").none(true),
       "Forces an instruction set; None takes the best. False if it is not usable here.");
@@ -99,16 +106,17 @@ PYBIND11_MODULE(_core, m) {
   m.def(
       "device_formats",
       [] {
-        const DeviceLibrary* library = device_library();
-        if (!library) throw py::value_error("there is no library to open");
-        return formats_of([&](int kernel) { return library->loops(kernel); });
+        const DeviceTable* device = device_library();
+        if (!device) throw py::value_error("there is no library to open");
+        return formats_of(library().n_rules,
+                          [&](KernelId id) { return device->kernels(id.rule)[id.form].prepare != nullptr; });
       },
       "As formats(), of the library that has been set.");
   m.def(
       "device_refusal",
       [](const std::string& type, int index) {
         std::string why;
-        const DeviceLibrary* library = type == "cpu" ? open_device_library() : device_library(&why);
+        const DeviceTable* library = type == "cpu" ? open_device_library() : device_library(&why);
         if (!library || library->device_type != (type == "cpu" ? kDLCpu : kDLCuda))
           return why.empty() ? std::string("it is not served") : why;
         return index < 0 ? std::string() : device_trouble(index);

@@ -1,5 +1,7 @@
 // Losses and layers of a network over C-contiguous float64 or float32 arrays. Everything is checked before the first
 // write; friendlier arguments (copies of odd layouts, reductions) are python/fusedopt/losses.py's.
+#include "network/network.h"
+
 #include <pybind11/numpy.h>
 #include <pybind11/stl.h>
 
@@ -8,7 +10,6 @@
 
 #include "bindings/arrays.h"
 #include "bindings/bind.h"
-#include "cpu/dispatch.h"
 
 namespace fusedopt {
 namespace {
@@ -65,7 +66,7 @@ double number_at(const View& v, int64_t i) {
 
 py::dict element_losses() {
   py::dict d;
-  const NetworkTable& t = *table().network;
+  const NetworkTable& t = network_table();
   for (int i = 0; i < t.n_losses; ++i) d[t.losses[i].name] = i;
   return d;
 }
@@ -74,7 +75,7 @@ py::dict element_losses() {
 double element_loss(int loss, py::object prediction, py::object target, py::object weight, py::object value,
                     py::object gradient, double parameter, double scale, int threads) {
   static const char* const kTargetText[] = {"", "numbers in [0, 1]", "-1 or 1", "numbers >= 0"};
-  const NetworkTable& t = *table().network;
+  const NetworkTable& t = network_table();
   if (loss < 0 || loss >= t.n_losses) throw py::index_error("loss: no such loss");
   Arrays a;
   const View p = a.take(prediction, "prediction", false), y = a.take(target, "target", false, &p);
@@ -157,7 +158,7 @@ void layer_forward(int activation, py::object z, py::object bias, py::object kep
   const View x = a.matrix(z, "z"), y = a.matrix(out, "out", true, &x), k = a.matrix(kept, "kept", true, &x);
   if (!x.data || !y.data) throw py::type_error("z, out: expected arrays, got None");
   const View b = a.vector(bias, "bias", x.shape[1]);
-  auto loop = table().network->forward[activation_of(activation)][a.format];
+  auto loop = network_table().forward[activation_of(activation)][a.format];
   LayerSpan s{x.data, nullptr, y.data, k.data, nullptr, b.data, nullptr, nullptr, nullptr, x.shape[0], x.shape[1]};
   py::gil_scoped_release nogil;
   run_layer(loop, a.format, s, 0, threads_or_default(threads));
@@ -186,7 +187,7 @@ void layer_backward(int activation, py::object kept, py::object delta, py::objec
   if (!k.data && activation != kIdentity) throw py::type_error("kept: expected an array, got None");
   const int64_t columns = d.shape[1];
   const View b = a.vector(sums, "sums", columns, true);
-  auto loop = table().network->backward[activation_of(activation)][a.format];
+  auto loop = network_table().backward[activation_of(activation)][a.format];
   std::vector<double>& added = sums_of(size_t(columns));
   {
     py::gil_scoped_release nogil;
@@ -234,7 +235,7 @@ void batch_norm_forward(py::object x, py::object gain, py::object shift, py::obj
   const View m = a.vector(mean, "mean", columns, true), v = a.vector(variance, "variance", columns, true);
   const View r = a.vector(rate, "rate", columns, true);
   if (!g.data || !b.data || !m.data || !v.data || !r.data) throw py::type_error("expected an array, got None");
-  const NetworkTable& t = *table().network;
+  const NetworkTable& t = network_table();
   std::vector<double>& sums = sums_of(size_t(columns));
   py::gil_scoped_release nogil;
   threads = threads_or_default(threads);
@@ -261,7 +262,7 @@ void batch_norm_backward(py::object delta, py::object normal, py::object rate, p
   const View dg = a.vector(gain_grad, "gain_grad", columns, true),
              db = a.vector(shift_grad, "shift_grad", columns, true);
   if (!r.data || !g.data || !dg.data || !db.data) throw py::type_error("expected an array, got None");
-  const NetworkTable& t = *table().network;
+  const NetworkTable& t = network_table();
   const size_t width = size_t(columns), item = size_of(a.format);
   std::vector<double>& sums = sums_of(2 * width);
   thread_local std::vector<char> factors;

@@ -3,13 +3,11 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
-#include <map>
 #include <string>
 
 #include "bindings/arrays.h"
 #include "bindings/bind.h"
-#include "cpu/dispatch.h"
-#include "step/device_plan.h"
+#include "step/step.h"
 
 namespace fusedopt {
 namespace {
@@ -20,7 +18,7 @@ struct Extras {
   bool noisy = false, noisy_state = false, quantised = false, ema = false;
   double l1 = 0, ema_weight = 0;
   uint64_t seed = 0;
-  std::vector<int64_t> streams;
+  std::vector<int64_t> sequences;
 
   bool special() const { return quantised || master != kNoMaster; }
 };
@@ -28,20 +26,15 @@ struct Extras {
 class Batch {
  public:
   void clear() {
-    plan_.rows.clear();
-    plan_.groups.clear();
+    step_.clear();
+    step_.groups.clear();
+    group_of_.clear();
     sources_.clear();
     layouts_.clear();
     keep_.clear();
     extents_.clear();
-    carries_.clear();
     foreign_.clear();
-    places_.clear();
-    for (auto& [place, there] : devices_) {
-      there.plan.rows.clear();
-      there.awaited.clear();
-      there.wait = false;
-    }
+    on_host_ = on_devices_ = false;
   }
 
   // Checks and adds one group of tensors. names: param, grad, the kernel's states, then what is kept beside the weight
@@ -49,14 +42,14 @@ class Batch {
   // error speaks of names[k], followed by [labels[i]] where labels are given.
   void add(int kernel, std::vector<double> hyper, bool maximize, py::tuple names, py::object labels, py::list operands,
            py::list steps, const Extras& extras) {
-    const Kernel& k = table().kernels[kernel];
-    const int group = int(plan_.groups.size());
-    plan_.groups.push_back({std::move(hyper), maximize, extras.l1, extras.ema_weight, extras.seed});
-    const Parts parts{k.n_states, extras.master != kNoMaster, extras.ema};
+    const Rule& rule = rule_of(kernel);
+    const int group = int(step_.groups.size());
+    step_.groups.push_back({std::move(hyper), maximize, extras.l1, extras.ema_weight, extras.seed});
+    const Parts parts{rule.n_states, extras.master != kNoMaster, extras.ema};
     const int alike = parts.count(), scales = alike;
-    const int n_operands = alike + (extras.quantised ? k.n_states : 0) + (k.carries ? 1 : 0);
+    const int n_operands = alike + (extras.quantised ? rule.n_states : 0) + (rule.carries ? 1 : 0);
     const size_t n = py::len(operands[0]);
-    const int first = int(plan_.rows.size());
+    const int first = int(group_of_.size());
     sources_.push_back({std::move(names), std::move(labels), std::move(operands)});
     const Source& source = sources_.back();
     auto where = [&](int operand, size_t i) { return source.name(operand, i); };
@@ -80,34 +73,38 @@ class Batch {
         if (o != 1 && overlaps_itself(v[o]))
           throw py::value_error(where(o, i) + ": elements of the array overlap in memory");
       }
-      Row row{};
-      row.kernel = kernel;
-      row.group = group;
-      row.loop = loop_of(k, v, extras, [&](int o) { return where(o, i); });
-      row.clock.t = steps[i].cast<int64_t>() - 1;
-      if (i < extras.streams.size()) row.stream = extras.streams[i];
-      if (parts.rest) expect(v[2 + k.n_states], rest_format(extras.master), [&] { return where(2 + k.n_states, i); });
+      Tensor tensor{};
+      tensor.group = group;
+      tensor.kernel = kernel_of(kernel, v, extras, [&](int o) { return where(o, i); });
+      tensor.clock.t = steps[i].cast<int64_t>() - 1;
+      if (i < extras.sequences.size()) tensor.sequence = extras.sequences[i];
+      if (parts.residual)
+        expect(v[2 + rule.n_states], residual_format(extras.master), [&] { return where(2 + rule.n_states, i); });
       if (parts.ema) expect(v[alike - 1], ema_format(v[0].format), [&] { return where(alike - 1, i); });
-      for (int s = 0; extras.quantised && s < k.n_states; ++s) {
+      for (int s = 0; extras.quantised && s < rule.n_states; ++s) {
         const View& scale = v[scales + s];
         expect(scale, kF32, [&] { return where(scales + s, i); });
         if (!scale.contiguous() || scale.size() != (v[0].size() + kBlock - 1) / kBlock)
           throw py::value_error(where(scales + s, i) + ": expected one element for each block of " +
                                 std::to_string(kBlock));
-        row.span.scale[s] = reinterpret_cast<float*>(scale.data);
+        tensor.span.scale[s] = reinterpret_cast<float*>(scale.data);
       }
-      double* carry = nullptr;
-      if (k.carries) {
+      if (rule.carries) {
         const View& c = v[n_operands - 1];
         if (c.format != kF64 || c.size() != 1)
           throw py::type_error(where(n_operands - 1, i) + ": expected one float64 element");
-        carry = reinterpret_cast<double*>(c.data);
+        tensor.carry = {c.data, true, c.device};
       }
-      lay_out(v, parts, row, layouts_);
+      lay_out(v, parts, tensor, layouts_);
       for (int o = 0; o < n_operands; ++o) extents_.push_back(extent_of(v[o], o != 1, first + int(i), o));
-      plan_.rows.push_back(row);
-      carries_.push_back(carry);
-      places_.push_back(v[0].device < 0 ? nullptr : &settle(v[0].device, source, n_operands, i));
+      group_of_.push_back(group);
+      if (v[0].device == kHost) {
+        step_.add(tensor);
+        on_host_ = true;
+      } else {
+        add_on_device(tensor, v[0].device, source, n_operands, i);
+        on_devices_ = true;
+      }
     }
   }
 
@@ -136,20 +133,13 @@ class Batch {
   // One step over all that was added; the global gradient norm if max_norm > 0, else None.
   py::object run(double max_norm, int threads) {
     check(true);
-    if (std::any_of(places_.begin(), places_.end(), [](const There* there) { return there != nullptr; })) {
-      run_on_devices(max_norm);
-      return py::none();
-    }
-    for (size_t r = 0; r < plan_.rows.size(); ++r) {
-      Row& row = plan_.rows[r];
-      if (carries_[r]) row.clock.carry = *carries_[r];
-      table().kernels[row.kernel].advance(plan_.groups[size_t(row.group)].hyper.data(), row.clock);
-      if (carries_[r]) *carries_[r] = row.clock.carry;
-    }
+    if (on_devices_ && max_norm > 0) throw py::value_error("max_norm: not for arrays on a device");
+    if (on_devices_ && on_host_)
+      throw py::value_error("some arrays are on the CPU, others on a device: update them apart");
     double norm;
     {
       py::gil_scoped_release nogil;
-      norm = plan_.run({1, max_norm}, Team::kOurs, threads_or_default(threads));
+      norm = step_.run({1, max_norm}, Team::kOurs, threads_or_default(threads));
     }
     tell_autograd();
     return norm < 0 ? py::object(py::none()) : py::float_(norm);
@@ -158,45 +148,19 @@ class Batch {
  private:
   struct Source;
 
-  // The rows on one device that belong to one stream: that of the parameters' own library.
-  struct There {
-    DevicePlan plan;
-    void* stream;
-    std::vector<void*> awaited;  // streams of other libraries' operands
-    bool wait = false;           // for the end: some operand's library works on a stream of its own
-    There(int device, void* s) : plan(device), stream(s) {}
-  };
-
-  There& settle(int device, const Source& source, int n_operands, size_t i) {
+  // The step runs on the stream of the parameters' library; it waits for the streams of other operands' libraries, and
+  // where there are such, the host waits for it.
+  void add_on_device(const Tensor& tensor, int device, const Source& source, int n_operands, size_t i) {
     bool known;
     void* const stream = stream_of(py::type::handle_of(source.array(0, i)), device, &known);
-    There& there = devices_.try_emplace({device, stream}, device, stream).first->second;
-    there.wait |= !known;
+    step_.add(tensor, device, stream, stream);
+    bool wait = !known;
     for (int o = 1; o < n_operands; ++o) {
       void* const its = stream_of(py::type::handle_of(source.array(o, i)), device, &known);
-      there.wait |= !known || its != stream;
-      if (its != stream) there.awaited.push_back(its);
+      wait |= !known || its != stream;
+      if (its != stream) step_.wait_for(device, stream, its);
     }
-    return there;
-  }
-
-  void run_on_devices(double max_norm) {
-    if (max_norm > 0) throw py::value_error("max_norm: not for arrays on a device");
-    for (size_t r = 0; r < plan_.rows.size(); ++r) {
-      if (!places_[r]) throw py::value_error("some arrays are on the CPU, others on a device: update them apart");
-      places_[r]->plan.rows.push_back({plan_.rows[r], nullptr, carries_[r], false, true, false});
-    }
-    {
-      py::gil_scoped_release nogil;
-      for (auto& [place, there] : devices_) {
-        there.plan.groups = plan_.groups;
-        there.plan.rates.assign(plan_.groups.size(), {});
-        for (void* stream : there.awaited) there.plan.wait(stream);
-        there.plan.run({}, there.stream);
-        if (there.wait) there.plan.wait(there.stream);
-      }
-    }
-    tell_autograd();
+    if (wait) step_.wait_at_end(device, stream);
   }
 
   // What a group's arrays are called, and the arrays themselves: a list for each operand.
@@ -223,8 +187,8 @@ class Batch {
   };
   Place place(const Extent& e) const {
     int first = e.row;
-    while (first > 0 && plan_.rows[size_t(first) - 1].group == plan_.rows[size_t(e.row)].group) --first;
-    return {sources_[size_t(plan_.rows[size_t(e.row)].group)], e.operand, size_t(e.row - first)};
+    while (first > 0 && group_of_[size_t(first) - 1] == group_of_[size_t(e.row)]) --first;
+    return {sources_[size_t(group_of_[size_t(e.row)])], e.operand, size_t(e.row - first)};
   }
 
   template <class Name>
@@ -234,23 +198,26 @@ class Batch {
   }
 
   template <class Where>
-  static int loop_of(const Kernel& k, const View* v, const Extras& extras, const Where& where) {
-    const Format state = k.n_states ? v[2].format : v[0].format;
-    for (int o = 2; o < 2 + k.n_states; ++o) {
-      const Format expected = !extras.quantised ? state : code_of(word(k.states, o - 2));
+  static KernelId kernel_of(int number, const View* v, const Extras& extras, const Where& where) {
+    const Rule& rule = rule_of(number);
+    const Format state = rule.n_states ? v[2].format : v[0].format;
+    for (int o = 2; o < 2 + rule.n_states; ++o) {
+      const Format expected = !extras.quantised ? state : rule.codes[o - 2];
       if (v[o].format != expected)
         throw py::type_error(where(o) + ": expected dtype " + name_of(expected) +
                              (extras.quantised ? "" : " like " + where(2)) + ", got " + name_of(v[o].format));
     }
     const Form form{v[0].format,   v[1].format,  extras.quantised ? kI8 : state,
                     extras.master, extras.noisy, extras.quantised || extras.noisy_state};
-    int loop = find_loop(k, form);
-    if (loop >= 0) return loop;
+    const KernelId found = find_kernel(number, form);
+    if (found.form >= 0) return found;
     // Name the operand that departs from what the others allow.
     std::string grads, states;
-    for (int l = 0; l < k.n_loops; ++l) {
-      const Form& f = k.loops[l].form;
-      if (!k.loops[l].prepare || f.param != v[0].format || f.master != form.master || f.noisy != form.noisy) continue;
+    int at;
+    const KernelLibrary& l = library_of(number, &at);
+    for (int i = 0; i < l.n_forms; ++i) {
+      const Form& f = l.forms[i];
+      if (!exists({number, i}) || f.param != v[0].format || f.master != form.master || f.noisy != form.noisy) continue;
       auto note = [](std::string& list, const char* s) {
         if (list.find(s) == std::string::npos) list += (list.empty() ? "" : " or ") + std::string(s);
       };
@@ -295,15 +262,14 @@ class Batch {
       if (py::isinstance(o, torch.attr("Tensor"))) torch.attr("autograd").attr("graph").attr("increment_version")(o);
   }
 
-  Plan plan_;
+  Step step_;
+  std::vector<int> group_of_;  // of each tensor that was added
   std::vector<Source> sources_;
   std::vector<std::unique_ptr<Strided>> layouts_;
   std::vector<py::object> keep_, foreign_;
   std::vector<Extent> extents_;
   std::vector<int64_t> layout_, checked_;  // where all operands lie: now, and when they were last found apart
-  std::vector<double*> carries_;
-  std::vector<There*> places_;  // of the rows; nullptr: here
-  std::map<std::pair<int, void*>, There> devices_;
+  bool on_host_ = false, on_devices_ = false;
 };
 
 // The whole of an in-place function's call. The batch is kept, so that its vectors are, too; a call within a call (from
@@ -334,9 +300,9 @@ void update(int kernel, std::vector<double> hyper, bool maximize, py::tuple name
 void bind_batch(py::module_& m) {
   py::class_<Extras>(m, "Extras", "What a group has beyond its rule's own arrays, and how it rounds.")
       .def(py::init([](int master, bool noisy, bool noisy_state, bool quantised, bool ema, double l1, double ema_weight,
-                       uint64_t seed, std::vector<int64_t> streams) {
-             return Extras{Master(master), noisy, noisy_state,       quantised, ema, l1,
-                           ema_weight,     seed,  std::move(streams)};
+                       uint64_t seed, std::vector<int64_t> sequences) {
+             return Extras{Master(master), noisy, noisy_state,         quantised, ema, l1,
+                           ema_weight,     seed,  std::move(sequences)};
            }),
            py::kw_only(), py::arg("master") = 0, py::arg("noisy") = false, py::arg("noisy_state") = false,
            py::arg("quantised") = false, py::arg("ema") = false, py::arg("l1") = 0.0, py::arg("ema_weight") = 0.0,

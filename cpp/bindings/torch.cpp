@@ -11,8 +11,7 @@
 #include "bindings/arrays.h"
 #include "bindings/bind.h"
 #include "bindings/torch_tensor.h"
-#include "cpu/dispatch.h"
-#include "step/device_plan.h"
+#include "step/step.h"
 
 namespace fusedopt {
 namespace {
@@ -30,23 +29,6 @@ struct Source {
   double constant;
 };
 
-// A 0-d tensor that holds a step count or a carried number.
-struct Scalar {
-  char* data = nullptr;
-  Format format = kF32;
-  int device = -1;
-  double get() const {
-    return format == kF64 ? *reinterpret_cast<double*>(data) : double(*reinterpret_cast<float*>(data));
-  }
-  void set(double x) const {
-    if (format == kF64) {
-      *reinterpret_cast<double*>(data) = x;
-    } else {
-      *reinterpret_cast<float*>(data) = float(x);
-    }
-  }
-};
-
 enum Kind { kOurs, kIdle, kForeign };  // updated here; without a gradient so far; left to torch
 
 constexpr int kMaxValues = 12;  // entries of one parameter's state dict that can be watched
@@ -59,12 +41,11 @@ struct Param {
   py::object scales[kMaxStates];       // of quantised states
   py::object step, carry;              // 0-d tensors, or None
   const char* last[kOperands] = {};    // where the operands lay in the last step; only compared
-  Scalar step_at, carry_at;            // of the step that runs
   int64_t done = 0;                    // steps so far, where there is no step tensor
   Kind kind = kIdle;
   int n_values = 0, n_operands = 0, n_scales = 0;
   Parts parts = {};
-  int64_t stream = 0;
+  int64_t sequence = 0;
 };
 
 struct TorchGroup {
@@ -117,7 +98,7 @@ class TorchPlan {
 
   // Adds the next parameter of the last group. operands: the kernel's states, in its order.
   void add_param(py::object tensor, int kind, py::object state, py::list operands, py::object step, py::object carry,
-                 int64_t done, py::object rest, py::object ema, py::list scales, int64_t stream) {
+                 int64_t done, py::object residual, py::object ema, py::list scales, int64_t sequence) {
     Param p;
     p.kind = Kind(kind);
     p.tensor = std::move(tensor);
@@ -129,11 +110,11 @@ class TorchPlan {
       }
     }
     for (py::handle o : operands) p.operands[p.n_operands++] = py::reinterpret_borrow<py::object>(o);
-    p.parts = {p.n_operands, !rest.is_none(), !ema.is_none()};
-    if (p.parts.rest) p.operands[p.n_operands++] = std::move(rest);
+    p.parts = {p.n_operands, !residual.is_none(), !ema.is_none()};
+    if (p.parts.residual) p.operands[p.n_operands++] = std::move(residual);
     if (p.parts.ema) p.operands[p.n_operands++] = std::move(ema);
     for (py::handle s : scales) p.scales[p.n_scales++] = py::reinterpret_borrow<py::object>(s);
-    p.stream = stream;
+    p.sequence = sequence;
     if (!step.is_none()) p.step = std::move(step);
     if (!carry.is_none()) p.carry = std::move(carry);
     p.done = done;
@@ -170,48 +151,14 @@ class TorchPlan {
       grads_.clear();
       return false;
     }
-    DeviceScaling scaling;
-    scaling.unscale = unscale;
-    scaling.max_norm = max_norm;
-    if (!found_inf.is_none()) scaling.found_inf = reinterpret_cast<float*>(scalar(found_inf).data);
-    if (!grad_scale.is_none()) scaling.grad_scale = reinterpret_cast<float*>(scalar(grad_scale).data);
-    if (!norm.is_none()) {
-      const Scalar s = scalar(norm);
-      scaling.norm = s.data;
-      scaling.norm_wide = s.format == kF64;
-    }
-    std::vector<std::pair<DevicePlan*, void*>> devices;
-    for (auto& [device, plan] : devices_) {
-      if (plan->rows.empty()) continue;
-      bool known;
-      plan->groups = plan_.groups;
-      plan->rates = rates_;
-      devices.emplace_back(plan.get(), stream_of(types_[0], device, &known));
-    }
-    // Where no device leaves its norm in the caller's tensor it is found here, as is one over several devices.
-    const bool host = !plan_.rows.empty() || devices.empty() || (max_norm > 0 && !scaling.norm);
+    Scaling scaling{unscale, max_norm};
+    if (!found_inf.is_none()) scaling.found_inf = scalar(found_inf);
+    if (!grad_scale.is_none()) scaling.grad_scale = scalar(grad_scale);
+    if (!norm.is_none()) scaling.norm = scalar(norm);
     {
       py::gil_scoped_release nogil;
-      if (max_norm > 0 && devices.size() + host > 1) {  // one norm over several devices: waits for each
-        const double here = plan_.norm(Team::kTorch, threads);
-        double squares = here * here;
-        for (auto [plan, stream] : devices) {
-          const double there = plan->norm(stream);
-          squares += there * there;
-        }
-        norm_ = sqrt(squares) * fabs(unscale);
-        scaling.unscale *= clip_factor(max_norm, norm_);
-        scaling.max_norm = 0;
-      }
-      if (host) {
-        advance();
-        const double own = plan_.run({scaling.unscale, scaling.max_norm}, Team::kTorch, threads);
-        if (scaling.max_norm > 0 || max_norm == 0) norm_ = own;
-      }
-      for (auto [plan, stream] : devices) plan->run(scaling, stream);
+      norm_ = step_.run(scaling, Team::kTorch, threads);
     }
-    for (Param* p : on_device_) ++p->done;
-    active_.insert(active_.end(), on_device_.begin(), on_device_.end());
     tell_autograd();
     grads_.clear();
     return true;
@@ -350,10 +297,10 @@ class TorchPlan {
   Scalar scalar(const py::object& o) const {
     View v = written(o.ptr());
     if (v.size() != 1 || (v.format != kF32 && v.format != kF64)) throw Stale();
-    return {v.data, v.format, v.device};
+    return {v.data, v.format == kF64, v.device};
   }
   // A learning rate that lies on a device, where steps there read it.
-  bool rate_on_device(PyObject* o, DevicePlan::Rate* rate) const {
+  bool rate_on_device(PyObject* o, Scalar* rate) const {
     if (PyFloat_CheckExact(o) || !open_device_library() || !exact(o)) return false;
     DLTensor t;
     Format format;
@@ -390,10 +337,9 @@ class TorchPlan {
   // nothing else runs.
   void look(py::handle state, const py::list& param_groups) {
     if (py::len(param_groups) != groups_.size()) throw Stale();
-    const DeviceLibrary* library = open_device_library();
+    const DeviceTable* library = open_device_library();
     direct_ = layout_.known() && !(library && library->device_type == kDLCpu);
-    plan_.groups.resize(groups_.size());
-    rates_.assign(groups_.size(), {});
+    step_.groups.resize(groups_.size());
     for (size_t g = 0; g < groups_.size(); ++g) {
       if (PyList_GET_ITEM(param_groups.ptr(), py::ssize_t(g)) != groups_[g].options.ptr()) throw Stale();
       read_options(g);
@@ -409,10 +355,11 @@ class TorchPlan {
       if (truth(group.options, key) != was) throw Stale();
     for (auto& [key, was] : group.same)
       if (get(group.options, key) != was.ptr()) throw Stale();
-    Group& to = plan_.groups[g];
+    Group& to = step_.groups[g];
+    to.lr = {};
     to.hyper.resize(group.hyper.size());
     const Source& lr = group.hyper[0];
-    const bool far = !lr.key.is_none() && lr.index < 0 && rate_on_device(get(group.options, lr.key), &rates_[g]);
+    const bool far = !lr.key.is_none() && lr.index < 0 && rate_on_device(get(group.options, lr.key), &to.lr);
     for (size_t h = far ? 1 : 0; h < group.hyper.size(); ++h) to.hyper[h] = value(group.options, group.hyper[h]);
     to.maximize = truth(group.options, maximize_);
     to.l1 = value(group.options, group.l1);
@@ -423,13 +370,12 @@ class TorchPlan {
   // False: an option had to be read on the way, so that it has to be called again.
   bool look_at_tensors() {
     const NoCollection guard;
-    plan_.rows.clear();
+    step_.clear();
     layouts_.clear();
     layouts_read_.clear();
     grads_.clear();
     active_.clear();
-    on_device_.clear();
-    for (auto& [device, plan] : devices_) plan->rows.clear();
+    streams_.clear();
     bool moved = false;
     for (size_t g = 0; g < groups_.size(); ++g) {
       TorchGroup& group = groups_[g];
@@ -441,21 +387,14 @@ class TorchPlan {
         if (PyList_GET_ITEM(params, py::ssize_t(i)) != p.tensor.ptr()) throw Stale();
         if (p.kind != kForeign) moved |= look(p, int(g), group);
       }
-      if (rates_[g].at && !all_on(rates_[g].device, int(g))) {  // not everybody can read it: waits for it
-        rates_[g] = {};
-        plan_.groups[g].hyper[0] = value(group.options, group.hyper[0]);
+      Group& to = step_.groups[g];
+      if (to.lr.at && !step_.all_on(to.lr.device, int(g))) {  // some tensors cannot read it there: wait for it
+        to.lr = {};
+        to.hyper[0] = value(group.options, group.hyper[0]);
         return false;
       }
     }
     if (moved && !find_conflicts().empty()) throw Stale();
-    return true;
-  }
-
-  // Do all rows of the group looked at last lie on this device?
-  bool all_on(int device, int group) const {
-    if (!plan_.rows.empty() && plan_.rows.back().group == group) return false;
-    for (const auto& [number, plan] : devices_)
-      if (number != device && !plan->rows.empty() && plan->rows.back().row.group == group) return false;
     return true;
   }
 
@@ -544,60 +483,41 @@ class TorchPlan {
         throw Stale();
       scales[k] = reinterpret_cast<float*>(scale.data);
     }
-    if (p.step) p.step_at = scalar(p.step);
-    if (p.carry) p.carry_at = scalar(p.carry);
-    for (const Scalar* s : {&p.step_at, &p.carry_at})
-      if (s->data && s->device != v[0].device) throw Stale();
-    Row row{};
-    row.kernel = group.kernel;
-    row.group = index;
-    row.stream = p.stream;
+    Tensor tensor{};
+    if (p.step) tensor.step = scalar(p.step);
+    if (p.carry) tensor.carry = scalar(p.carry);
+    for (const Scalar* s : {&tensor.step, &tensor.carry})
+      if (s->at && s->device != v[0].device) throw Stale();
+    tensor.group = index;
+    tensor.sequence = p.sequence;
+    tensor.clock.t = p.done;
+    tensor.done = &p.done;
+    tensor.device_counts = true;
     const bool half = size_of(v[0].format) == 2;  // master and noisy are for these alone
-    if ((half && group.master != kNoMaster) != p.parts.rest ||
-        (p.parts.rest && v[2 + p.parts.states].format != rest_format(group.master)))
+    if ((half && group.master != kNoMaster) != p.parts.residual ||
+        (p.parts.residual && v[2 + p.parts.states].format != residual_format(group.master)))
       throw Stale();
     const Format state = p.n_scales ? kI8 : p.parts.states ? v[2].format : v[0].format;
-    row.loop = find_loop(table().kernels[group.kernel],
-                         {v[0].format, v[1].format, state, half ? group.master : kNoMaster, half && group.noisy,
-                          state == kI8 || (size_of(state) == 2 && (group.noisy_state || !half))});
-    if (row.loop < 0) throw Stale();
-    lay_out(v, p.parts, row, layouts_);
-    for (int k = 0; k < p.n_scales; ++k) row.span.scale[k] = scales[k];
+    tensor.kernel = find_kernel(group.kernel,
+                                {v[0].format, v[1].format, state, half ? group.master : kNoMaster, half && group.noisy,
+                                 state == kI8 || (size_of(state) == 2 && (group.noisy_state || !half))});
+    if (tensor.kernel.form < 0) throw Stale();
+    lay_out(v, p.parts, tensor, layouts_);
+    for (int k = 0; k < p.n_scales; ++k) tensor.span.scale[k] = scales[k];
     Extent own = extent_of(v[0], true, 0, 0), its = extent_of(v[1], false, 0, 1);
     if (own.low < its.high && its.low < own.high) throw Stale();
-    if (v[0].device < 0) {
-      prefetch(p.step_at.data);
-      plan_.rows.push_back(row);
-      active_.push_back(&p);
+    if (v[0].device == kHost) {
+      prefetch(tensor.step.at);
+      step_.add(tensor);
     } else {
-      row.clock = {p.done, 0, false};
-      plan_on(v[0].device)
-          .rows.push_back(
-              {row, p.step_at.data, p.carry_at.data, p.step_at.format == kF64, p.carry_at.format == kF64, true});
-      on_device_.push_back(&p);
+      const auto [at, fresh] = streams_.try_emplace(v[0].device, nullptr);
+      bool known;
+      if (fresh) at->second = stream_of(types_[0], v[0].device, &known);
+      step_.add(tensor, v[0].device, nullptr, at->second);
     }
+    active_.push_back(&p);
     grads_.push_back(std::move(grad));
     return moved;
-  }
-
-  void advance() {
-    const Table& t = table();
-    for (size_t r = 0; r < plan_.rows.size(); ++r) {
-      Row& row = plan_.rows[r];
-      Param& p = *active_[r];
-      row.clock = {p.step_at.data ? int64_t(p.step_at.get()) : p.done, p.carry_at.data ? p.carry_at.get() : 0,
-                   p.carry_at.format == kF32};
-      t.kernels[row.kernel].advance(plan_.groups[size_t(row.group)].hyper.data(), row.clock);
-      if (p.step_at.data) p.step_at.set(double(row.clock.t));
-      if (p.carry_at.data) p.carry_at.set(row.clock.carry);
-      p.done = row.clock.t;
-    }
-  }
-
-  DevicePlan& plan_on(int device) {
-    auto& plan = devices_[device];
-    if (!plan) plan = std::make_unique<DevicePlan>(device);
-    return *plan;
   }
 
   void tell_autograd() {
@@ -629,12 +549,11 @@ class TorchPlan {
   py::object grad_ = interned(py::str("grad")), params_ = interned(py::str("params")),
              maximize_ = interned(py::str("maximize"));
 
-  Plan plan_;
+  Step step_;
   std::vector<std::unique_ptr<Strided>> layouts_;
   std::vector<py::object> grads_;
-  std::vector<Param*> active_, on_device_;  // of the rows here and there
-  std::map<int, std::unique_ptr<DevicePlan>> devices_;
-  std::vector<DevicePlan::Rate> rates_;
+  std::vector<Param*> active_;                             // those with a gradient
+  std::map<int, void*> streams_;                           // torch's, by device
   mutable std::deque<std::vector<int64_t>> layouts_read_;  // shapes and strides that no tensor lends
   double norm_ = -1;
 };

@@ -1,75 +1,87 @@
-// Instantiates every rule x formats, the losses and the layers for one instruction set. Compiled once for each
-// (FUSEDOPT_ISA names it); exports one table and nothing else, so no symbol is shared between instruction sets.
+// The kernel library of one instruction set: every rule in every form. Compiled once for each instruction set, which
+// FUSEDOPT_ISA names, in FUSEDOPT_PARTS parts that have some of the rules each; the part 0 exports the library, each
+// part its kernels, and none anything else, so that no symbol is shared between instruction sets.
+#include "cpu/codec.h"
 #include "cpu/sweep.h"
-#include "network/layers.h"
-#include "network/losses.h"
 
 #ifndef FUSEDOPT_ISA
 #error "FUSEDOPT_ISA: baseline, avx2 or avx512"
 #endif
-#define FUSEDOPT_STR_(a) #a
-#define FUSEDOPT_STR(a) FUSEDOPT_STR_(a)
+#ifndef FUSEDOPT_PARTS
+#define FUSEDOPT_PARTS 1
+#define FUSEDOPT_PART 0
+#endif
+#define FUSEDOPT_KERNELS(part) FUSEDOPT_CAT(FUSEDOPT_CAT(FUSEDOPT_CAT(kernels_, FUSEDOPT_ISA), _), part)
 
 namespace fusedopt {
 namespace {
 
-template <class Sweep>
-constexpr Loop loop() {
-  if constexpr (Sweep::exists) {
-    return {Sweep::prepare, Sweep::sweep, Sweep::finish, Sweep::form, Sweep::counts};
+template <class K>
+constexpr HostKernel host_kernel() {
+  if constexpr (K::exists) {
+    return {nullptr, K::prepare, K::sweep};
   } else {
-    return {nullptr, nullptr, nullptr, Sweep::form, false};
+    return {nullptr, nullptr, nullptr};
   }
 }
 
-template <template <class> class Rule>
-struct Loops {
-#define LOOP(W, G, S) loop<Sweep<Rule<W::Weight::Number>, W, G, S>>(),
-  static constexpr Loop all[] = {FUSEDOPT_FORMATS(LOOP)};
-#undef LOOP
-};
-template <template <class> class Rule>
-constexpr Loop Loops<Rule>::all[];
-
-template <template <class> class Rule>
-constexpr Kernel kernel(const char* name) {
-  using R = Rule<double>;
-  return {name,
-          R::hyper,
-          R::states,
-          R::carries,
-          Sweep<R, Plain<F64>, F64, F64>::advance,
-          Loops<Rule>::all,
-          int(sizeof(Loops<Rule>::all) / sizeof(Loop)),
-          words(R::states)};
-}
-
-#define KERNEL(name, Rule) kernel<Rule>(#name),
-constexpr Kernel kernels[] = {FUSEDOPT_RULES(KERNEL)};
+template <template <class> class R>
+struct KernelsOf {
+#define KERNEL(W, G, S) host_kernel<Sweep<R<W::Weight::Number>, W, G, S>>(),
+  static constexpr HostKernel all[] = {FUSEDOPT_FORMATS(KERNEL)};
 #undef KERNEL
+};
 
-constexpr NetworkTable network = {element_losses,
-                                  int(sizeof(element_losses) / sizeof(ElementLoss)),
-                                  FUSEDOPT_BOTH(unfit),
-                                  FUSEDOPT_BOTH(softmax_loss),
-                                  FUSEDOPT_BOTH(penalty),
-                                  FUSEDOPT_BOTH(dropout),
-                                  FUSEDOPT_ACTIVATIONS(forward),
-                                  FUSEDOPT_ACTIVATIONS(backward),
-                                  FUSEDOPT_BOTH(column_sums),
-                                  FUSEDOPT_BOTH(column_squares),
-                                  FUSEDOPT_BOTH(normalize),
-                                  FUSEDOPT_BOTH(normal_sums),
-                                  FUSEDOPT_BOTH(normal_back)};
-
-constexpr Table table = {FUSEDOPT_STR(FUSEDOPT_ISA),
-                         kernels,
-                         int(sizeof(kernels) / sizeof(Kernel)),
-                         {square_sum<F64>, square_sum<F32>, square_sum<BF16>, square_sum<F16>},
-                         &network};
+template <template <class> class R, int number>
+const HostKernel* in_this_part() {
+  if constexpr (number % FUSEDOPT_PARTS == FUSEDOPT_PART) {
+    return KernelsOf<R>::all;
+  } else {
+    return nullptr;
+  }
+}
 
 }  // namespace
 
-const Table* FUSEDOPT_CAT(table_, FUSEDOPT_ISA)() { return &table; }
+// The kernels of one rule, one for each form; nullptr where another part has them.
+const HostKernel* FUSEDOPT_KERNELS(FUSEDOPT_PART)(int rule) {
+#define RULE(name, R) \
+  if (rule == name##_number) return in_this_part<R, name##_number>();
+  FUSEDOPT_RULES(RULE)
+#undef RULE
+  return nullptr;
+}
+
+#if FUSEDOPT_PART == 0
+#if FUSEDOPT_PARTS > 1
+const HostKernel* FUSEDOPT_KERNELS(1)(int rule);
+#endif
+static_assert(FUSEDOPT_PARTS <= 2, "name the other parts");
+
+namespace {
+
+#define FORM(W, G, S) \
+  {finish<Storage<W, W::Weight, W::Weight>>, Codec<Storage<W, G, S>>::decode, Codec<Storage<W, G, S>>::encode},
+constexpr HostForm host_forms[] = {FUSEDOPT_FORMATS(FORM)};
+#undef FORM
+
+const HostKernel* kernels[kRules];
+constexpr HostTable host = {kernels, host_forms, {square_sum<F64>, square_sum<F32>, square_sum<BF16>, square_sum<F16>}};
+constexpr KernelLibrary library = {
+    FUSEDOPT_VERSION, kHostSize, FUSEDOPT_STR(FUSEDOPT_ISA), rules, kRules, forms, kForms, &host, nullptr};
+
+}  // namespace
+
+// Not from several threads at once.
+const KernelLibrary* FUSEDOPT_CAT(library_, FUSEDOPT_ISA)() {
+  for (int r = 0; r < kRules; ++r) {
+    kernels[r] = FUSEDOPT_KERNELS(FUSEDOPT_PART)(r);
+#if FUSEDOPT_PARTS > 1
+    if (!kernels[r]) kernels[r] = FUSEDOPT_KERNELS(1)(r);
+#endif
+  }
+  return &library;
+}
+#endif
 
 }  // namespace fusedopt

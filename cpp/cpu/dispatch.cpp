@@ -1,10 +1,10 @@
 // See dispatch.h.
 #include "cpu/dispatch.h"
 
-#include <stdlib.h>
 #include <string.h>
 
 #include <atomic>
+#include <mutex>
 
 #if defined(_MSC_VER) && defined(_M_X64)
 #include <immintrin.h>
@@ -12,9 +12,15 @@
 #endif
 
 namespace fusedopt {
+
+const KernelLibrary* library_baseline();
+const KernelLibrary* library_avx2();
+const KernelLibrary* library_avx512();
+
 namespace {
 
-enum Level { kBaseline, kAvx2, kAvx512 };
+enum Level { kBaseline, kAvx2, kAvx512, kLevels };
+const char* const names[kLevels] = {"baseline", "avx2", "avx512"};
 
 #if defined(FUSEDOPT_X86) && defined(_MSC_VER)
 Level processor() {
@@ -42,50 +48,130 @@ Level processor() {
 Level processor() { return kBaseline; }
 #endif
 
-struct Usable {
-  const Table* tables[4] = {};
-  int n = 0;
-  Usable() {
-    Level level = processor();
-    (void)level;
-    tables[n++] = table_baseline();
+// A library in its builds for each instruction set, and the number of its first rule.
+struct Entry {
+  const KernelLibrary* by_level[kLevels] = {};
+  int first_rule = 0;
+};
+
+constexpr int kMaxLibraries = 1024;
+
+struct Catalogue {
+  const Level best = processor();
+  Entry entries[kMaxLibraries];
+  std::atomic<int> n{1};
+  std::mutex adding;
+  Catalogue() {
+    Entry& own = entries[0];
+    for (const KernelLibrary*& l : own.by_level) l = library_baseline();
 #if defined(FUSEDOPT_X86)
-    if (level >= kAvx2) tables[n++] = table_avx2();
-    if (level >= kAvx512) tables[n++] = table_avx512();
+    own.by_level[kAvx2] = library_avx2();
+    own.by_level[kAvx512] = library_avx512();
 #endif
   }
 };
 
-const Usable& usable() {
-  static const Usable u;
-  return u;
+Catalogue& catalogue() {
+  static Catalogue* const c = new Catalogue;
+  return *c;
 }
 
-std::atomic<const Table*> chosen{nullptr};
+std::atomic<int> chosen{-1};
 
 }  // namespace
 
-const Table* usable_table(int i) { return i >= 0 && i < usable().n ? usable().tables[i] : nullptr; }
-
-bool use_isa(const char* name) {
-  const Usable& u = usable();
-  if (!name) {
-    chosen.store(u.tables[u.n - 1]);
-    return true;
-  }
-  for (int i = 0; i < u.n; ++i)
-    if (strcmp(u.tables[i]->isa, name) == 0) {
-      chosen.store(u.tables[i]);
-      return true;
-    }
-  return false;
+int isa_in_use() {
+  const int level = chosen.load(std::memory_order_relaxed);
+  return level >= 0 ? level : int(catalogue().best);
 }
 
-const Table& table() {
-  const Table* t = chosen.load(std::memory_order_relaxed);
-  if (t) return *t;
-  use_isa(nullptr);
-  return *chosen.load();
+const char* usable_isa(int i) { return i >= 0 && i <= int(catalogue().best) ? names[i] : nullptr; }
+
+bool use_isa(const char* name) {
+  for (int i = 0; name && usable_isa(i); ++i)
+    if (strcmp(names[i], name) == 0) {
+      chosen = i;
+      return true;
+    }
+  if (!name) chosen = -1;
+  return !name;
+}
+
+const KernelLibrary& library() { return *catalogue().entries[0].by_level[isa_in_use()]; }
+
+const KernelLibrary& library_of(int rule, int* number) {
+  const Catalogue& c = catalogue();
+  int e = 0;
+  if (rule >= c.entries[0].by_level[0]->n_rules)
+    for (e = c.n.load(std::memory_order_acquire) - 1; c.entries[e].first_rule > rule;) --e;
+  *number = rule - c.entries[e].first_rule;
+  return *c.entries[e].by_level[isa_in_use()];
+}
+
+int n_rules() {
+  const Catalogue& c = catalogue();
+  const Entry& last = c.entries[c.n.load(std::memory_order_acquire) - 1];
+  return last.first_rule + last.by_level[0]->n_rules;
+}
+
+const Rule& rule_of(int rule) {
+  int r;
+  return library_of(rule, &r).rules[r];
+}
+const Form& form_of(KernelId id) {
+  int r;
+  return library_of(id.rule, &r).forms[id.form];
+}
+const HostKernel& host_kernel(KernelId id) {
+  int r;
+  const KernelLibrary& l = library_of(id.rule, &r);
+  return l.host->kernels[r][id.form];
+}
+const HostForm& host_form(KernelId id) {
+  int r;
+  return library_of(id.rule, &r).host->forms[id.form];
+}
+bool exists(KernelId id) { return host_kernel(id).update != nullptr; }
+
+KernelId find_kernel(int rule, const Form& form) {
+  int r;
+  const KernelLibrary& l = library_of(rule, &r);
+  for (int f = 0; f < l.n_forms; ++f) {
+    Form wanted = form;
+    if (l.rules[r].n_states == 0) {
+      wanted.state = l.forms[f].state;
+      wanted.noisy_state = l.forms[f].noisy_state;
+    }
+    if (l.forms[f] == wanted && l.host->kernels[r][f].update) return {rule, f};
+  }
+  return {rule, -1};
+}
+
+int add_library(const KernelLibrary* const* by_isa, int n, const char** why) {
+  Catalogue& c = catalogue();
+  std::lock_guard<std::mutex> lock(c.adding);
+  const int at = c.n.load();
+  if (at == kMaxLibraries || n < 1 || !by_isa[0]) {
+    *why = n < 1 || !by_isa[0] ? "a library for the baseline is missing" : "there are too many libraries";
+    return -1;
+  }
+  Entry entry;
+  for (int level = 0; level < kLevels; ++level) {
+    const KernelLibrary* l = level < n && by_isa[level] ? by_isa[level] : entry.by_level[level - 1];
+    if (strcmp(l->version, FUSEDOPT_VERSION) != 0 || l->size != kHostSize || !l->host) {
+      *why = "it belongs to another build of fusedopt";
+      return -1;
+    }
+    if (l->n_rules != by_isa[0]->n_rules || l->n_forms != by_isa[0]->n_forms) {
+      *why = "its builds for the instruction sets differ in rules or forms";
+      return -1;
+    }
+    entry.by_level[level] = l;
+  }
+  entry.first_rule = n_rules();
+  c.entries[at] = entry;
+  c.n.store(at + 1, std::memory_order_release);
+  return entry.first_rule;
 }
 
 }  // namespace fusedopt

@@ -1,11 +1,39 @@
-// Which build of cpu.cpp runs. Chosen once from what the processor has; FUSEDOPT_ISA or use_isa() forces one.
+// The kernel libraries of the host: the module's own, one for each instruction set, and those added at run time. A
+// kernel is named by its rule and its form; which instruction set's code that is follows from the one in use, which is
+// the best that the processor has unless FUSEDOPT_ISA or use_isa() forces another.
 #pragma once
 #include "library.h"
 
 namespace fusedopt {
 
-const Table& table();              // the one in use
-const Table* usable_table(int i);  // those this processor can run, slowest first; nullptr past the last
-bool use_isa(const char* name);    // nullptr: the best again. False when there is no such build or processor.
+// Rules are numbered: the built-in ones first, then those of each added library.
+struct KernelId {
+  int rule, form;
+  bool operator==(const KernelId& o) const { return rule == o.rule && form == o.form; }
+};
+
+// The module's own library, for the instruction set in use.
+const KernelLibrary& library();
+// The library that a rule is in, and its number there.
+const KernelLibrary& library_of(int rule, int* number);
+
+int n_rules();
+const Rule& rule_of(int rule);
+const Form& form_of(KernelId id);
+const HostKernel& host_kernel(KernelId id);
+const HostForm& host_form(KernelId id);
+bool exists(KernelId id);
+// The kernel of a rule for operands stored like that; its form is -1 where there is none. A rule without states ignores
+// what the form says of them.
+KernelId find_kernel(int rule, const Form& form);
+
+// Adds a library: the same rules and forms for each instruction set from baseline up, nullptr where the one below
+// serves. Returns the number of its first rule, or -1 with the reason. What it points to must live as long as the
+// process.
+int add_library(const KernelLibrary* const* by_isa, int n, const char** why);
+
+int isa_in_use();                // 0 baseline, 1 AVX2, 2 AVX-512
+const char* usable_isa(int i);   // those that this processor can run, slowest first; nullptr past the last
+bool use_isa(const char* name);  // nullptr: the best again. False when there is no such build or processor.
 
 }  // namespace fusedopt

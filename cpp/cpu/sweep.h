@@ -1,22 +1,7 @@
 // THE loop: update.h over a span. The compiler vectorises it; `make vectorized` shows where.
 #pragma once
+#include "library.h"
 #include "rules/update.h"
-
-#if defined(__clang__)
-#define FUSEDOPT_INDEPENDENT _Pragma("clang loop vectorize(assume_safety)")
-#elif defined(__GNUC__)
-#define FUSEDOPT_INDEPENDENT _Pragma("GCC ivdep")
-#elif defined(_MSC_VER)
-#define FUSEDOPT_INDEPENDENT __pragma(loop(ivdep))
-#else
-#define FUSEDOPT_INDEPENDENT
-#endif
-
-#if defined(__GNUC__)
-#define FUSEDOPT_APART __attribute__((noinline))
-#else
-#define FUSEDOPT_APART
-#endif
 
 namespace fusedopt {
 namespace {
@@ -54,7 +39,7 @@ template <class Rule, class W, class G, class S>
 struct Blocks {
   using U = Update<Rule, W, G, S>;
   using P = typename W::Weight;
-  using Rest = typename W::Rest;
+  using Residual = typename W::Residual;
   using Ready = typename U::Ready;
   static constexpr int N = U::N;
   static constexpr bool quantised = U::quantised;
@@ -62,7 +47,7 @@ struct Blocks {
   struct Operands {
     typename P::Stored* p;
     const typename G::Stored* g;
-    Rest* rest;
+    Residual* residual;
     typename S::Stored* state[N + 1];
     float* scale[N + 1];
 
@@ -70,7 +55,7 @@ struct Blocks {
       Operands o;
       o.p = p + i;
       o.g = g + i;
-      if constexpr (W::master != kNoMaster) o.rest = rest + i;
+      if constexpr (W::master != kNoMaster) o.residual = residual + i;
       for (int k = 0; k < N; ++k) {
         o.state[k] = state[k] + i;
         o.scale[k] = quantised ? scale[k] + i / kBlock : nullptr;
@@ -84,7 +69,7 @@ struct Blocks {
     Operands o;
     o.p = static_cast<typename P::Stored*>(span.param);
     o.g = static_cast<const typename G::Stored*>(span.grad);
-    o.rest = static_cast<Rest*>(span.rest);
+    o.residual = static_cast<Residual*>(span.residual);
     for (int k = 0; k < N; ++k) {
       o.state[k] = static_cast<typename S::Stored*>(span.state[k]);
       o.scale[k] = span.scale[k];
@@ -103,12 +88,12 @@ struct Blocks {
     const size_t n = size_t(span.n - i);
     typename P::Stored p[kBlock] = {};
     typename G::Stored g[kBlock] = {};
-    Rest rest[kBlock] = {};
+    Residual residual[kBlock] = {};
     typename S::Stored state[N + 1][kBlock] = {};
-    Span copy = {p, g, {}, {}, rest, nullptr, kBlock, span.first + i, span.key};
+    Span copy = {p, g, {}, {}, residual, nullptr, kBlock, span.first + i, span.key};
     memcpy(p, o.p, n * sizeof p[0]);
     memcpy(g, o.g, n * sizeof g[0]);
-    if constexpr (W::master != kNoMaster) memcpy(rest, o.rest, n * sizeof rest[0]);
+    if constexpr (W::master != kNoMaster) memcpy(residual, o.residual, n * sizeof residual[0]);
     for (int k = 0; k < N; ++k) {
       memcpy(state[k], o.state[k], n * sizeof state[k][0]);
       copy.state[k] = state[k];
@@ -116,7 +101,7 @@ struct Blocks {
     }
     sweep(ready, copy);
     memcpy(o.p, p, n * sizeof p[0]);
-    if constexpr (W::master != kNoMaster) memcpy(o.rest, rest, n * sizeof rest[0]);
+    if constexpr (W::master != kNoMaster) memcpy(o.residual, residual, n * sizeof residual[0]);
     for (int k = 0; k < N; ++k) memcpy(o.state[k], state[k], n * sizeof state[k][0]);
   }
 
@@ -131,12 +116,12 @@ struct Blocks {
     uint32_t random[kBlock];
     auto* const p = o.p;  // as locals: bytes may be anything, o included, as far as the compiler knows
     auto* const g = o.g;
-    auto* const rest = o.rest;
+    auto* const residual = o.residual;
     for (int k = 0; quantised && Fast && k < N; ++k)
       if (!usual(*o.scale[k])) return false;
     for (int i = 0; i < kBlock; ++i) {
-      typename W::RestWord r{};
-      if constexpr (W::master != kNoMaster) r = typename W::RestWord(rest[i]);
+      typename W::ResidualWord r{};
+      if constexpr (W::master != kNoMaster) r = typename W::ResidualWord(residual[i]);
       x[i] = W::load(p[i], r);
     }
     for (int i = 0; i < kBlock; ++i) y[i] = G::load(g[i]) * ready.scale;
@@ -145,7 +130,7 @@ struct Blocks {
     for (int i = 0; i < kBlock; ++i) {
       float t[N + 1];
       for (int k = 0; k < N; ++k) t[k] = s[k][i];
-      Apply<N>::to(ready.rule, x[i], y[i], t);
+      apply<N>(ready.rule, x[i], y[i], t);
       for (int k = 0; k < N; ++k) s[k][i] = t[k];
     }
     if constexpr (quantised) {
@@ -157,10 +142,10 @@ struct Blocks {
     FUSEDOPT_INDEPENDENT
     for (int i = 0; i < kBlock; ++i) {
       typename P::Word w;
-      typename W::RestWord r{};
+      typename W::ResidualWord r{};
       W::store(x[i], w, r, P::noisy ? U::bits_of(random[i]) : 0);
       p[i] = typename P::Stored(w);
-      if constexpr (W::master != kNoMaster) rest[i] = Rest(r);
+      if constexpr (W::master != kNoMaster) residual[i] = Residual(r);
     }
     float shift[kBlock];
     for (int i = 0; quantised && i < kBlock; ++i) shift[i] = U::shift_of(random[i]);
@@ -228,13 +213,16 @@ struct Sweep : Update<Rule, W, G, S> {
   using U = Update<Rule, W, G, S>;
   using typename U::P;
   using typename U::Ready;
-  using typename U::Rest;
+  using typename U::Residual;
   using typename U::T;
   using U::blocked, U::element, U::N, U::random;
   static constexpr bool paired =
       sizeof(typename P::Stored) == 2 || sizeof(typename G::Stored) == 2 || sizeof(typename S::Stored) == 2;
 
-  static void sweep(const void* prepared, const Span& span) {
+  static void prepare(const void*, const double* hyper, const Clock& clock, double scale, void* prepared) {
+    U::prepare(hyper, clock, scale, prepared);
+  }
+  static void sweep(const void*, const void* prepared, const Span& span) {
     const Ready& ready = *static_cast<const Ready*>(prepared);
     if constexpr (blocked) {
       Blocks<Rule, W, G, S>::sweep(ready, span);
@@ -246,7 +234,7 @@ struct Sweep : Update<Rule, W, G, S> {
   static void flat(const Ready& ready, const Span& span) {
     auto* p = static_cast<typename P::Stored*>(span.param);
     auto* g = static_cast<const typename G::Stored*>(span.grad);
-    auto* rest = static_cast<Rest*>(span.rest);
+    auto* residual = static_cast<Residual*>(span.residual);
     typename S::Stored* state[N + 1];
     for (int k = 0; k < N; ++k) state[k] = static_cast<typename S::Stored*>(span.state[k]);
     const int64_t n = span.n;
@@ -258,29 +246,29 @@ struct Sweep : Update<Rule, W, G, S> {
       for (int64_t i = 0; i < pairs; ++i) {
         typename P::Word x[2];
         typename G::Word y[2];
-        typename W::RestWord r[2];
+        typename W::ResidualWord r[2];
         typename S::Word s[2][N + 1];
         get2(p, 2 * i, x[0], x[1]);
         get2(g, 2 * i, y[0], y[1]);
-        get2(rest, 2 * i, r[0], r[1]);
+        get2(residual, 2 * i, r[0], r[1]);
         for (int k = 0; k < N; ++k) get2(state[k], 2 * i, s[0][k], s[1][k]);
         const uint32_t both = random ? noise(key, first + uint32_t(i)) : 0;
         element(ready, x[0], r[0], y[0], s[0], both & 0xffffu);
         element(ready, x[1], r[1], y[1], s[1], both >> 16);
         put2(p, 2 * i, x[0], x[1]);
-        put2(rest, 2 * i, r[0], r[1]);
+        put2(residual, 2 * i, r[0], r[1]);
         for (int k = 0; k < N; ++k) put2(state[k], 2 * i, s[0][k], s[1][k]);
       }
       if (n % 2 == 0) return;
       const int64_t i = n - 1;
       typename P::Word x = p[i];
-      typename W::RestWord r{};
-      if constexpr (W::master != kNoMaster) r = typename W::RestWord(rest[i]);
+      typename W::ResidualWord r{};
+      if constexpr (W::master != kNoMaster) r = typename W::ResidualWord(residual[i]);
       typename S::Word s[N + 1];
       for (int k = 0; k < N; ++k) s[k] = state[k][i];
       element(ready, x, r, typename G::Word(g[i]), s, random ? noise_at(key, span.first + i) : 0);
       p[i] = typename P::Stored(x);
-      if constexpr (W::master != kNoMaster) rest[i] = Rest(r);
+      if constexpr (W::master != kNoMaster) residual[i] = Residual(r);
       for (int k = 0; k < N; ++k) state[k][i] = typename S::Stored(s[k]);
     } else {
       FUSEDOPT_INDEPENDENT
@@ -295,37 +283,43 @@ struct Sweep : Update<Rule, W, G, S> {
       }
     }
   }
+};
 
-  // On a span that is still in the cache: proximal l1, then the moving average of the weights.
-  static void finish(const Finish& f, const Span& span) {
-    auto* p = static_cast<typename P::Stored*>(span.param);
-    auto* rest = static_cast<Rest*>(span.rest);
-    const int64_t n = span.n;
-    const uint32_t key = ~span.key;  // the numbers of the update have been used
-    if (f.shrink != 0) {
-      const T shrink = T(f.shrink);
-      FUSEDOPT_INDEPENDENT
-      for (int64_t i = 0; i < n; ++i) {
-        typename P::Word w = p[i];
-        typename W::RestWord r{};
-        if constexpr (W::master != kNoMaster) r = typename W::RestWord(rest[i]);
-        U::threshold(shrink, w, r, P::noisy ? noise_at(key, span.first + i) : 0);
-        p[i] = typename P::Stored(w);
-        if constexpr (W::master != kNoMaster) rest[i] = Rest(r);
-      }
-    }
-    if (span.ema) {
-      auto* ema = static_cast<T*>(span.ema);
-      const T weight = T(f.ema_weight);
-      FUSEDOPT_INDEPENDENT
-      for (int64_t i = 0; i < n; ++i) {
-        typename W::RestWord r{};
-        if constexpr (W::master != kNoMaster) r = typename W::RestWord(rest[i]);
-        ema[i] = U::average(ema[i], typename P::Word(p[i]), r, weight);
-      }
+// What may follow the update, on a span that is still in the cache: proximal l1, then the moving average of the
+// weights.
+template <class St>
+void finish(const Finish& f, const Span& span) {
+  using W = typename St::W;
+  using P = typename St::P;
+  using T = typename St::T;
+  using Residual = typename St::Residual;
+  auto* p = static_cast<typename P::Stored*>(span.param);
+  auto* residual = static_cast<Residual*>(span.residual);
+  const int64_t n = span.n;
+  const uint32_t key = ~span.key;  // the numbers of the update have been used
+  if (f.shrink != 0) {
+    const T shrink = T(f.shrink);
+    FUSEDOPT_INDEPENDENT
+    for (int64_t i = 0; i < n; ++i) {
+      typename P::Word w = p[i];
+      typename W::ResidualWord r{};
+      if constexpr (W::master != kNoMaster) r = typename W::ResidualWord(residual[i]);
+      St::threshold(shrink, w, r, P::noisy ? noise_at(key, span.first + i) : 0);
+      p[i] = typename P::Stored(w);
+      if constexpr (W::master != kNoMaster) residual[i] = Residual(r);
     }
   }
-};
+  if (span.ema) {
+    auto* ema = static_cast<T*>(span.ema);
+    const T weight = T(f.ema_weight);
+    FUSEDOPT_INDEPENDENT
+    for (int64_t i = 0; i < n; ++i) {
+      typename W::ResidualWord r{};
+      if constexpr (W::master != kNoMaster) r = typename W::ResidualWord(residual[i]);
+      ema[i] = St::average(ema[i], typename P::Word(p[i]), r, weight);
+    }
+  }
+}
 
 // Sum of squares in double, over lanes that are the same on every instruction set, then a fixed tree over the lanes.
 template <class F>

@@ -34,7 +34,7 @@ struct DeviceRow {
   void* param;
   void* state[kMaxStates];
   float* scale[kMaxStates];
-  void *rest, *ema;
+  void *residual, *ema;
   int64_t n;
   uint64_t layout;  // 0: dense; else at which word dimensions, shape, then each operand's strides in Row's order begin
   uint64_t group;
@@ -42,10 +42,10 @@ struct DeviceRow {
   void* step;       // on the device, or nullptr: `done` counts
   void* carry;
   uint64_t step_wide, carry_wide;
-  int64_t done;  // belongs to the device once it is there
-  int64_t stream;
-  uint64_t grad;  // its Format
-  int64_t place;  // its number in the order of the norm
+  int64_t done;      // belongs to the device once it is there
+  int64_t sequence;  // of its random numbers
+  uint64_t grad;     // its Format
+  int64_t place;     // its number in the order of the norm
 };
 
 // What the kernel that goes before the update computes for each row.
@@ -68,23 +68,22 @@ struct DeviceTables {
   double* norm;        // before unscaling
 };
 
-// One rule in one combination of formats. All functions return 0 or an error for `message`.
-struct DeviceLoop {
-  int (*prepare)(const DeviceTables& t, int64_t first_row, int64_t rows, void* stream);  // nullptr: does not exist
-  int (*update)(const DeviceTables& t, int64_t first_row, int64_t rows, int64_t first_chunk, int64_t chunks,
-                void* stream);
-  int (*load)();  // both, as a graph may not
-  Form form;
+// One rule in one form. Each function is passed `self`, and returns 0 or an error for `message`.
+struct DeviceKernel {
+  const void* self;
+  // nullptr: the kernel does not exist
+  int (*prepare)(const void* self, const DeviceTables& t, int64_t first_row, int64_t rows, void* stream);
+  int (*update)(const void* self, const DeviceTables& t, int64_t first_row, int64_t rows, int64_t first_chunk,
+                int64_t chunks, void* stream);
+  int (*load)(const void* self);  // both, as a graph may not
 };
 
-struct DeviceLibrary {
-  const char* version;  // of fusedopt
-  size_t size;          // kLibrarySize, as it was when the library was compiled
+// What a kernel library for a device has beside its description.
+struct DeviceTable {
   const char* kind;
-  int32_t device_type;  // DLPack's
-  int out_of_memory;    // the error that says so
-  int n_kernels, n_loops;
-  const DeviceLoop* (*loops)(int kernel);
+  int32_t device_type;                           // DLPack's
+  int out_of_memory;                             // the error that says so
+  const DeviceKernel* (*kernels)(int rule);      // one for each form
   int (*number)(const void* memory);             // the device that it lies on, -1 for the host; nullptr: as DLPack says
   int (*enter)(int device, bool* entered);       // makes it current, unless it is
   int (*leave)();                                // back to the one before, which need not have been in use
@@ -101,8 +100,9 @@ struct DeviceLibrary {
   const char* (*message)(int error);
 };
 
-// Of all that crosses the border.
-constexpr size_t kLibrarySize = sizeof(DeviceLibrary) + sizeof(DeviceHead) + sizeof(DeviceGroup) + sizeof(DeviceRow) +
-                                sizeof(DeviceReady) + sizeof(DeviceTables);
+// Of all that crosses the border to a device.
+constexpr size_t kDeviceSize = sizeof(KernelLibrary) + sizeof(Rule) + sizeof(Form) + sizeof(DeviceTable) +
+                               sizeof(DeviceKernel) + sizeof(DeviceHead) + sizeof(DeviceGroup) + sizeof(DeviceRow) +
+                               sizeof(DeviceReady) + sizeof(DeviceTables);
 
 }  // namespace fusedopt

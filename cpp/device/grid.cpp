@@ -10,48 +10,44 @@
 namespace fusedopt {
 namespace {
 
-#define NUMBER(name, Rule) name##_number,
-enum { FUSEDOPT_RULES(NUMBER) kKernels };
-#undef NUMBER
-
 template <class U>
-int launch_prepare(const DeviceTables& t, int64_t first, int64_t rows, void* stream) {
+int launch_prepare(const void*, const DeviceTables& t, int64_t first, int64_t rows, void* stream) {
   return launch(prepare<U>, (rows + kThreads - 1) / kThreads, kThreads, stream, t, first, rows);
 }
 template <class U>
-int launch_update(const DeviceTables& t, int64_t first_row, int64_t rows, int64_t first_chunk, int64_t chunks,
-                  void* stream) {
+int launch_update(const void*, const DeviceTables& t, int64_t first_row, int64_t rows, int64_t first_chunk,
+                  int64_t chunks, void* stream) {
   return launch(update<U>, chunks, kThreads, stream, t, first_row, rows, first_chunk);
 }
 
 template <class U>
-int load_both() {
+int load_both(const void*) {
   const int error = load(prepare<typename U::Alone>);
   return error ? error : load(update<U>);
 }
 
 template <class U>
-constexpr DeviceLoop loop() {
+constexpr DeviceKernel device_kernel() {
   if constexpr (U::exists) {
-    return {launch_prepare<typename U::Alone>, launch_update<U>, load_both<U>, U::form};
+    return {nullptr, launch_prepare<typename U::Alone>, launch_update<U>, load_both<U>};
   } else {
-    return {nullptr, nullptr, nullptr, U::form};
+    return {nullptr, nullptr, nullptr, nullptr};
   }
 }
 
-template <template <class> class Rule>
-struct Loops {
-#define LOOP(W, G, S) loop<Update<Rule<W::Weight::Number>, W, G, S>>(),
-  static constexpr DeviceLoop all[] = {FUSEDOPT_FORMATS(LOOP)};
-#undef LOOP
+template <template <class> class R>
+struct KernelsOf {
+#define KERNEL(W, G, S) device_kernel<Update<R<W::Weight::Number>, W, G, S>>(),
+  static constexpr DeviceKernel all[] = {FUSEDOPT_FORMATS(KERNEL)};
+#undef KERNEL
 };
-template <template <class> class Rule>
-constexpr DeviceLoop Loops<Rule>::all[];
+template <template <class> class R>
+constexpr DeviceKernel KernelsOf<R>::all[];
 
-template <template <class> class Rule, int number>
-const DeviceLoop* of_this_part() {
+template <template <class> class R, int number>
+const DeviceKernel* of_this_part() {
   if constexpr (number % FUSEDOPT_PARTS == FUSEDOPT_PART) {
-    return Loops<Rule>::all;
+    return KernelsOf<R>::all;
   } else {
     return nullptr;
   }
@@ -59,25 +55,25 @@ const DeviceLoop* of_this_part() {
 
 }  // namespace
 
-// The loops of one rule, in the order of FUSEDOPT_FORMATS; nullptr where another part has them.
-const DeviceLoop* FUSEDOPT_CAT(grid_part_, FUSEDOPT_PART)(int kernel) {
-#define PART(name, Rule) \
-  if (kernel == name##_number) return of_this_part<Rule, name##_number>();
+// The kernels of one rule, one for each form; nullptr where another part has them.
+const DeviceKernel* FUSEDOPT_CAT(grid_part_, FUSEDOPT_PART)(int rule) {
+#define PART(name, R) \
+  if (rule == name##_number) return of_this_part<R, name##_number>();
   FUSEDOPT_RULES(PART)
 #undef PART
   return nullptr;
 }
 
 #if FUSEDOPT_PART == 0
-const DeviceLoop* grid_part_1(int kernel);
-const DeviceLoop* grid_part_2(int kernel);
-const DeviceLoop* grid_part_3(int kernel);
+const DeviceKernel* grid_part_1(int rule);
+const DeviceKernel* grid_part_2(int rule);
+const DeviceKernel* grid_part_3(int rule);
 
 namespace {
 
-const DeviceLoop* loops(int kernel) {
+const DeviceKernel* kernels(int rule) {
   for (auto part : {grid_part_0, grid_part_1, grid_part_2, grid_part_3})
-    if (const DeviceLoop* found = part(kernel)) return found;
+    if (const DeviceKernel* found = part(rule)) return found;
   return nullptr;
 }
 
@@ -112,27 +108,10 @@ int norm(const DeviceTables& t, int64_t rows, int64_t chunks, void* stream) {
   return error ? error : launch(sum_all, 1, kTreeThreads, stream, t, rows);
 }
 
-const DeviceLibrary library = {FUSEDOPT_VERSION,
-                               kLibrarySize,
-                               kKind,
-                               kDeviceType,
-                               kOutOfMemory,
-                               kKernels,
-                               int(sizeof(Loops<Sgd>::all) / sizeof(DeviceLoop)),
-                               loops,
-                               kNumber,
-                               enter,
-                               leave,
-                               ready,
-                               allocate,
-                               release,
-                               upload,
-                               download,
-                               patch,
-                               norm,
-                               capturing,
-                               synchronize,
-                               message};
+const DeviceTable device = {kKind, kDeviceType, kOutOfMemory, kernels,     kNumber, enter,
+                            leave, ready,       allocate,     release,     upload,  download,
+                            patch, norm,        capturing,    synchronize, message};
+const KernelLibrary library = {FUSEDOPT_VERSION, kDeviceSize, kKind, rules, kRules, forms, kForms, nullptr, &device};
 
 }  // namespace
 #endif
@@ -145,7 +124,7 @@ extern "C" __declspec(dllexport)
 #else
 extern "C" __attribute__((visibility("default")))
 #endif
-const fusedopt::DeviceLibrary* fusedopt_device_library() {
+const fusedopt::KernelLibrary* fusedopt_kernel_library() {
   return &fusedopt::library;
 }
 #ifndef __CUDACC__

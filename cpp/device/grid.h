@@ -85,7 +85,7 @@ FUSEDOPT_KERNEL prepare(DeviceTables t, int64_t first, int64_t rows) {
   U::prepare(hyper, clock, group.maximize ? -factor : factor, ready.prepared);
   ready.shrink = hyper[0] * group.l1;
   ready.ema_weight = group.ema_weight;
-  ready.key = noise_key(group.seed, clock.t, row.stream);
+  ready.key = noise_key(group.seed, clock.t, row.sequence);
 }
 
 template <class U>
@@ -95,7 +95,7 @@ struct Grid {
   using S = typename U::S;
   using P = typename U::P;
   using T = typename U::T;
-  using Rest = typename U::Rest;
+  using Residual = typename U::Residual;
   using Ready = typename U::Ready;
   static constexpr int N = U::N;
   template <class Stored>
@@ -110,7 +110,7 @@ struct Grid {
   };
   static constexpr int kSlot = width * int(sizeof(T));
   static constexpr bool kept = W::master != kNoMaster;
-  static constexpr int rest_operand = 2 + N, ema_operand = rest_operand + kept;
+  static constexpr int residual_operand = 2 + N, ema_operand = residual_operand + kept;
 
   // A thread's elements of a row.
   struct Place {
@@ -153,17 +153,17 @@ struct Grid {
   struct Elements {
     Pack<typename P::Stored> p;
     Pack<typename G::Stored> g;
-    Pack<Rest> rest;
+    Pack<Residual> residual;
     Pack<typename S::Stored> state[N + 1];
 
-    FUSEDOPT_DEVICE typename W::RestWord rest_word(int k) const {
-      typename W::RestWord r{};
-      if constexpr (kept) r = typename W::RestWord(rest.x[k]);
+    FUSEDOPT_DEVICE typename W::ResidualWord residual_word(int k) const {
+      typename W::ResidualWord r{};
+      if constexpr (kept) r = typename W::ResidualWord(residual.x[k]);
       return r;
     }
-    FUSEDOPT_DEVICE void set(int k, typename P::Word w, typename W::RestWord r) {
+    FUSEDOPT_DEVICE void set(int k, typename P::Word w, typename W::ResidualWord r) {
       p.x[k] = typename P::Stored(w);
-      if constexpr (kept) rest.x[k] = Rest(r);
+      if constexpr (kept) residual.x[k] = Residual(r);
     }
   };
 
@@ -173,7 +173,7 @@ struct Grid {
     for (int k = 0; k < width; ++k) {
       if (U::random && k % 2 == 0) both = noise(key, uint32_t((i + k) >> 1));
       typename P::Word w = e.p.x[k];
-      typename W::RestWord r = e.rest_word(k);
+      typename W::ResidualWord r = e.residual_word(k);
       typename S::Word s[N + 1];
       FUSEDOPT_UNROLL
       for (int j = 0; j < N; ++j) s[j] = e.state[j].x[k];
@@ -239,11 +239,11 @@ struct Grid {
       if (U::random)
         random[k] = U::part_of(U::block_noise(key, block, (begin + k) % U::numbers), (begin + k) / U::numbers);
       typename P::Word w = e.p.x[k];
-      typename W::RestWord r = e.rest_word(k);
+      typename W::ResidualWord r = e.residual_word(k);
       T x = W::load(w, r), t[N + 1];
       FUSEDOPT_UNROLL
       for (int j = 0; j < N; ++j) t[j] = s[j][k];
-      Apply<N>::to(ready.rule, x, T(G::load(e.g.x[k]) * ready.scale), t);
+      apply<N>(ready.rule, x, T(G::load(e.g.x[k]) * ready.scale), t);
       FUSEDOPT_UNROLL
       for (int j = 0; j < N; ++j) s[j][k] = t[j];
       W::store(x, w, r, P::noisy ? U::bits_of(random[k]) : 0);
@@ -272,7 +272,7 @@ struct Grid {
       at.get(1, grad, e.g);
       FUSEDOPT_UNROLL
       for (int j = 0; j < N; ++j) at.get(2 + j, row.state[j], e.state[j]);
-      if constexpr (kept) at.get(rest_operand, row.rest, e.rest);
+      if constexpr (kept) at.get(residual_operand, row.residual, e.residual);
       if constexpr (U::blocked) {
         blocks(ready, key, at, row.scale, e);
       } else {
@@ -282,7 +282,7 @@ struct Grid {
         FUSEDOPT_UNROLL
         for (int k = 0; k < width; ++k) {
           typename P::Word w = e.p.x[k];
-          typename W::RestWord r = e.rest_word(k);
+          typename W::ResidualWord r = e.residual_word(k);
           U::threshold(shrink, w, r, P::noisy ? noise_at(~key, i + k) : 0);
           e.set(k, w, r);
         }
@@ -290,12 +290,12 @@ struct Grid {
       at.put(0, e.p, row.param);
       FUSEDOPT_UNROLL
       for (int j = 0; j < N; ++j) at.put(2 + j, e.state[j], row.state[j]);
-      if constexpr (kept) at.put(rest_operand, e.rest, row.rest);
+      if constexpr (kept) at.put(residual_operand, e.residual, row.residual);
       if (row.ema) {
         Pack<T> ema;
         at.get(ema_operand, row.ema, ema);
         FUSEDOPT_UNROLL
-        for (int k = 0; k < width; ++k) ema.x[k] = U::average(ema.x[k], e.p.x[k], e.rest_word(k), weight);
+        for (int k = 0; k < width; ++k) ema.x[k] = U::average(ema.x[k], e.p.x[k], e.residual_word(k), weight);
         at.put(ema_operand, ema, row.ema);
       }
     }

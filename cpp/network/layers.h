@@ -1,7 +1,6 @@
 // The loops of a network's layers between the matrix products: bias and activation, their way back, dropout, batch
 // normalisation. Each works on some rows; network.cpp cuts the rows and adds up sums.
 #pragma once
-#include "cpu/sweep.h"
 #include "network/functions.h"
 #include "network/network.h"
 
@@ -173,23 +172,16 @@ void normal_back(const LayerSpan& s) {
   }
 }
 
-// A bijection of 32 bits in which every bit of x reaches every other (multipliers: C. Wellons, lowbias32).
-FUSEDOPT_HD uint32_t mixed(uint32_t x) {
-  x = (x ^ (x >> 16)) * 0x7feb352du;
-  x = (x ^ (x >> 15)) * 0x846ca68bu;
-  return x ^ (x >> 16);
-}
-
 template <class T>
 void dropout(const void* from, void* to, int64_t begin, int64_t n, const DropoutKey& key) {
   auto* x = static_cast<const T*>(from) + begin;
   auto* y = static_cast<T*>(to) + begin;
   const T scale = T(key.scale);
   const uint32_t start = uint32_t(begin), threshold = key.threshold;
-  const uint32_t low = key.low, high = mixed(key.high + uint32_t(uint64_t(begin) >> 32));
+  const uint32_t low = key.low, high = scrambled(key.high + uint32_t(uint64_t(begin) >> 32));
   FUSEDOPT_INDEPENDENT
   for (int64_t i = 0; i < n; ++i) {
-    const uint32_t random = mixed(mixed((start + uint32_t(i)) ^ low) + high);
+    const uint32_t random = scrambled(scrambled((start + uint32_t(i)) ^ low) + high);
     y[i] = random < threshold ? T(0) : x[i] * scale;
   }
 }

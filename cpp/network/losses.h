@@ -1,7 +1,6 @@
 // Losses: value and derivative of ONE element, the registry, and the loops over stretches of them; softmax over rows.
 // In the letters of the docstrings: p a prediction (a logit), y its target, d their difference.
 #pragma once
-#include "cpu/sweep.h"
 #include "network/functions.h"
 #include "network/network.h"
 

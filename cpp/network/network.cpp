@@ -6,10 +6,24 @@
 
 #include "cpu/dispatch.h"
 #include "cpu/float_mode.h"
-#include "step/plan.h"
+#include "step/tensor.h"
 #include "step/threads.h"
 
 namespace fusedopt {
+
+const NetworkTable* network_baseline();
+const NetworkTable* network_avx2();
+const NetworkTable* network_avx512();
+
+const NetworkTable& network_table() {
+#if defined(FUSEDOPT_X86)
+  static const NetworkTable* const tables[] = {network_baseline(), network_avx2(), network_avx512()};
+  return *tables[isa_in_use()];
+#else
+  return *network_baseline();
+#endif
+}
+
 namespace {
 
 constexpr int64_t kGrain = 16384;  // elements worth another thread
@@ -61,7 +75,7 @@ void* moved(void* p, int64_t elements, Format f) {
 }  // namespace
 
 double run_loss(int loss, Format f, const LossSpan& whole, int threads) {
-  auto run = table().network->losses[loss].run[f];
+  auto run = network_table().losses[loss].run[f];
   return sum_blocks(whole.n, kLossBlock, whole.n, threads, [&](int64_t begin, int64_t n) {
     LossSpan s = whole;
     s.begin = begin;
@@ -72,14 +86,14 @@ double run_loss(int loss, Format f, const LossSpan& whole, int threads) {
 
 int64_t count_unfit(Format f, const void* target, int64_t n, Targets targets, int threads) {
   if (targets == kAnyTarget) return 0;
-  auto run = table().network->unfit[f];
+  auto run = network_table().unfit[f];
   return int64_t(sum_blocks(n, kLossBlock, n / 4, threads, [&](int64_t begin, int64_t count) {
     return double(run(moved(target, begin, f), count, targets));
   }));
 }
 
 double run_softmax(Format f, const SoftmaxSpan& whole, int threads) {
-  auto run = table().network->softmax[f];
+  auto run = network_table().softmax[f];
   const int64_t block = std::max<int64_t>(1, kLossBlock / std::max<int64_t>(1, whole.columns));
   return sum_blocks(whole.rows, block, whole.rows * whole.columns, threads, [&](int64_t begin, int64_t n) {
     SoftmaxSpan s = whole;
@@ -96,7 +110,7 @@ double run_softmax(Format f, const SoftmaxSpan& whole, int threads) {
 }
 
 double run_penalty(Format f, const PenaltySpan& whole, int threads) {
-  auto run = table().network->penalty[f];
+  auto run = network_table().penalty[f];
   return sum_blocks(whole.n, kLossBlock, whole.n / 4, threads, [&](int64_t begin, int64_t n) {
     PenaltySpan s = whole;
     s.weights = moved(s.weights, begin, f);
@@ -107,7 +121,7 @@ double run_penalty(Format f, const PenaltySpan& whole, int threads) {
 }
 
 void run_dropout(Format f, const void* x, void* y, int64_t n, const DropoutKey& key, int threads) {
-  auto run = table().network->dropout[f];
+  auto run = network_table().dropout[f];
   const int64_t blocks = (n + kLossBlock - 1) / kLossBlock;
   in_blocks(blocks, n, threads,
             [&](int64_t b) { run(x, y, b * kLossBlock, std::min(kLossBlock, n - b * kLossBlock), key); });

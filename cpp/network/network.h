@@ -4,7 +4,7 @@
 #pragma once
 #include <stdint.h>
 
-#include "rules/formats.h"
+#include "rules/types.h"
 
 namespace fusedopt {
 
@@ -80,6 +80,9 @@ struct NetworkTable {
   void (*normal_sums[kNumbers])(const LayerSpan&);     // of in, then of in * other
   void (*normal_back[kNumbers])(const LayerSpan&);     // out = a (in - b - other c)
 };
+
+// Of the instruction set in use.
+const NetworkTable& network_table();
 
 // Sums of losses, and the rest; the bits do not depend on the number of threads.
 double run_loss(int loss, Format f, const LossSpan& whole, int threads);

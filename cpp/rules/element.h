@@ -2,24 +2,36 @@
 // Nothing here knows about arrays, formats or threads.
 #pragma once
 #include <math.h>
+#include <stddef.h>
 #include <stdint.h>
 #include <string.h>
 
-#if defined(__CUDACC__)
-#define FUSEDOPT_HD __host__ __device__ inline
-#elif defined(__GNUC__)
-// Always: left to itself, GCC stops inlining once enough rules are registered, and such a loop is not vectorised.
-#define FUSEDOPT_HD inline __attribute__((always_inline))
-#elif defined(_MSC_VER)
-#define FUSEDOPT_HD __forceinline
-#else
-#define FUSEDOPT_HD inline
-#endif
+#include "rules/compiler.h"
 
 namespace fusedopt {
 // Internal linkage: every object that includes this keeps its own copy, so code compiled for one instruction set
 // can never be handed to another by the linker.
 namespace {
+
+// The number of words in a text, separated by blanks.
+constexpr int words(const char* s) {
+  int n = 0;
+  for (bool in = false; *s; ++s) {
+    if (*s != ' ' && !in) ++n;
+    in = *s != ' ';
+  }
+  return n;
+}
+
+// 0, 1, ..., N - 1 as a parameter pack. (Nothing of std:: may be compiled once for each instruction set.)
+template <size_t... k>
+struct Indices {};
+template <int N, size_t... k>
+struct IndicesTo : IndicesTo<N - 1, N - 1, k...> {};
+template <size_t... k>
+struct IndicesTo<0, k...> {
+  using type = Indices<k...>;
+};
 
 // a * b + c, rounded once. The compiler contracts nothing by itself; a rule writes fma1 where it means it. (A check of
 // the CUDA code compiles without any: what is fused then is the compiler's doing.)
@@ -69,14 +81,16 @@ FUSEDOPT_HD To bits(From x) {
   return y;
 }
 
-// 32 random bits for place i of the sequence `key`: a counter and a hash (two rounds of multiply and xor-shift, the
-// constants are C. Wellons's lowbias32), so they depend on nothing that was drawn before.
-FUSEDOPT_HD uint32_t noise(uint32_t key, uint32_t i) {
-  uint32_t x = i * 0x9e3779b9u + key;
+// A bijection of 32 bits in which every bit of x reaches every other: two rounds of multiplication and xor-shift with
+// C. Wellons's constants (lowbias32).
+FUSEDOPT_HD uint32_t scrambled(uint32_t x) {
   x = (x ^ (x >> 16)) * 0x7feb352du;
   x = (x ^ (x >> 15)) * 0x846ca68bu;
   return x ^ (x >> 16);
 }
+
+// 32 random bits for position i of the sequence `key`: a counter and a hash, so they depend on nothing drawn before.
+FUSEDOPT_HD uint32_t noise(uint32_t key, uint32_t i) { return scrambled(i * 0x9e3779b9u + key); }
 
 // Mixes two numbers into one (splitmix64's finaliser).
 FUSEDOPT_HD uint64_t mixed(uint64_t a, uint64_t b) {
@@ -87,8 +101,8 @@ FUSEDOPT_HD uint64_t mixed(uint64_t a, uint64_t b) {
 }
 
 // The key of a tensor's random numbers in step t.
-FUSEDOPT_HD uint32_t noise_key(uint64_t seed, int64_t t, int64_t stream) {
-  return uint32_t(mixed(mixed(seed, uint64_t(t)), uint64_t(stream)));
+FUSEDOPT_HD uint32_t noise_key(uint64_t seed, int64_t t, int64_t sequence) {
+  return uint32_t(mixed(mixed(seed, uint64_t(t)), uint64_t(sequence)));
 }
 
 // What gradients of this norm are multiplied by: as torch.nn.utils.clip_grad_norm_, never above 1. NaN stays.

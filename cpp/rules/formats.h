@@ -10,19 +10,9 @@
 // block-quantised state (`Int8`); at the end the combinations that exist.
 #pragma once
 #include "rules/element.h"
+#include "rules/types.h"
 
 namespace fusedopt {
-
-enum Format : int { kF64, kF32, kBF16, kF16, kFloats, kI16 = kFloats, kI8, kU8, kFormats };
-// What is kept of a weight beside the array that the caller sees.
-enum Master : int { kNoMaster, kSplit16, kSplit8, kFloat32, kMasters };
-
-#if defined(__BYTE_ORDER__) && __BYTE_ORDER__ == __ORDER_BIG_ENDIAN__
-constexpr bool kLittleEndian = false;
-#else
-constexpr bool kLittleEndian = true;
-#endif
-constexpr int kBlock = 64;  // elements of a quantised state under one scale
 
 namespace {
 
@@ -115,15 +105,15 @@ struct Noisy : F {
   static FUSEDOPT_HD uint32_t store(float x, uint32_t random) { return F::store_noisy(x, random); }
 };
 
-// --- weights: Rest is what is kept beside the weight; load and store see both ---
+// --- weights: Residual is what is kept beside the weight; load and store see both ---
 
 struct Nothing {};
 
 template <class F>
 struct Plain {
   using Weight = F;
-  using Rest = Nothing;
-  using RestWord = Nothing;
+  using Residual = Nothing;
+  using ResidualWord = Nothing;
   static constexpr Master master = kNoMaster;
   static FUSEDOPT_HD typename F::Number load(typename F::Word w, Nothing) { return F::load(w); }
   static FUSEDOPT_HD void store(typename F::Number x, typename F::Word& w, Nothing&, uint32_t random) {
@@ -135,8 +125,8 @@ struct Plain {
 // float32 rounded half away from zero (to even would leave 65,537 float32 to one weight).
 struct Split16 {
   using Weight = BF16;
-  using Rest = int16_t;
-  using RestWord = uint32_t;
+  using Residual = int16_t;
+  using ResidualWord = uint32_t;
   static constexpr Master master = kSplit16;
   // A weight that somebody has set to 0 or infinity may get a rest that leads out of the numbers: it then has none.
   static FUSEDOPT_HD float join(uint32_t w, uint32_t rest) {
@@ -154,8 +144,8 @@ struct Split16 {
 // The same with 8 bits: a float32 whose last 8 digits are rounded off, half away from zero.
 struct Split8 {
   using Weight = BF16;
-  using Rest = int8_t;
-  using RestWord = int32_t;
+  using Residual = int8_t;
+  using ResidualWord = int32_t;
   static constexpr Master master = kSplit8;
   static FUSEDOPT_HD float load(uint32_t w, int32_t rest) { return Split16::join(w, uint32_t(rest) << 8); }
   static FUSEDOPT_HD void store(float x, uint32_t& w, int32_t& rest, uint32_t) {
@@ -169,8 +159,8 @@ struct Split8 {
 template <class F>
 struct Copied {
   using Weight = F;
-  using Rest = float;
-  using RestWord = float;
+  using Residual = float;
+  using ResidualWord = float;
   static constexpr Master master = kFloat32;
   static FUSEDOPT_HD float load(uint32_t w, float rest) { return F::store(rest) == w ? rest : F::load(w); }
   static FUSEDOPT_HD void store(float x, uint32_t& w, float& rest, uint32_t) {
@@ -274,32 +264,11 @@ struct Encoder {
 // The bits of a number's magnitude: in the numbers' order, NaN on top.
 FUSEDOPT_HD uint32_t size_bits(float x) { return bits<uint32_t>(x) & 0x7fffffffu; }
 
-// The k-th of words separated by blanks, and what follows it.
-constexpr const char* word(const char* s, int k) {
-  for (; k > 0 && *s; ++s)
-    if (*s == ' ') --k;
-  return s;
-}
-
-// How a state of this name is quantised: kI8 with a sign, kU8 a second moment, kFormats not at all.
-constexpr bool same_word(const char* a, const char* b) {
-  for (; *b; ++a, ++b)
-    if (*a != *b) return false;
-  return *a == ' ' || *a == 0;
-}
-constexpr Format code_of(const char* state) {
-  if (same_word(state, "momentum_buffer") || same_word(state, "exp_avg")) return kI8;
-  if (same_word(state, "square_avg") || same_word(state, "sum") || same_word(state, "exp_avg_sq")) return kU8;
-  return kFormats;
-}
-
-constexpr bool quantisable(const char* states) {  // all of them, and there is one
-  if (!*states) return false;
-  for (const char* s = states;; ++s) {
-    if (s == states || s[-1] == ' ')
-      if (code_of(s) == kFormats) return false;
-    if (!*s) return true;
-  }
+// Can all states be quantised?
+constexpr bool quantisable(const Format* codes, int n) {
+  for (int k = 0; k < n; ++k)
+    if (codes[k] == kFormats) return false;
+  return n > 0;
 }
 
 }  // namespace

@@ -4,20 +4,14 @@
 // A rule is a struct with
 //   Hyper      its hyperparameters, all double; `hyper` names them for Python, in that order
 //   states     the names of its arrays, torch's own, in the order of operator()'s arguments
+//   codes      how each of them is quantised in int8 forms: kSigned, kNonNegative, or kNotQuantised
 //   Rule(h, c) computes the constants of a step, in double; c.t counts steps from 1
 //   operator() the update; g is already unscaled, clipped and signed
 #pragma once
 #include "rules/element.h"
+#include "rules/types.h"
 
 namespace fusedopt {
-
-// Where a tensor stands in its own history: the steps done, and one number that a rule may carry along, a product that
-// is stored in single or double precision.
-struct Clock {
-  int64_t t;
-  double carry;
-  bool single;
-};
 
 namespace {
 
@@ -35,6 +29,7 @@ template <class T>
 struct Sgd : NoCarry {
   static constexpr const char* hyper = "lr weight_decay";
   static constexpr const char* states = "";
+  static constexpr Format codes[] = {kNotQuantised};
   struct Hyper {
     double lr, weight_decay;
   };
@@ -48,6 +43,7 @@ template <class T>
 struct Momentum : NoCarry {
   static constexpr const char* hyper = "lr momentum dampening weight_decay nesterov";
   static constexpr const char* states = "momentum_buffer";
+  static constexpr Format codes[] = {kSigned};
   struct Hyper {
     double lr, momentum, dampening, weight_decay, nesterov;
   };
@@ -70,6 +66,7 @@ template <class T>
 struct Adagrad : NoCarry {
   static constexpr const char* hyper = "lr lr_decay weight_decay eps";
   static constexpr const char* states = "sum";
+  static constexpr Format codes[] = {kNonNegative};
   struct Hyper {
     double lr, lr_decay, weight_decay, eps;
   };
@@ -112,6 +109,7 @@ struct RMSpropBase : NoCarry {
 template <class T>
 struct RMSprop : RMSpropBase<T> {
   static constexpr const char* states = "square_avg";
+  static constexpr Format codes[] = {kNonNegative};
   using RMSpropBase<T>::RMSpropBase;
   FUSEDOPT_HD void operator()(T& p, T g, T& v) const {
     g = decayed(g, p, this->decay);
@@ -123,6 +121,7 @@ struct RMSprop : RMSpropBase<T> {
 template <class T>
 struct RMSpropMomentum : RMSpropBase<T> {
   static constexpr const char* states = "square_avg momentum_buffer";
+  static constexpr Format codes[] = {kNonNegative, kSigned};
   using RMSpropBase<T>::RMSpropBase;
   FUSEDOPT_HD void operator()(T& p, T g, T& v, T& b) const {
     g = decayed(g, p, this->decay);
@@ -134,6 +133,7 @@ struct RMSpropMomentum : RMSpropBase<T> {
 template <class T>
 struct RMSpropCentered : RMSpropBase<T> {
   static constexpr const char* states = "square_avg grad_avg";
+  static constexpr Format codes[] = {kNonNegative, kNotQuantised};
   using RMSpropBase<T>::RMSpropBase;
   FUSEDOPT_HD void operator()(T& p, T g, T& v, T& a) const {
     g = decayed(g, p, this->decay);
@@ -145,6 +145,7 @@ struct RMSpropCentered : RMSpropBase<T> {
 template <class T>
 struct RMSpropCenteredMomentum : RMSpropBase<T> {
   static constexpr const char* states = "square_avg momentum_buffer grad_avg";
+  static constexpr Format codes[] = {kNonNegative, kSigned, kNotQuantised};
   using RMSpropBase<T>::RMSpropBase;
   FUSEDOPT_HD void operator()(T& p, T g, T& v, T& b, T& a) const {
     g = decayed(g, p, this->decay);
@@ -178,6 +179,7 @@ template <class T>
 struct Adam : Moments<T> {
   static constexpr const char* hyper = "lr beta1 beta2 eps weight_decay decoupled_weight_decay";
   static constexpr const char* states = "exp_avg exp_avg_sq";
+  static constexpr Format codes[] = {kSigned, kNonNegative};
   struct Hyper {
     double lr, beta1, beta2, eps, weight_decay, decoupled;
   };
@@ -194,6 +196,7 @@ struct Adam : Moments<T> {
 template <class T>
 struct AMSGrad : Adam<T> {
   static constexpr const char* states = "exp_avg exp_avg_sq max_exp_avg_sq";
+  static constexpr Format codes[] = {kSigned, kNonNegative, kNotQuantised};
   using Adam<T>::Adam;
   FUSEDOPT_HD void operator()(T& p, T g, T& m, T& v, T& vmax) const {
     this->average(p, g, m, v);
@@ -207,6 +210,7 @@ template <class T>
 struct NAdam : Moments<T> {
   static constexpr const char* hyper = "lr beta1 beta2 eps weight_decay decoupled_weight_decay momentum_decay";
   static constexpr const char* states = "exp_avg exp_avg_sq";
+  static constexpr Format codes[] = {kSigned, kNonNegative};
   static constexpr bool carries = true;
   struct Hyper {
     double lr, beta1, beta2, eps, weight_decay, decoupled, momentum_decay;
@@ -233,6 +237,7 @@ template <class T>
 struct RAdam : Moments<T> {
   static constexpr const char* hyper = "lr beta1 beta2 eps weight_decay decoupled_weight_decay";
   static constexpr const char* states = "exp_avg exp_avg_sq";
+  static constexpr Format codes[] = {kSigned, kNonNegative};
   struct Hyper {
     double lr, beta1, beta2, eps, weight_decay, decoupled;
   };
@@ -255,6 +260,7 @@ template <class T>
 struct Adamax : NoCarry {
   static constexpr const char* hyper = "lr beta1 beta2 eps weight_decay";
   static constexpr const char* states = "exp_avg exp_inf";
+  static constexpr Format codes[] = {kSigned, kNotQuantised};
   struct Hyper {
     double lr, beta1, beta2, eps, weight_decay;
   };
@@ -278,6 +284,7 @@ template <class T>
 struct Adadelta : NoCarry {
   static constexpr const char* hyper = "lr rho eps weight_decay";
   static constexpr const char* states = "square_avg acc_delta";
+  static constexpr Format codes[] = {kNonNegative, kNotQuantised};
   struct Hyper {
     double lr, rho, eps, weight_decay;
   };
@@ -298,6 +305,7 @@ template <class T>
 struct Lion : NoCarry {
   static constexpr const char* hyper = "lr beta1 beta2 weight_decay";
   static constexpr const char* states = "exp_avg";
+  static constexpr Format codes[] = {kSigned};
   struct Hyper {
     double lr, beta1, beta2, weight_decay;
   };

@@ -2,57 +2,28 @@
 // asked for (l1, the weights' moving average). The CPU's loop (sweep.h) and CUDA's (grid.h) are built on it, so no rule
 // and no rounding is stated twice. Options that belong to every rule live here.
 #pragma once
-#include "library.h"
+#include "rules/formats.h"
+#include "rules/rules.h"
 
 namespace fusedopt {
 namespace {
 
+// A rule with the constants of a step, and the factor of every gradient.
 template <class Rule, class Number>
 struct Prepared {
   Rule rule;
   Number scale;
 };
 
-constexpr int words(const char* s) {
-  int n = 0;
-  for (bool in = false; *s; ++s) {
-    if (*s != ' ' && !in) ++n;
-    in = *s != ' ';
-  }
-  return n;
+// Calls a rule's update with p, g and a reference to each state.
+template <class Rule, class T, size_t... k>
+FUSEDOPT_HD void apply_unpacked(const Rule& rule, T& p, T g, T* s, Indices<k...>) {
+  rule(p, g, s[k]...);
 }
-
-// A rule's update takes p, g and one reference for each state: unpacked by index.
-template <int N>
-struct Apply;
-template <>
-struct Apply<0> {
-  template <class R, class T>
-  static FUSEDOPT_HD void to(const R& r, T& p, T g, T*) {
-    r(p, g);
-  }
-};
-template <>
-struct Apply<1> {
-  template <class R, class T>
-  static FUSEDOPT_HD void to(const R& r, T& p, T g, T* s) {
-    r(p, g, s[0]);
-  }
-};
-template <>
-struct Apply<2> {
-  template <class R, class T>
-  static FUSEDOPT_HD void to(const R& r, T& p, T g, T* s) {
-    r(p, g, s[0], s[1]);
-  }
-};
-template <>
-struct Apply<3> {
-  template <class R, class T>
-  static FUSEDOPT_HD void to(const R& r, T& p, T g, T* s) {
-    r(p, g, s[0], s[1], s[2]);
-  }
-};
+template <int N, class Rule, class T>
+FUSEDOPT_HD void apply(const Rule& rule, T& p, T g, T* s) {
+  apply_unpacked(rule, p, g, s, typename IndicesTo<N>::type());
+}
 
 // The random bits of element i: half of a number that two neighbours share.
 FUSEDOPT_HD uint32_t noise_at(uint32_t key, int64_t i) {
@@ -60,33 +31,66 @@ FUSEDOPT_HD uint32_t noise_at(uint32_t key, int64_t i) {
   return (i & 1) ? both >> 16 : both & 0xffffu;
 }
 
-template <class Rule, class W_, class G_, class S_>
-struct Update {
-  using R = Rule;
+// How the operands of one form are stored, whatever the rule.
+template <class W_, class G_, class S_>
+struct Storage {
   using W = W_;
   using G = G_;
   using S = S_;
   using P = typename W::Weight;
   using T = typename P::Number;
-  using Rest = typename W::Rest;
+  using Residual = typename W::Residual;
+  static constexpr bool quantised = S::format == kI8;
+  static constexpr bool blocked = quantised || W::master == kSplit8;
+  static constexpr bool random = P::noisy || S::noisy;
+  static constexpr Form form = {P::format, G::format, S::format, W::master, P::noisy, S::noisy};
+
+  // Proximal l1: towards zero by `shrink`, and no further.
+  static FUSEDOPT_HD void threshold(T shrink, typename P::Word& w, typename W::ResidualWord& residual,
+                                    uint32_t bits16) {
+    const T x = W::load(w, residual), size = magnitude(x) - shrink;
+    const T less = x < T(0) ? -size : size;
+    W::store(size > T(0) ? less : x != x ? x : T(0), w, residual, bits16);
+  }
+
+  static FUSEDOPT_HD T average(T ema, typename P::Word w, typename W::ResidualWord residual, T weight) {
+    return lerp(ema, T(W::load(w, residual)), weight);
+  }
+
+  // The random bits of the elements of a block, 16 for each, or 8 where only codes are rounded. One random number
+  // serves `parts` elements: number i the elements i, i + numbers, i + 2 numbers, ... Each element shifts its share of
+  // the number into the top bits.
+  static constexpr int bits_each = P::noisy || !quantised ? 16 : 8, parts = 32 / bits_each, numbers = kBlock / parts;
+  static FUSEDOPT_HD uint32_t block_noise(uint32_t key, int64_t block, int i) {
+    return noise(key, uint32_t(block) * numbers + uint32_t(i));
+  }
+  static FUSEDOPT_HD uint32_t part_of(uint32_t number, int k) { return number << (32 - bits_each * (k + 1)); }
+  static FUSEDOPT_HD uint32_t bits_of(uint32_t part) { return part >> 16; }
+  // For a code: the lower 8 of 16 bits, since the upper ones decide how the weight is rounded.
+  static FUSEDOPT_HD float shift_of(uint32_t part) { return code_shift(bits_each == 16 ? part << 8 : part); }
+};
+
+template <class Rule, class W_, class G_, class S_>
+struct Update : Storage<W_, G_, S_> {
+  using Base = Storage<W_, G_, S_>;
+  using R = Rule;
+  using typename Base::G;
+  using typename Base::P;
+  using typename Base::S;
+  using typename Base::T;
+  using typename Base::W;
   using Ready = Prepared<Rule, T>;
   using Wide = typename P::Wide;                        // the format of T itself
   using Alone = Update<Rule, Plain<Wide>, Wide, Wide>;  // with the same constants
   static constexpr int N = words(Rule::states);
   template <int K>
-  using CodeOf = typename Code<code_of(word(Rule::states, K))>::type;
-  static_assert(N <= 3, "give Apply one more case");
+  using CodeOf = typename Code<Rule::codes[K]>::type;
   static_assert(N <= kMaxStates, "raise kMaxStates");
   static_assert(words(Rule::hyper) <= kMaxHyper, "raise kMaxHyper");
+  static_assert(N == 0 || sizeof(Rule::codes) == sizeof(Format) * (N ? N : 1), "name a code for each state");
   static_assert(sizeof(typename Rule::Hyper) == sizeof(double) * words(Rule::hyper), "Hyper and its names differ");
   static_assert(sizeof(Ready) <= kPreparedBytes && alignof(Ready) <= 16, "raise kPreparedBytes");
-
-  static constexpr bool quantised = S::format == kI8;
-  static constexpr bool blocked = quantised || W::master == kSplit8;
-  static constexpr bool random = P::noisy || S::noisy;
-  static constexpr bool counts = blocked || random;
-  static constexpr bool exists = N == 0 ? !S::noisy : !quantised || quantisable(Rule::states);
-  static constexpr Form form = {P::format, G::format, S::format, W::master, P::noisy, S::noisy};
+  static constexpr bool exists = N == 0 ? !S::noisy : !Base::quantised || quantisable(Rule::codes, N);
 
   // Computes the constants of a step; g is multiplied by `scale`.
   static FUSEDOPT_HD void prepare(const double* hyper, const Clock& clock, double scale, void* prepared) {
@@ -103,39 +107,40 @@ struct Update {
     clock.carry = clock.single ? double(float(clock.carry) * float(f)) : clock.carry * f;
   }
 
-  static FUSEDOPT_HD void element(const Ready& ready, typename P::Word& w, typename W::RestWord& rest,
+  static FUSEDOPT_HD void element(const Ready& ready, typename P::Word& w, typename W::ResidualWord& residual,
                                   typename G::Word g, typename S::Word* state, uint32_t bits16) {
-    T x = T(W::load(w, rest));
+    T x = T(W::load(w, residual));
     T s[N + 1];
     for (int k = 0; k < N; ++k) s[k] = T(S::load(state[k]));
-    Apply<N>::to(ready.rule, x, T(G::load(g)) * ready.scale, s);
-    W::store(x, w, rest, bits16);
+    apply<N>(ready.rule, x, T(G::load(g)) * ready.scale, s);
+    W::store(x, w, residual, bits16);
     for (int k = 0; k < N; ++k) state[k] = S::store(s[k], bits16);
   }
-
-  // Proximal l1: towards zero by `shrink`, and no further.
-  static FUSEDOPT_HD void threshold(T shrink, typename P::Word& w, typename W::RestWord& rest, uint32_t bits16) {
-    const T x = W::load(w, rest), size = magnitude(x) - shrink;
-    const T less = x < T(0) ? -size : size;
-    W::store(size > T(0) ? less : x != x ? x : T(0), w, rest, bits16);
-  }
-
-  static FUSEDOPT_HD T average(T ema, typename P::Word w, typename W::RestWord rest, T weight) {
-    return lerp(ema, T(W::load(w, rest)), weight);
-  }
-
-  // The random bits that elements of a block get, in numbers of `parts` each: 16 bits, or 8 where there are only codes
-  // to round. Number i of a block serves its elements i, i + numbers, i + 2 numbers, ...; each finds its own at the
-  // top.
-  static constexpr int bits_each = P::noisy || !quantised ? 16 : 8, parts = 32 / bits_each, numbers = kBlock / parts;
-  static FUSEDOPT_HD uint32_t block_noise(uint32_t key, int64_t block, int i) {
-    return noise(key, uint32_t(block) * numbers + uint32_t(i));
-  }
-  static FUSEDOPT_HD uint32_t part_of(uint32_t number, int k) { return number << (32 - bits_each * (k + 1)); }
-  static FUSEDOPT_HD uint32_t bits_of(uint32_t part) { return part >> 16; }
-  // For a code: of 16 bits the lower 8, since the upper ones decide on the weight.
-  static FUSEDOPT_HD float shift_of(uint32_t part) { return code_shift(bits_each == 16 ? part << 8 : part); }
 };
+
+template <class R>
+void advance(const void*, const double* hyper, Clock& clock) {
+  Update<R, Plain<F64>, F64, F64>::advance(hyper, clock);
+}
+
+template <class R>
+constexpr Rule describe(const char* name) {
+  Rule rule{name, R::hyper, R::states, {}, words(R::states), R::carries, nullptr, advance<R>};
+  for (int k = 0; k < rule.n_states; ++k) rule.codes[k] = R::codes[k];
+  return rule;
+}
+
+// What every kernel library of this build says of itself: the rules, and the forms in which each may be.
+#define FUSEDOPT_RULE(name, R) describe<R<double>>(#name),
+constexpr Rule rules[] = {FUSEDOPT_RULES(FUSEDOPT_RULE)};
+#undef FUSEDOPT_RULE
+#define FUSEDOPT_FORM(W, G, S) Storage<W, G, S>::form,
+constexpr Form forms[] = {FUSEDOPT_FORMATS(FUSEDOPT_FORM)};
+#undef FUSEDOPT_FORM
+#define FUSEDOPT_NUMBER(name, R) name##_number,
+enum { FUSEDOPT_RULES(FUSEDOPT_NUMBER) kRules };
+#undef FUSEDOPT_NUMBER
+constexpr int kForms = int(sizeof(forms) / sizeof(Form));
 
 }  // namespace
 }  // namespace fusedopt

@@ -1,4 +1,4 @@
-"""The compiled core, as cpp/bind*.cpp export it. Written by hand."""
+"""The compiled core, as cpp/bindings/ exports it. Written by hand."""
 
 from collections.abc import Callable, Sequence
 from typing import Any

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 CPP = Path(__file__).parents[2] / "cpp"
+SOURCES = (CPP / "cpu" / "cpu.cpp", CPP / "network" / "kernels.cpp")
 COMPILER = next((c for c in (os.environ.get("CXX"), "c++", "g++", "clang++") if c and shutil.which(c)), None)
 # As in CMakeLists.txt, where the values that decide results are set.
 FLAGS = {
@@ -33,6 +34,7 @@ def objects(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
     def build(isa: str) -> Path:
         out = folder / f"{isa}.o"
+        parts = [folder / f"{isa}-{source.stem}.o" for source in SOURCES]
         command = [
             str(COMPILER),
             "-std=c++17",
@@ -40,9 +42,12 @@ def objects(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
             *FLAGS[isa],
             f"-DFUSEDOPT_ISA={isa}",
             "-DFUSEDOPT_X86",
+            '-DFUSEDOPT_VERSION="symbols"',
             f"-I{CPP}",
         ]
-        subprocess.run([*command, "-c", str(CPP / "cpu" / "cpu.cpp"), "-o", str(out)], check=True, timeout=300)
+        for source, part in zip(SOURCES, parts, strict=True):
+            subprocess.run([*command, "-c", str(source), "-o", str(part)], check=True, timeout=300)
+        subprocess.run(["ld", "-r", *map(str, parts), "-o", str(out)], check=True, timeout=60)
         return out
 
     with ThreadPoolExecutor(2) as pool:
@@ -57,9 +62,10 @@ def symbols(path: Path) -> list[tuple[str, str]]:
 
 
 @pytest.mark.parametrize("isa", FLAGS)
-def test_an_object_exports_its_table_and_nothing_else(objects: dict[str, Path], isa: str) -> None:
+def test_an_object_exports_its_tables_and_nothing_else(objects: dict[str, Path], isa: str) -> None:
     defined = [(kind, name) for kind, name in symbols(objects[isa]) if kind.isupper() and kind not in "UWV"]
-    assert defined == [("T", f"fusedopt::table_{isa}()")]
+    names = (f"kernels_{isa}_0(int)", f"library_{isa}()", f"network_{isa}()")
+    assert sorted(defined) == [("T", f"fusedopt::{name}") for name in names]
 
 
 @pytest.mark.parametrize("isa", FLAGS)

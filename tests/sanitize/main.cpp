@@ -16,7 +16,8 @@
 
 #include "cpu/dispatch.h"
 #include "network/network.h"
-#include "step/plan.h"
+#include "rules/update.h"
+#include "step/step.h"
 #include "step/threads.h"
 
 using namespace fusedopt;
@@ -66,7 +67,7 @@ struct Block {
   char* data() { return memory.get() + start; }
 };
 
-Group group_of(const Kernel& kernel, bool maximize) {
+Group group_of(const Rule& kernel, bool maximize) {
   Group g;
   g.maximize = maximize;
   g.l1 = maximize ? 0.01 : 0;
@@ -94,84 +95,84 @@ struct Problem {
   std::vector<std::unique_ptr<float[]>> scales;
   std::vector<size_t> scale_bytes;
   std::vector<std::unique_ptr<Strided>> layouts;
-  Plan plan;
-  int operands;  // of a row: param, grad, states, what is kept beside the weight, its average
+  std::vector<Tensor> tensors;
+  Step step;
+  int operands;  // of a tensor: param, grad, states, what is kept beside the weight, its average
   bool ema;      // of every other combination
 
-  Problem(int kernel, int loop, const std::vector<int64_t>& lengths, bool with_strided) {
-    const Kernel& k = usable_table(0)->kernels[kernel];
-    ema = loop % 2;
-    operands = 2 + k.n_states + (k.loops[loop].form.master != kNoMaster) + ema;
-    plan.groups = {group_of(k, false), group_of(k, true)};
-    Random r{uint64_t(kernel * 100 + loop)};
-    for (int64_t n : lengths) dense(k, kernel, loop, n, r);
+  Problem(int rule, int form, const std::vector<int64_t>& lengths, bool with_strided) {
+    const Rule& k = rule_of(rule);
+    ema = form % 2;
+    operands = 2 + k.n_states + (form_of({rule, form}).master != kNoMaster) + ema;
+    step.groups = {group_of(k, false), group_of(k, true)};
+    Random r{uint64_t(rule * 100 + form)};
+    for (int64_t n : lengths) dense(k, {rule, form}, n, r);
     if (with_strided) {
-      strided(k, kernel, loop, {5, 7, 3}, r);
-      strided(k, kernel, loop, {41, 37}, r);
-      strided(k, kernel, loop, {1301}, r);
+      strided(k, {rule, form}, {5, 7, 3}, r);
+      strided(k, {rule, form}, {41, 37}, r);
+      strided(k, {rule, form}, {1301}, r);
     }
   }
 
-  Row& add(int kernel, int loop, int64_t n) {
-    Row row = {};
-    row.kernel = kernel, row.loop = loop, row.group = int(plan.rows.size() % 2), row.span.n = n;
-    row.clock.carry = 1;
-    const Kernel& k = usable_table(0)->kernels[kernel];
-    for (size_t t = 0; t <= plan.rows.size() % 3; ++t)
-      k.advance(plan.groups[size_t(row.group)].hyper.data(), row.clock);
-    plan.rows.push_back(row);
-    return plan.rows.back();
+  Tensor& add(const Rule& k, KernelId id, int64_t n) {
+    Tensor t = {};
+    t.kernel = id, t.group = int(tensors.size() % 2), t.span.n = n;
+    t.clock.carry = 1;
+    for (size_t i = 0; i < tensors.size() % 3; ++i)
+      k.advance(k.self, step.groups[size_t(t.group)].hyper.data(), t.clock);
+    tensors.push_back(t);
+    return tensors.back();
   }
 
-  Format format(const Kernel& k, int loop, int operand) const {
-    const Form& f = k.loops[loop].form;
+  Format format(const Rule& k, KernelId id, int operand) const {
+    const Form& f = form_of(id);
     if (operand < 2) return operand == 0 ? f.param : f.grad;
     if (operand < 2 + k.n_states) return f.state;
-    return ema && operand == operands - 1 ? ema_format(f.param) : rest_format(f.master);
+    return ema && operand == operands - 1 ? ema_format(f.param) : residual_format(f.master);
   }
 
-  void set(const Kernel& k, Row& row, int operand, char* data) const {
+  void set(const Rule& k, Tensor& t, int operand, char* data) const {
     if (operand == 0) {
-      row.span.param = data;
+      t.span.param = data;
     } else if (operand == 1) {
-      row.span.grad = data;
+      t.span.grad = data;
     } else if (operand < 2 + k.n_states) {
-      row.span.state[operand - 2] = data;
+      t.span.state[operand - 2] = data;
     } else {
-      (ema && operand == operands - 1 ? row.span.ema : row.span.rest) = data;
+      (ema && operand == operands - 1 ? t.span.ema : t.span.residual) = data;
     }
   }
 
-  // Exactly as many scales as the row has blocks.
-  void add_scales(const Kernel& k, Row& row) {
-    row.stream = int64_t(plan.rows.size());
-    if (k.loops[row.loop].form.state != kI8) return;
+  // Exactly as many scales as the tensor has blocks.
+  void add_scales(const Rule& k, Tensor& tensor) {
+    tensor.sequence = int64_t(tensors.size());
+    if (form_of(tensor.kernel).state != kI8) return;
     for (int s = 0; s < k.n_states; ++s) {
-      const size_t n = size_t(row.span.n + kBlock - 1) / kBlock;
+      const size_t n = size_t(tensor.span.n + kBlock - 1) / kBlock;
       scales.emplace_back(new float[n]);
       scale_bytes.push_back(n * sizeof(float));
       std::fill_n(scales.back().get(), n, 0.75f);
-      row.span.scale[s] = scales.back().get();
+      tensor.span.scale[s] = scales.back().get();
     }
   }
 
-  void dense(const Kernel& k, int kernel, int loop, int64_t n, Random& r) {
-    Row& row = add(kernel, loop, n);
+  void dense(const Rule& k, KernelId id, int64_t n, Random& r) {
+    Tensor& tensor = add(k, id, n);
     for (int o = 0; o < operands; ++o) {
-      blocks.emplace_back(format(k, loop, o), n, int64_t(r.next() % 19), r);
-      set(k, row, o, blocks.back().data());
+      blocks.emplace_back(format(k, id, o), n, int64_t(r.next() % 19), r);
+      set(k, tensor, o, blocks.back().data());
     }
-    add_scales(k, row);
+    add_scales(k, tensor);
   }
 
   // Every operand in a layout of its own: axes in another order, some reversed, with gaps.
-  void strided(const Kernel& k, int kernel, int loop, const std::vector<int64_t>& shape, Random& r) {
+  void strided(const Rule& k, KernelId id, const std::vector<int64_t>& shape, Random& r) {
     int64_t n = 1;
     for (int64_t s : shape) n *= s;
-    Row& row = add(kernel, loop, n);
+    Tensor& tensor = add(k, id, n);
     layouts.push_back(std::make_unique<Strided>());
     Strided& s = *layouts.back();
-    row.strided = &s;
+    tensor.strided = &s;
     s.n = operands, s.ndim = int(shape.size());
     for (int d = 0; d < s.ndim; ++d) s.shape[d] = shape[size_t(d)];
     for (int o = 0; o < operands; ++o) {
@@ -184,10 +185,10 @@ struct Problem {
       }
       int64_t span = 1;
       for (int d = 0; d < s.ndim; ++d) span += llabs(s.stride[o][d]) * (s.shape[d] - 1);
-      blocks.emplace_back(format(k, loop, o), span, 0, r);
-      set(k, row, o, blocks.back().data() + start * int64_t(size_of(format(k, loop, o))));
+      blocks.emplace_back(format(k, id, o), span, 0, r);
+      set(k, tensor, o, blocks.back().data() + start * int64_t(size_of(format(k, id, o))));
     }
-    add_scales(k, row);
+    add_scales(k, tensor);
   }
 
   std::vector<std::string> bytes() const {
@@ -201,9 +202,12 @@ struct Problem {
   // The bytes after two steps, or those before.
   std::vector<std::string> run(double max_norm, int threads) {
     for (int i = 0; i < 2; ++i) {
+      step.clear();
+      for (const Tensor& t : tensors) step.add(t);
       Scaling scaling;
       scaling.max_norm = max_norm;
-      double norm = plan.run(scaling, Team::kOurs, threads);
+      double norm = step.run(scaling, Team::kOurs, threads);
+      tensors = step.host();
       expect(max_norm > 0 ? isfinite(norm) : norm == -1, "norm");
     }
     return bytes();
@@ -212,41 +216,105 @@ struct Problem {
 
 const std::vector<int64_t> kLengths = {0, 1, 2, 3, 5, 8, 13, 15, 16, 17, 31, 33, 64, 65, 127, 200, 4097, 0, 7};
 
-void same_bytes_every_way(int kernel, int loop) {
-  const std::string name = std::string(usable_table(0)->kernels[kernel].name) + " loop " + std::to_string(loop);
+void same_bytes_every_way(int rule, int form) {
+  const std::string name = std::string(rule_of(rule).name) + " form " + std::to_string(form);
   auto lengths = kLengths;
-  if (loop == 1) lengths.push_back(70001);  // enough work for several threads
+  if (form == 1) lengths.push_back(70001);  // enough work for several threads
   for (double max_norm : {0.0, 0.5}) {
     use_isa("baseline");
-    Problem first(kernel, loop, lengths, true);
-    const Form& form = usable_table(0)->kernels[kernel].loops[loop].form;
+    Problem first(rule, form, lengths, true);
+    const Format param = form_of({rule, form}).param;
     const auto before = first.bytes(), want = first.run(max_norm, 1);
     for (size_t b = 0; b < first.blocks.size(); ++b) {
       const bool gradient = b % size_t(first.operands) == 1;
       if (gradient) expect(want[b] == before[b], name + ": a gradient was written");
-      if (b % size_t(first.operands) == 0 && !want[b].empty() && first.plan.rows[b / size_t(first.operands)].span.n)
-        expect(want[b] != before[b] || size_of(form.param) == 2, name + ": a parameter did not move");
+      if (b % size_t(first.operands) == 0 && !want[b].empty() && first.tensors[b / size_t(first.operands)].span.n)
+        expect(want[b] != before[b] || size_of(param) == 2, name + ": a parameter did not move");
     }
-    for (int isa = 0; usable_table(isa); ++isa)
+    for (int isa = 0; usable_isa(isa); ++isa)
       for (int threads : {1, 3, 8}) {
-        use_isa(usable_table(isa)->isa);
-        Problem again(kernel, loop, lengths, true);
+        use_isa(usable_isa(isa));
+        Problem again(rule, form, lengths, true);
         expect(again.run(max_norm, threads) == want,
-               name + " on " + usable_table(isa)->isa + ", " + std::to_string(threads) + " threads");
+               name + " on " + usable_isa(isa) + ", " + std::to_string(threads) + " threads");
       }
   }
   use_isa(nullptr);
 }
 
+// A step made of a form's decoding, the rule on numbers, and the form's encoding has the bytes of the kernel.
+template <class R>
+void decoded_and_encoded(int rule, int form, const char* name) {
+  const KernelId id{rule, form};
+  if (!exists(id) || form_of(id).param == kF64) return;
+  const HostKernel& kernel = host_kernel(id);
+  const Rule& description = rule_of(rule);
+  const Group group = group_of(description, false);
+  for (int64_t n : {1, 63, 64, 200}) {
+    Problem a(rule, form, {n}, false), b(rule, form, {n}, false);
+    Span x = a.tensors[0].span, y = b.tensors[0].span;
+    x.key = y.key = 12345;
+    Clock clock = {};
+    clock.carry = 1;
+    description.advance(description.self, group.hyper.data(), clock);
+    alignas(16) char constants[kPreparedBytes];
+    kernel.prepare(kernel.self, group.hyper.data(), clock, 0.5, constants);
+    kernel.update(kernel.self, constants, x);
+    const auto ready = reinterpret_cast<const Prepared<R, float>*>(constants);
+    std::vector<float> numbers(size_t(n) * (2 + kMaxStates));
+    float *p = numbers.data(), *g = p + n;
+    void* states[kMaxStates];
+    for (int k = 0; k < kMaxStates; ++k) states[k] = g + n * (k + 1);
+    host_form(id).decode(y, description.n_states, description.codes, p, g, states);
+    for (int64_t i = 0; i < n; ++i) {
+      float s[kMaxStates + 1];
+      for (int k = 0; k < description.n_states; ++k) s[k] = static_cast<float*>(states[k])[i];
+      apply<words(R::states)>(ready->rule, p[i], g[i] * ready->scale, s);
+      for (int k = 0; k < description.n_states; ++k) static_cast<float*>(states[k])[i] = s[k];
+    }
+    host_form(id).encode(y, description.n_states, description.codes, p, states);
+    expect(a.bytes() == b.bytes(), std::string(name) + " form " + std::to_string(form) + " decoded and encoded");
+  }
+}
+
+void every_form_apart_from_its_rule() {
+  for (int form = 0; form < library().n_forms; ++form) {
+#define RULE(name, R) decoded_and_encoded<R<float>>(name##_number, form, #name);
+    FUSEDOPT_RULES(RULE)
+#undef RULE
+  }
+}
+
+// A library that is added has rules behind the built-in ones, with the same results.
+void added_libraries() {
+  const int own = n_rules();
+  const KernelLibrary* again = &library();
+  const char* why = "";
+  const int first = add_library(&again, 1, &why);
+  expect(first == own && n_rules() == 2 * own, std::string("a library is added: ") + why);
+  for (int rule : {0, own - 1}) {
+    expect(strcmp(rule_of(first + rule).name, rule_of(rule).name) == 0, "an added rule");
+    const auto want = Problem(rule, 1, {70001, 5}, true).run(0.5, 2);
+    expect(Problem(rule, 1, {70001, 5}, true).run(0.5, 2) == want, "a built-in rule beside an added one");
+    Problem added(rule, 1, {70001, 5}, true);
+    for (Tensor& t : added.tensors) t.kernel.rule += first;
+    expect(added.run(0.5, 2) == want, "a kernel of an added library");
+  }
+  KernelLibrary other = *again;
+  other.size += 8;
+  again = &other;
+  expect(add_library(&again, 1, &why) < 0, "a library of another build is refused");
+}
+
 // Steps of several Python threads, as it were: plans of their own, one pool, the instruction set changing under them.
 void several_threads_at_once() {
-  const int kernels = usable_table(0)->n_kernels;
+  const int kernels = library().n_rules;
   const std::vector<int64_t> lengths = {40001, 3, 0, 30011};
   std::vector<std::vector<std::string>> want;
   for (int k = 0; k < kernels; ++k) want.push_back(Problem(k, 1, lengths, true).run(0.5, 1));
   std::atomic<bool> done{false};
   std::thread chooser([&] {
-    for (int i = 0; !done; ++i) use_isa(usable_table(i) ? usable_table(i)->isa : (i = -1, nullptr));
+    for (int i = 0; !done; ++i) use_isa(usable_isa(i) ? usable_isa(i) : (i = -1, nullptr));
   });
   std::vector<std::thread> steppers;
   for (int t = 0; t < 4; ++t)
@@ -265,7 +333,7 @@ void several_threads_at_once() {
 
 void many_small_tensors() {
   const std::vector<int64_t> lengths(1000, 64);
-  for (int kernel = 0; kernel < usable_table(0)->n_kernels; ++kernel) {
+  for (int kernel = 0; kernel < library().n_rules; ++kernel) {
     const auto want = Problem(kernel, 1, lengths, false).run(0, 1);
     for (int threads : {2, 5}) expect(Problem(kernel, 1, lengths, false).run(0, threads) == want, "many small tensors");
   }
@@ -294,7 +362,7 @@ std::vector<char> losses_and_layers(Format f, int64_t rows, int64_t columns, int
   std::vector<char> result;
   auto at = [](Block& block) { return static_cast<void*>(block.memory.get()); };
   auto note = [&](Block& block) { result.insert(result.end(), block.memory.get(), block.memory.get() + block.bytes); };
-  const NetworkTable& t = *table().network;
+  const NetworkTable& t = network_table();
   for (int loss = 0; loss < t.n_losses; ++loss) {
     numbers.push_back(
         run_loss(loss, f, {at(x), at(y), at(weight), at(value), at(out), 0, n, columns, 0.3, 2}, threads));
@@ -340,10 +408,10 @@ void losses_and_layers_every_way() {
     for (auto [rows, columns] : shapes) {
       use_isa("baseline");
       const auto want = losses_and_layers(f, rows, columns, 1);
-      for (int i = 0; const Table* t = usable_table(i); ++i)
+      for (int i = 0; const char* isa = usable_isa(i); ++i)
         for (int threads : {1, 2, 5}) {
-          use_isa(t->isa);
-          expect(losses_and_layers(f, rows, columns, threads) == want, std::string("losses and layers, ") + t->isa);
+          use_isa(isa);
+          expect(losses_and_layers(f, rows, columns, threads) == want, std::string("losses and layers, ") + isa);
         }
     }
   use_isa(nullptr);
@@ -352,16 +420,18 @@ void losses_and_layers_every_way() {
 }  // namespace
 
 int main() {
-  Plan nothing;
-  expect(nothing.run(Scaling{}, Team::kOurs, 4) == -1, "an empty plan");
+  Step nothing;
+  expect(nothing.run(Scaling{}, Team::kOurs, 4) == -1, "an empty step");
   every_part_once();
-  const Table& t = *usable_table(0);
-  for (int kernel = 0; kernel < t.n_kernels; ++kernel)
-    for (int loop = 0; loop < t.kernels[kernel].n_loops; ++loop)
-      if (t.kernels[kernel].loops[loop].prepare) same_bytes_every_way(kernel, loop);
+  const int rules = library().n_rules;
+  for (int rule = 0; rule < rules; ++rule)
+    for (int form = 0; form < library().n_forms; ++form)
+      if (exists({rule, form})) same_bytes_every_way(rule, form);
+  every_form_apart_from_its_rule();
   many_small_tensors();
   losses_and_layers_every_way();
   several_threads_at_once();
-  printf("%d kernels, %d failures\n", t.n_kernels, failures.load());
+  added_libraries();
+  printf("%d rules, %d failures\n", rules, failures.load());
   return failures ? 1 : 0;
 }

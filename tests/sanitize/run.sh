@@ -8,14 +8,15 @@ here=$(cd "$(dirname "$0")" && pwd)
 cpp="$here/../../cpp"
 build="${1:-$here/../../build/sanitize}"
 CXX="${CXX:-c++}"
-common="-std=c++17 -O1 -g1 -fno-omit-frame-pointer -ffp-contract=off -fno-math-errno -Wall -Wextra -pthread -I$cpp"
+common="-std=c++17 -O1 -g1 -fno-omit-frame-pointer -ffp-contract=off -fno-math-errno -Wall -Wextra -pthread -I$cpp -DFUSEDOPT_VERSION=\"sanitize\""
 mkdir -p "$build"
 
 compile() { # name, sanitizers, more flags
   name=$1 sanitizers=$2
   shift 2 # shellcheck disable=SC2086
-  $CXX $common -fsanitize="$sanitizers" -fno-sanitize-recover=all "$@" -DFUSEDOPT_ISA=baseline "$cpp/cpu/cpu.cpp" \
-    "$here/main.cpp" "$cpp/cpu/dispatch.cpp" "$cpp/network/network.cpp" "$cpp/step/plan.cpp" "$cpp/step/threads.cpp" -ldl -o "$build/$name"
+  $CXX $common -fsanitize="$sanitizers" -fno-sanitize-recover=all "$@" -DFUSEDOPT_ISA=baseline "$cpp/cpu/cpu.cpp" "$cpp/network/kernels.cpp" \
+    "$here/main.cpp" "$cpp/cpu/dispatch.cpp" "$cpp/network/network.cpp" "$cpp/step/step.cpp" "$cpp/step/host.cpp" \
+    "$cpp/step/device.cpp" "$cpp/step/tensor.cpp" "$cpp/step/threads.cpp" -ldl -o "$build/$name"
 }
 
 compile races thread -DFUSEDOPT_FEW_FORMATS &

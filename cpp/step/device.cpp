@@ -1,5 +1,5 @@
-// See device_plan.h.
-#include "step/device_plan.h"
+// See device.h.
+#include "step/device.h"
 
 #include <stddef.h>
 #include <string.h>
@@ -25,20 +25,20 @@ namespace {
 
 std::mutex opening;
 std::string path, refusal;
-std::atomic<const DeviceLibrary*> opened{nullptr};
+std::atomic<const DeviceTable*> opened{nullptr};
 bool tried = false;
 
-using Entry = const DeviceLibrary* (*)();
+using Entry = const KernelLibrary* (*)();
 
 Entry entry_of(const std::string& file, std::string* why) {
 #if defined(_WIN32)
   HMODULE module = LoadLibraryA(file.c_str());
   if (!module) *why = "Windows error " + std::to_string(GetLastError());
-  return module ? reinterpret_cast<Entry>(GetProcAddress(module, "fusedopt_device_library")) : nullptr;
+  return module ? reinterpret_cast<Entry>(GetProcAddress(module, "fusedopt_kernel_library")) : nullptr;
 #else
   void* module = dlopen(file.c_str(), RTLD_NOW | RTLD_LOCAL);
   if (!module) *why = dlerror();
-  return module ? reinterpret_cast<Entry>(dlsym(module, "fusedopt_device_library")) : nullptr;
+  return module ? reinterpret_cast<Entry>(dlsym(module, "fusedopt_kernel_library")) : nullptr;
 #endif
 }
 
@@ -110,19 +110,19 @@ void set_device_library(const std::string& file) {
   tried = false;
 }
 
-const DeviceLibrary* device_library(std::string* why) {
+const DeviceTable* device_library(std::string* why) {
   std::lock_guard<std::mutex> lock(opening);
   if (!tried) {
     tried = true;
     if (path.empty()) {
       refusal = "this fusedopt was built without CUDA: pip install it with -C cmake.define.FUSEDOPT_CUDA=ON";
     } else if (Entry entry = entry_of(path, &refusal)) {
-      const DeviceLibrary* found = entry();
-      if (strcmp(found->version, FUSEDOPT_VERSION) != 0 || found->size != kLibrarySize ||
-          found->n_kernels != table().n_kernels || found->n_loops != table().kernels[0].n_loops) {
+      const KernelLibrary* found = entry();
+      if (strcmp(found->version, FUSEDOPT_VERSION) != 0 || found->size != kDeviceSize || !found->device ||
+          found->n_rules != library().n_rules || found->n_forms != library().n_forms) {
         refusal = path + " belongs to another build of fusedopt, " + found->version;
       } else {
-        opened = found;
+        opened = found->device;
       }
     } else if (refusal.empty()) {
       refusal = path + " is no library of fusedopt's";
@@ -132,7 +132,7 @@ const DeviceLibrary* device_library(std::string* why) {
   return opened;
 }
 
-const DeviceLibrary* open_device_library() { return opened.load(std::memory_order_relaxed); }
+const DeviceTable* open_device_library() { return opened.load(std::memory_order_relaxed); }
 
 std::string device_trouble(int device) {
   Turn turn(device);
@@ -148,24 +148,28 @@ bool device_capturing(int device, void* stream) {
   return yes;
 }
 
-DevicePlan::~DevicePlan() {
+DeviceStep::~DeviceStep() {
   if (!memory_) return;
   std::lock_guard<std::mutex> lock(left().mutex);
   left().memory[device_].push_back(memory_);
 }
 
-void DevicePlan::wait(void* stream) {
+void DeviceStep::wait(void* stream) {
   SureTurn turn(device_);
   check(device_library()->synchronize(stream), "waiting for the update");
 }
 
-// Fills words_ and launches_. Rows are sorted by loop, so that each loop is one launch.
-void DevicePlan::describe(const DeviceScaling& s) {
-  const size_t n = rows.size();
+const DeviceKernel& DeviceStep::kernel_of(const Launch& l) {
+  return device_library()->kernels(l.kernel.rule)[l.kernel.form];
+}
+
+// Fills words_ and launches_. Tensors are sorted by kernel, so that each kernel is one launch.
+void DeviceStep::describe(const std::vector<Group>& groups, const Scaling& s) {
+  const size_t n = tensors.size();
   order_.resize(n);
   std::iota(order_.begin(), order_.end(), size_t(0));
-  auto loop_of = [&](size_t r) { return std::make_pair(rows[r].row.kernel, rows[r].row.loop); };
-  auto before = [&](size_t a, size_t b) { return loop_of(a) < loop_of(b); };
+  auto id_of = [&](size_t t) { return std::make_pair(tensors[t].kernel.rule, tensors[t].kernel.form); };
+  auto before = [&](size_t a, size_t b) { return id_of(a) < id_of(b); };
   if (!std::is_sorted(order_.begin(), order_.end(), before)) std::stable_sort(order_.begin(), order_.end(), before);
 
   groups_at_ = words_of(sizeof(DeviceHead));
@@ -174,18 +178,20 @@ void DevicePlan::describe(const DeviceScaling& s) {
   rows_at_ = firsts_at_ + n;
   const size_t layouts_at = rows_at_ + n * words_of(sizeof(DeviceRow));
   described_ = layouts_at;
-  for (const DeviceParam& p : rows)
-    if (p.row.strided) described_ += 1 + size_t(p.row.strided->ndim) * size_t(1 + p.row.strided->n);
+  for (const Tensor& t : tensors)
+    if (t.strided) described_ += 1 + size_t(t.strided->ndim) * size_t(1 + t.strided->n);
   words_.assign(described_, 0);
 
-  put(words_, 0, DeviceHead{s.found_inf, s.grad_scale, s.unscale, s.max_norm, s.norm, s.norm_wide});
+  put(words_, 0,
+      DeviceHead{static_cast<const float*>(s.found_inf.at), static_cast<const float*>(s.grad_scale.at), s.unscale,
+                 s.max_norm, s.norm.at, s.norm.wide});
   for (size_t g = 0; g < groups.size(); ++g) {
     const Group& from = groups[g];
     DeviceGroup to{};
     if (from.hyper.size() > kMaxHyper) throw std::length_error("a rule with more hyperparameters than a group holds");
     std::copy(from.hyper.begin(), from.hyper.end(), to.hyper);
-    to.lr = rates[g].at;
-    to.lr_wide = rates[g].wide;
+    to.lr = from.lr.at;
+    to.lr_wide = from.lr.wide;
     to.maximize = from.maximize;
     to.l1 = from.l1;
     to.ema_weight = from.ema_weight;
@@ -196,42 +202,42 @@ void DevicePlan::describe(const DeviceScaling& s) {
   chunks_ = 0;
   size_t layout = layouts_at;
   for (size_t at = 0; at < n; ++at) {
-    const DeviceParam& p = rows[order_[at]];
-    const Span& span = p.row.span;
+    const Tensor& t = tensors[order_[at]];
+    const Span& span = t.span;
     DeviceRow to{};
     to.param = span.param;
     uintptr_t all = reinterpret_cast<uintptr_t>(span.param) | reinterpret_cast<uintptr_t>(span.grad) |
-                    reinterpret_cast<uintptr_t>(span.rest) | reinterpret_cast<uintptr_t>(span.ema);
+                    reinterpret_cast<uintptr_t>(span.residual) | reinterpret_cast<uintptr_t>(span.ema);
     for (int k = 0; k < kMaxStates; ++k) {
       to.state[k] = span.state[k];
       to.scale[k] = span.scale[k];
       all |= reinterpret_cast<uintptr_t>(span.state[k]);
     }
-    to.rest = span.rest;
+    to.residual = span.residual;
     to.ema = span.ema;
     to.n = span.n;
-    if (const Strided* l = p.row.strided) {
+    if (const Strided* l = t.strided) {
       to.layout = layout;
       words_[layout++] = uint64_t(l->ndim);
       for (int d = 0; d < l->ndim; ++d) words_[layout++] = uint64_t(l->shape[d]);
       for (int o = 0; o < l->n; ++o)
         for (int d = 0; d < l->ndim; ++d) words_[layout++] = uint64_t(l->stride[o][d]);
     }
-    to.vector = all % 16 == 0 && !p.row.strided;
-    to.group = uint64_t(p.row.group);
-    to.step = p.step;
-    to.carry = p.carry;
-    to.step_wide = p.step_wide;
-    to.carry_wide = p.carry_wide;
-    to.done = p.row.clock.t;
-    to.stream = p.row.stream;
-    to.grad = uint64_t(table().kernels[p.row.kernel].loops[p.row.loop].form.grad);
+    to.vector = all % 16 == 0 && !t.strided;
+    to.group = uint64_t(t.group);
+    to.step = t.step.at;
+    to.carry = t.carry.at;
+    to.step_wide = t.step.wide;
+    to.carry_wide = t.carry.wide;
+    to.done = t.clock.t;
+    to.sequence = t.sequence;
+    to.grad = uint64_t(form_of(t.kernel).grad);
     to.place = int64_t(order_[at]);
     put(words_, rows_at_ + at * words_of(sizeof to), to);
     words_[grads_at_ + at] = reinterpret_cast<uintptr_t>(span.grad);
     words_[firsts_at_ + at] = uint64_t(chunks_);
-    if (at == 0 || loop_of(order_[at]) != loop_of(order_[at - 1]))
-      launches_.push_back({p.row.kernel, p.row.loop, int64_t(at), 0, chunks_, 0});
+    if (at == 0 || id_of(order_[at]) != id_of(order_[at - 1]))
+      launches_.push_back({t.kernel, int64_t(at), 0, chunks_, 0});
     Launch& launch = launches_.back();
     ++launch.rows;
     const int64_t chunks = (span.n + kChunk - 1) / kChunk;
@@ -240,11 +246,11 @@ void DevicePlan::describe(const DeviceScaling& s) {
   }
 }
 
-size_t DevicePlan::done_at(size_t row) const {
+size_t DeviceStep::done_at(size_t row) const {
   return rows_at_ + row * words_of(sizeof(DeviceRow)) + offsetof(DeviceRow, done) / 8;
 }
 
-DeviceTables DevicePlan::tables(char* memory) const {
+DeviceTables DeviceStep::tables(char* memory) const {
   auto* w = reinterpret_cast<uint64_t*>(memory);
   DeviceTables t{};
   t.words = reinterpret_cast<const int64_t*>(w);
@@ -254,32 +260,32 @@ DeviceTables DevicePlan::tables(char* memory) const {
   t.firsts = reinterpret_cast<const int64_t*>(w + firsts_at_);
   t.rows = reinterpret_cast<DeviceRow*>(w + rows_at_);
   t.ready = reinterpret_cast<DeviceReady*>(w + (described_ + 1) / 2 * 2);  // aligned to 16
-  t.chunk_sums = reinterpret_cast<double*>(t.ready + rows.size());
+  t.chunk_sums = reinterpret_cast<double*>(t.ready + tensors.size());
   t.row_sums = t.chunk_sums + chunks_;
-  t.norm = t.row_sums + rows.size();
+  t.norm = t.row_sums + tensors.size();
   return t;
 }
 
 // Memory for all that tables() points to, and the kernels that a graph may want to have been loaded.
-char* DevicePlan::allocate(size_t bytes) const {
-  const DeviceLibrary& library = *device_library();
-  check(library.ready(), "loading kernels");
-  for (const Launch& l : launches_) check(library.loops(l.kernel)[l.loop].load(), "loading kernels");
+char* DeviceStep::allocate(size_t bytes) const {
+  const DeviceTable& device = *device_library();
+  check(device.ready(), "loading kernels");
+  for (const Launch& l : launches_) check(kernel_of(l).load(kernel_of(l).self), "loading kernels");
   void* memory = nullptr;
-  check(library.allocate(bytes, &memory), "allocating memory");
+  check(device.allocate(bytes, &memory), "allocating memory");
   return static_cast<char*>(memory);
 }
 
 // Brings what is on the device up to date; where it is.
-DeviceTables DevicePlan::send(void* stream) {
-  const DeviceLibrary& library = *device_library();
+DeviceTables DeviceStep::send(void* stream) {
+  const DeviceTable& device = *device_library();
   bool graph = false;
-  check(library.capturing(stream, &graph), "asking whether a graph is being captured");
+  check(device.capturing(stream, &graph), "asking whether a graph is being captured");
   const size_t needed = size_t(reinterpret_cast<uintptr_t>(tables(nullptr).norm + 1));
   if (graph) {  // It may be replayed at any time, and must find what it was captured with: memory of its own, for good.
     char* memory = allocate(needed);
-    const int error = library.upload(memory, words_.data(), 8 * words_.size(), stream, true);
-    if (error) library.release(memory);
+    const int error = device.upload(memory, words_.data(), 8 * words_.size(), stream, true);
+    if (error) device.release(memory);
     check(error, "describing the tensors");
     return tables(memory);
   }
@@ -287,7 +293,7 @@ DeviceTables DevicePlan::send(void* stream) {
   known_ = false;  // until all is sent
   if (needed > bytes_) {
     free_left(device_);
-    if (memory_) check(library.release(memory_), "freeing memory");
+    if (memory_) check(device.release(memory_), "freeing memory");
     memory_ = nullptr;
     bytes_ = 0;
     memory_ = allocate(needed + needed / 4);
@@ -300,8 +306,8 @@ DeviceTables DevicePlan::send(void* stream) {
     changed = {{0, total}};
   } else {
     total = 0;
-    for (size_t r = 0; r < rows.size(); ++r)
-      if (rows[order_[r]].counted) there_[done_at(r)] = words_[done_at(r)];  // the device knows better
+    for (size_t r = 0; r < tensors.size(); ++r)
+      if (tensors[order_[r]].device_counts) there_[done_at(r)] = words_[done_at(r)];  // the device knows better
     for (size_t i = 0; i < words_.size(); ++i) {
       if (words_[i] == there_[i]) continue;
       if (changed.empty() || i - changed.back().second > kGap) changed.push_back({i, i});
@@ -311,46 +317,49 @@ DeviceTables DevicePlan::send(void* stream) {
   }
   auto* to = reinterpret_cast<uint64_t*>(memory_);
   if (total > kCopyFrom) {
-    check(library.upload(to, words_.data(), 8 * words_.size(), stream, false), "describing the tensors");
+    check(device.upload(to, words_.data(), 8 * words_.size(), stream, false), "describing the tensors");
   } else {
     for (auto [first, last] : changed)
-      check(library.patch(to + first, &words_[first], int64_t(last - first), stream), "describing the tensors");
+      check(device.patch(to + first, &words_[first], int64_t(last - first), stream), "describing the tensors");
   }
   there_.swap(words_);
   known_ = true;
-  for (size_t r = 0; r < rows.size(); ++r)
-    if (!rows[order_[r]].counted) ++there_[done_at(r)];  // as the device will
+  for (size_t r = 0; r < tensors.size(); ++r)
+    if (!tensors[order_[r]].device_counts) ++there_[done_at(r)];  // as the device will
   return tables(memory_);
 }
 
-double DevicePlan::norm(void* stream) {
-  if (rows.empty()) return 0;
+double DeviceStep::norm(const std::vector<Group>& groups, void* stream) {
+  if (tensors.empty()) return 0;
   SureTurn turn(device_);
-  describe({});
+  describe(groups, {});
   const DeviceTables t = send(stream);
-  check(device_library()->norm(t, int64_t(rows.size()), chunks_, stream), "starting the norm");
+  check(device_library()->norm(t, int64_t(tensors.size()), chunks_, stream), "starting the norm");
   double norm;
   check(device_library()->download(&norm, t.norm, sizeof norm, stream), "reading the norm");
   return norm;
 }
 
-void DevicePlan::run(const DeviceScaling& scaling, void* stream) {
-  if (rows.empty()) return;
+void DeviceStep::run(const std::vector<Group>& groups, const Scaling& scaling, void* stream) {
+  if (tensors.empty()) return;
   SureTurn turn(device_);
-  const DeviceLibrary& library = *device_library();
-  describe(scaling);
+  const DeviceTable& device = *device_library();
+  describe(groups, scaling);
   try {
     const DeviceTables t = send(stream);
-    if (scaling.max_norm > 0) check_launch(library.norm(t, int64_t(rows.size()), chunks_, stream), "starting the norm");
+    if (scaling.max_norm > 0)
+      check_launch(device.norm(t, int64_t(tensors.size()), chunks_, stream), "starting the norm");
     for (const Launch& l : launches_)
-      check_launch(library.loops(l.kernel)[l.loop].prepare(t, l.row, l.rows, stream), "starting the update");
+      check_launch(kernel_of(l).prepare(kernel_of(l).self, t, l.row, l.rows, stream), "starting the update");
     for (const Launch& l : launches_)
-      check_launch(library.loops(l.kernel)[l.loop].update(t, l.row, l.rows, l.chunk, l.chunks, stream),
+      check_launch(kernel_of(l).update(kernel_of(l).self, t, l.row, l.rows, l.chunk, l.chunks, stream),
                    "starting the update");
   } catch (...) {
     known_ = false;
     throw;
   }
+  for (const Tensor& t : tensors)
+    if (t.done) ++*t.done;
 }
 
 }  // namespace fusedopt

@@ -1,0 +1,323 @@
+// See host.h.
+#include "step/host.h"
+
+#include <math.h>
+#include <string.h>
+
+#include <algorithm>
+
+#include "cpu/float_mode.h"
+#include "rules/element.h"
+
+namespace fusedopt {
+namespace {
+
+constexpr int64_t kTile = 512;          // elements of a strided walk that are gathered at a time
+constexpr int64_t kTensorCost = 32;     // what starting a tensor costs, in elements
+constexpr int64_t kStepGrain = 49152;   // elements worth another thread: to update,
+constexpr int64_t kNormGrain = 65536;   // to sum up
+constexpr int64_t kLargePart = 262144;  // elements of a part when there are more parts than threads
+constexpr int64_t kSplitAlign = 64;
+constexpr size_t kLine = 64;  // bytes of a cache line
+constexpr int64_t kWorthAligning = 1024;
+constexpr int64_t kPiece = 1024;  // elements after which what follows the update is done
+
+// Calls run(offset in memory, done, length) for stretches of `count` elements from logical position `begin`.
+template <class U, class F>
+void walk(const Strided& s, const int64_t* stride, int64_t begin, int64_t count, F&& run) {
+  int64_t index[kMaxDims], offset = 0;
+  for (int d = s.ndim - 1; d >= 0; --d) {
+    index[d] = begin % s.shape[d];
+    begin /= s.shape[d];
+    offset += index[d] * stride[d];
+  }
+  const int last = s.ndim - 1;
+  for (int64_t done = 0; done < count;) {
+    int64_t length = std::min(s.shape[last] - index[last], count - done);
+    run(offset, done, length);
+    done += length;
+    index[last] += length;
+    offset += length * stride[last];
+    for (int d = last; d > 0 && index[d] == s.shape[d]; --d) {
+      offset += stride[d - 1] - index[d] * stride[d];
+      index[d] = 0;
+      ++index[d - 1];
+    }
+  }
+}
+
+template <class U>
+void gather(const Strided& s, int operand, const void* from, int64_t begin, int64_t count, void* to) {
+  const int64_t step = s.stride[operand][s.ndim - 1];
+  auto* x = static_cast<const U*>(from);
+  auto* y = static_cast<U*>(to);
+  walk<U>(s, s.stride[operand], begin, count, [&](int64_t offset, int64_t done, int64_t length) {
+    for (int64_t i = 0; i < length; ++i) y[done + i] = x[offset + i * step];
+  });
+}
+
+template <class U>
+void scatter(const Strided& s, int operand, const void* from, int64_t begin, int64_t count, void* to) {
+  const int64_t step = s.stride[operand][s.ndim - 1];
+  auto* x = static_cast<const U*>(from);
+  auto* y = static_cast<U*>(to);
+  walk<U>(s, s.stride[operand], begin, count, [&](int64_t offset, int64_t done, int64_t length) {
+    for (int64_t i = 0; i < length; ++i) y[offset + i * step] = x[done + i];
+  });
+}
+
+using Mover = void (*)(const Strided&, int, const void*, int64_t, int64_t, void*);
+template <class F8, class F4, class F2, class F1>
+Mover by_size(size_t size, F8 f8, F4 f4, F2 f2, F1 f1) {
+  return size == 8 ? Mover(f8) : size == 4 ? Mover(f4) : size == 2 ? Mover(f2) : Mover(f1);
+}
+Mover gather_of(Format f) {
+  return by_size(size_of(f), gather<uint64_t>, gather<uint32_t>, gather<uint16_t>, gather<uint8_t>);
+}
+Mover scatter_of(Format f) {
+  return by_size(size_of(f), scatter<uint64_t>, scatter<uint32_t>, scatter<uint16_t>, scatter<uint8_t>);
+}
+
+char* moved(void* p, int64_t elements, Format f) { return static_cast<char*>(p) + elements * int64_t(size_of(f)); }
+const char* moved(const void* p, int64_t elements, Format f) {
+  return static_cast<const char*>(p) + elements * int64_t(size_of(f));
+}
+
+// A kernel for the instruction set in use, with the constants of a step.
+struct Ready {
+  const HostKernel* kernel = nullptr;
+  const HostForm* host_form = nullptr;
+  const Form* form = nullptr;
+  int n_states = 0;
+  const void* constants = nullptr;
+  Finish finish = {};
+
+  void resolve(KernelId id) {
+    kernel = &host_kernel(id);
+    host_form = &fusedopt::host_form(id);
+    form = &form_of(id);
+    n_states = rule_of(id.rule).n_states;
+  }
+  // A span of a tensor's operands, or of a tile, without its pointers.
+  Span span(const Tensor& tensor, uint32_t key, int64_t first, int64_t n) const {
+    Span s{};
+    s.n = n;
+    s.first = first;
+    s.key = key;
+    for (int k = 0; k < n_states; ++k)
+      if (tensor.span.scale[k]) s.scale[k] = tensor.span.scale[k] + first / kBlock;
+    return s;
+  }
+  bool finishes(const Tensor& tensor) const { return finish.shrink != 0 || tensor.span.ema; }
+  void run(const Span& s) const {
+    kernel->update(kernel->self, constants, s);
+    if (finish.shrink != 0 || s.ema) host_form->finish(finish, s);
+  }
+};
+
+void update_dense(const Ready& ready, const Tensor& tensor, uint32_t key, int64_t begin, int64_t end) {
+  const Form& f = *ready.form;
+  auto update = [&](int64_t from, int64_t to) {
+    Span s = ready.span(tensor, key, from, to - from);
+    s.param = moved(tensor.span.param, from, f.param);
+    s.grad = moved(tensor.span.grad, from, f.grad);
+    for (int k = 0; k < ready.n_states; ++k) s.state[k] = moved(tensor.span.state[k], from, f.state);
+    if (tensor.span.residual) s.residual = moved(tensor.span.residual, from, residual_format(f.master));
+    if (tensor.span.ema) s.ema = moved(tensor.span.ema, from, ema_format(f.param));
+    ready.run(s);
+  };
+  if (ready.finishes(tensor)) {  // a piece that stays in the cache between the two loops
+    for (; begin < end; begin += kPiece) update(begin, std::min(begin + kPiece, end));
+    return;
+  }
+  // NumPy's large arrays all begin 16 bytes past a cache line: a short start of its own brings the rest onto lines.
+  const auto address = reinterpret_cast<uintptr_t>(moved(tensor.span.param, begin, f.param));
+  const int64_t head = ready.form->counts() ? 0 : int64_t((kLine - address % kLine) % kLine / size_of(f.param));
+  if (head > 0 && end - begin >= kWorthAligning) {
+    update(begin, begin + head);
+    begin += head;
+  }
+  update(begin, end);
+}
+
+void update_strided(const Ready& ready, const Tensor& tensor, uint32_t key, int64_t begin, int64_t end) {
+  alignas(64) char tile[kOperands][kTile * sizeof(double)];
+  const Form& f = *ready.form;
+  struct Operand {
+    void* data;
+    Format format;
+  } operands[kOperands] = {{tensor.span.param, f.param}, {const_cast<void*>(tensor.span.grad), f.grad}};
+  int n = 2;
+  for (int k = 0; k < ready.n_states; ++k) operands[n++] = {tensor.span.state[k], f.state};
+  if (tensor.span.residual) operands[n++] = {tensor.span.residual, residual_format(f.master)};
+  if (tensor.span.ema) operands[n++] = {tensor.span.ema, ema_format(f.param)};
+  for (; begin < end; begin += kTile) {
+    Span s = ready.span(tensor, key, begin, std::min(kTile, end - begin));
+    s.param = tile[0];
+    s.grad = tile[1];
+    for (int k = 0; k < ready.n_states; ++k) s.state[k] = tile[2 + k];
+    if (tensor.span.residual) s.residual = tile[2 + ready.n_states];
+    if (tensor.span.ema) s.ema = tile[n - 1];
+    for (int o = 0; o < n; ++o)
+      gather_of(operands[o].format)(*tensor.strided, o, operands[o].data, begin, s.n, tile[o]);
+    ready.run(s);
+    for (int o = 0; o < n; ++o)
+      if (o != 1) scatter_of(operands[o].format)(*tensor.strided, o, tile[o], begin, s.n, operands[o].data);
+  }
+}
+
+double block_sum(const HostTable& t, const Tensor& tensor, int64_t begin, int64_t n) {
+  Format f = form_of(tensor.kernel).grad;
+  if (!tensor.strided) return t.square_sum[f](moved(tensor.span.grad, begin, f), n);
+  alignas(64) char tile[kNormBlock * sizeof(double)];
+  gather_of(f)(*tensor.strided, 1, tensor.span.grad, begin, n, tile);
+  return t.square_sum[f](tile, n);
+}
+
+// Adds pairs of neighbours until one is left: a tree whose shape depends on n alone.
+double tree_sum(double* x, int64_t n) {
+  for (; n > 1; n = (n + 1) / 2)
+    for (int64_t i = 0; i < n / 2 + n % 2; ++i) x[i] = 2 * i + 1 < n ? x[2 * i] + x[2 * i + 1] : x[2 * i];
+  return n ? x[0] : 0;
+}
+
+}  // namespace
+
+// What the threads of one pass share. Positions count elements, and kTensorCost more for every tensor.
+struct HostStep::Work {
+  const HostStep& step;
+  const std::vector<Group>* groups;
+  int64_t total;
+  int parts;
+  double* partial;
+
+  int64_t bound(int part) const { return int64_t(double(total) * part / parts); }
+
+  // Calls body(tensor, begin, end) for the tensors and elements that fall to a part.
+  template <class F>
+  void each(int part, int64_t align, F&& body) const {
+    const int64_t from = bound(part), to = part + 1 == parts ? total : bound(part + 1);
+    const auto& first = step.begin_;
+    size_t r = size_t(std::upper_bound(first.begin(), first.end(), from) - first.begin()) - 1;
+    for (; r < step.tensors.size() && first[r] < to; ++r) {
+      const int64_t n = step.tensors[r].span.n;
+      auto element = [&](int64_t position) {
+        int64_t e = position - first[r];
+        return e <= 0 ? 0 : e >= n ? n : e / align * align;
+      };
+      int64_t begin = element(from), end = to >= first[r + 1] ? n : element(to);
+      if (begin < end) body(r, begin, end);
+    }
+  }
+
+  void update(int part) const {
+    alignas(16) char constants[kPreparedBytes];
+    Ready ready;
+    ready.constants = constants;
+    const Tensor* last = nullptr;
+    each(part, kSplitAlign, [&](size_t r, int64_t begin, int64_t end) {
+      const Tensor& tensor = step.tensors[r];
+      if (r + 4 < step.tensors.size()) prefetch_tensor(step.tensors[r + 4]);
+      const Group& group = (*groups)[size_t(tensor.group)];
+      if (!last || last->group != tensor.group || !(last->kernel == tensor.kernel) || last->clock.t != tensor.clock.t ||
+          last->clock.carry != tensor.clock.carry) {
+        if (!last || !(last->kernel == tensor.kernel)) ready.resolve(tensor.kernel);
+        const double scale = step.scale_[size_t(tensor.group)];
+        ready.kernel->prepare(ready.kernel->self, group.hyper.data(), tensor.clock, scale, constants);
+        ready.finish = {group.hyper[0] * group.l1, group.ema_weight};
+        last = &tensor;
+      }
+      const uint32_t key = ready.form->counts() ? noise_key(group.seed, tensor.clock.t, tensor.sequence) : 0;
+      (tensor.strided ? update_strided : update_dense)(ready, tensor, key, begin, end);
+    });
+  }
+
+  // The first lines of a tensor to come: small tensors are over before the processor's own prefetching has begun.
+  static void prefetch_tensor(const Tensor& tensor) {
+    for (int n = 0; n < 4 && n * 16 < tensor.span.n; ++n) {
+      prefetch(line(tensor.span.param, n));
+      prefetch(line(tensor.span.grad, n));
+      for (const void* s : tensor.span.state) prefetch(line(s, n));
+    }
+  }
+
+  void norm(int part) const {
+    each(part, kNormBlock, [&](size_t r, int64_t begin, int64_t end) {
+      double* out = partial + first_block(r);
+      for (int64_t b = begin; b < end; b += kNormBlock)
+        out[b / kNormBlock] =
+            block_sum(*library().host, step.tensors[r], b, std::min(kNormBlock, step.tensors[r].span.n - b));
+    });
+  }
+
+  // Every tensor owns one leaf for each block that it starts; a tensor's leaves begin after those of the tensors before
+  // it.
+  int64_t first_block(size_t r) const { return step.begin_[r] / kNormBlock + int64_t(r); }
+};
+
+int64_t HostStep::split(int64_t grain, int threads, int* parts) {
+  begin_.resize(tensors.size() + 1);
+  int64_t total = 0;
+  for (size_t r = 0; r < tensors.size(); ++r) {
+    begin_[r] = total;
+    total += tensors[r].span.n + kTensorCost;
+  }
+  begin_[tensors.size()] = total;
+  const int64_t elements = total - kTensorCost * int64_t(tensors.size());
+  // As many parts as threads; of a large plan more, for the threads that another process does not hold up.
+  *parts = int(std::max<int64_t>(1, std::min<int64_t>({elements / grain, threads, kMaxParts})));
+  if (elements / *parts > kLargePart) *parts = int(std::min<int64_t>({*parts * 16, elements / kLargePart, kMaxParts}));
+  return total;
+}
+
+double HostStep::norm(Team team, int threads) {
+  FloatMode mode;
+  int parts;
+  int64_t total = split(kNormGrain, threads, &parts);
+  partial_.assign(size_t(total / kNormBlock) + tensors.size() + 1, 0.0);
+  Work work{*this, nullptr, total, parts, partial_.data()};
+  parallel(
+      team, threads, parts,
+      [](void* w, int part) {
+        FloatMode inner;
+        static_cast<Work*>(w)->norm(part);
+      },
+      &work);
+  double sum = 0;
+  for (size_t r = 0; r < tensors.size(); ++r)
+    sum += tree_sum(partial_.data() + work.first_block(r), (tensors[r].span.n + kNormBlock - 1) / kNormBlock);
+  return sqrt(sum);
+}
+
+void HostStep::advance(const std::vector<Group>& groups) {
+  for (Tensor& t : tensors) {
+    if (t.step.at) t.clock.t = int64_t(t.step.get());
+    if (t.carry.at) {
+      t.clock.carry = t.carry.get();
+      t.clock.single = !t.carry.wide;
+    }
+    const Rule& rule = rule_of(t.kernel.rule);
+    rule.advance(rule.self, groups[size_t(t.group)].hyper.data(), t.clock);
+    if (t.step.at) t.step.set(double(t.clock.t));
+    if (t.carry.at) t.carry.set(t.clock.carry);
+    if (t.done) *t.done = t.clock.t;
+  }
+}
+
+void HostStep::update(const std::vector<Group>& groups, double factor, Team team, int threads) {
+  FloatMode mode;
+  scale_.resize(groups.size());
+  for (size_t g = 0; g < groups.size(); ++g) scale_[g] = groups[g].maximize ? -factor : factor;
+  int parts;
+  int64_t total = split(kStepGrain, threads, &parts);
+  Work work{*this, &groups, total, parts, nullptr};
+  parallel(
+      team, threads, parts,
+      [](void* w, int part) {
+        FloatMode inner;
+        static_cast<Work*>(w)->update(part);
+      },
+      &work);
+}
+
+}  // namespace fusedopt

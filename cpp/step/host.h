@@ -1,0 +1,30 @@
+// The tensors of a step that are in the host's memory, seen as one flat range that is split evenly among threads.
+#pragma once
+#include <vector>
+
+#include "step/tensor.h"
+#include "step/threads.h"
+
+namespace fusedopt {
+
+class HostStep {
+ public:
+  std::vector<Tensor> tensors;
+
+  // Counts a step for every tensor.
+  void advance(const std::vector<Group>& groups);
+  // The norm of the gradients as they are.
+  double norm(Team team, int threads);
+  // Updates all tensors; gradients are multiplied by `factor`. Their clocks have been advanced.
+  void update(const std::vector<Group>& groups, double factor, Team team, int threads);
+
+ private:
+  struct Work;
+  int64_t split(int64_t grain, int threads, int* parts);
+
+  std::vector<int64_t> begin_;   // the tensors' first positions in the flat range, and its end
+  std::vector<double> partial_;  // leaves of the norm
+  std::vector<double> scale_;    // by group
+};
+
+}  // namespace fusedopt

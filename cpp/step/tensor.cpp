@@ -1,0 +1,21 @@
+// See tensor.h.
+#include "step/tensor.h"
+
+namespace fusedopt {
+
+size_t size_of(Format f) { return f == kF64 ? 8 : f == kF32 ? 4 : f == kI8 || f == kU8 ? 1 : 2; }
+
+Format residual_format(Master m) { return m == kSplit16 ? kI16 : m == kSplit8 ? kI8 : kF32; }
+Format ema_format(Format param) { return param == kF64 ? kF64 : kF32; }
+
+const char* name_of(Format f) {
+  static const char* const names[] = {"float64", "float32", "bfloat16", "float16", "int16", "int8", "uint8"};
+  return names[f];
+}
+
+const char* name_of(Master m) {
+  static const char* const names[] = {"", "split16", "split8", "float32"};
+  return names[m];
+}
+
+}  // namespace fusedopt
