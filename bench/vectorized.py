@@ -1,7 +1,7 @@
 """Which loops of cpp/cpu/sweep.h the compiler vectorises, by rule and formats: ``make vectorized``.
 
-Compiles cpp/cpu/cpu.cpp for one instruction set with the flags of CMakeLists.txt and reads GCC's vectoriser dump. Exits 1
-where a loop is missed. Needs g++ (``CXX``); clang has no such dump.
+Compiles cpp/cpu/cpu.cpp for one instruction set with the flags of CMakeLists.txt and reads GCC's vectoriser dump. Exits
+1 where a loop is missed. Needs g++ (``CXX``); clang has no such dump.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """A fully connected network over one flat vector of parameters: forward, backward, and the buffers they reuse.
 
-The products are NumPy's BLAS, all between them is cpp/network/layers.h and losses.h. A linear model is a network without
-hidden layers. Nothing here knows scikit-learn, and nothing is allocated per step.
+The products are NumPy's BLAS; all between them is cpp/network/layers.h and losses.h. A linear model is a network
+without hidden layers. Nothing here knows scikit-learn, and nothing is allocated per step.
 """
 
 from __future__ import annotations
