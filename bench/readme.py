@@ -1,26 +1,30 @@
-"""Puts measured ratios into README.md, between its two bench marks, from what ``fusedopt bench --json`` wrote.
+"""Writes measured ratios into README.md and bench/README.md and draws docs/speedup.png, from the committed results.
 
-``python bench/readme.py [bench/results/readme.json]`` rewrites the section; ``--check`` exits 1 where it would change.
-Only ratios, GB/s and shares are shown, never a time alone.
+``python bench/readme.py [bench/results]`` reads readme.json and bytes.json, which ``fusedopt bench --json`` wrote,
+rewrites the text between each page's two bench marks, and draws the picture. ``--check`` writes nothing and exits 1 if
+a page or the picture is out of date. Only ratios, GB/s and shares are shown, never a time alone.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from fusedopt.bench.cases import BEST_NUMPY, CEILING, COMPILED
+from fusedopt.bench import Result
+from fusedopt.bench.cases import BEST_NUMPY, CEILING, COMPILED, FUSED_F32, NUMPY, Case
 from fusedopt.bench.contenders import OURS
+from fusedopt.bench.timing import Times
 
 ROOT = Path(__file__).parents[1]
-README = ROOT / "README.md"
-RESULTS = ROOT / "bench" / "results" / "readme.json"
+RESULTS = ROOT / "bench" / "results"
+PICTURE = ROOT / "docs" / "speedup.png"
 SECTION = re.compile(r"(?<=<!-- bench:begin -->\n).*(?=<!-- bench:end -->)", re.DOTALL)
 TITLES = {
     "rules": "Every rule, float32, one large tensor",
@@ -41,6 +45,41 @@ NAMES = {
     BEST_NUMPY: "best NumPy",
 }
 Row = dict[str, Any]
+
+
+def _one(suite: str, case: str) -> Callable[[Row], bool]:
+    return lambda row: bool(row["suite"] == suite and row["case"] == case)
+
+
+# A row of README's table: the words, and which results it summarises.
+GAINS: tuple[tuple[str, Callable[[Row], bool]], ...] = (
+    ("One large tensor: Adam, 32M parameters", _one("rules", "Adam")),
+    ("Many small tensors: Adam, 1,000 tensors of 64", _one("bars", "Adam, 1,000 of 64, gradients replaced")),
+    (
+        "Gradient clipping: Adam, GPT-2 small; torch: `clip_grad_norm_`, then the step",
+        _one("bars", "Adam + clipping, GPT-2 small, gradients replaced"),
+    ),
+    ("16-bit: Adam, everything in bfloat16, 32M", _one("bars", "Adam bf16, 32M")),
+    (
+        '8-bit: AdamW, bfloat16 weights, `master="split8"`, int8 states, 32M; torch: float32',
+        _one("bytes", "AdamW bf16 + split8 + int8 states, 32M"),
+    ),
+    (
+        "Rules that torch does not fuse: RMSprop, NAdam, RAdam, Adamax, Adadelta, 32M",
+        lambda row: row["suite"] == "rules" and "default" in row["contenders"] and "fused" not in row["contenders"],
+    ),
+    (
+        "Whole training iterations: two MLPs, a convnet, a transformer",
+        lambda row: bool(row["suite"] == "training"),
+    ),
+    ("NumPy: `fusedopt.adam_`, 32M", _one("bars", "NumPy Adam f32, 32M")),
+)
+# Its columns: the heading, and the contenders that count; the fastest of them is the baseline.
+BASELINES = {
+    "`torch.optim`": ("default",),
+    "`torch.optim`, `fused=True`": ("fused", FUSED_F32),
+    "in-place NumPy": NUMPY,
+}
 
 
 def grid(lines: Iterable[Sequence[str]]) -> str:
@@ -77,37 +116,105 @@ def ratios(rows: Sequence[Row]) -> str:
     return grid(lines)
 
 
-def section(data: dict[str, Any]) -> str:
-    """The text between the marks."""
-    machine, results = data["machine"], data["results"]
+def _load(folder: Path, name: str) -> dict[str, Any]:
+    data: dict[str, Any] = json.loads((folder / f"{name}.json").read_text())
+    return data
+
+
+def _provenance(machine: dict[str, Any]) -> str:
     packages = [f"{k} {v}" for k, v in machine["versions"].items() if k in ("fusedopt", "torch", "numpy")]
-    parts = [
+    return (
         f"{machine['processor']}, {machine['cores']} cores, {machine['torch_threads']} threads, {machine['system']}; "
-        f"{', '.join(packages)}, Python {machine['python']}; {machine['date'][:10]}. "
-        "Ratios of medians, measured turn by turn in one run; above 1 ours is faster."
+        f"{', '.join(packages)}, Python {machine['python']}; {machine['date'][:10]}."
+    )
+
+
+def speedup(rows: Sequence[Row], names: Sequence[str]) -> str:
+    """The speedup over the fastest of ``names``, or the range of speedups of several results."""
+    ratios = [[row["contenders"][n]["ratio_to_ours"] for n in names if n in row["contenders"]] for row in rows]
+    best = sorted(min(of_row) for of_row in ratios if of_row)
+    written = [f"{x:.2f}x" if x < 1.95 else f"{x:.1f}x" for x in best]
+    return " to ".join(dict.fromkeys([written[0], written[-1]])) if written else ""
+
+
+def gains(folder: Path) -> str:
+    """README's table: how many times faster than each baseline, by kind of work."""
+    readme, bytes_ = _load(folder, "readme"), _load(folder, "bytes")
+    lines = [("Speedup over", *BASELINES)]
+    for words, chosen in GAINS:
+        rows = [row for row in (*readme["results"], *bytes_["results"]) if chosen(row)]
+        if not rows:
+            raise LookupError(f"no results for {words!r}")
+        lines.append((words, *(speedup(rows, names) for names in BASELINES.values())))
+    notes = (
+        "Ratios of medians, measured turn by turn in one run; float32 unless stated. "
+        "An empty cell was not measured, or torch has no such step."
+    )
+    return f"\n{grid(lines)}\n\n{notes} {_provenance(readme['machine'])}\n\n"
+
+
+def section(folder: Path) -> str:
+    """The tables of bench/README.md: every suite in readme.json."""
+    data = _load(folder, "readme")
+    parts = [
+        f"{_provenance(data['machine'])} "
+        "Ratios of medians, measured turn by turn in one run; above 1, fusedopt is faster."
     ]
     order = list(TITLES)
-    for suite, rows in groupby(sorted(results, key=lambda r: order.index(r["suite"])), key=lambda r: r["suite"]):
+    for suite, rows in groupby(
+        sorted(data["results"], key=lambda r: order.index(r["suite"])), key=lambda r: r["suite"]
+    ):
         table = promises if suite == "bars" else ratios
         parts.append(f"**{TITLES[suite]}**\n\n{table(list(rows))}")
     return "\n" + "\n\n".join(parts) + "\n\n"
 
 
+PAGES = {ROOT / "README.md": gains, ROOT / "bench" / "README.md": section}
+
+
+def _digest(folder: Path) -> str:
+    return "SHA-256 of readme.json: " + hashlib.sha256((folder / "readme.json").read_bytes()).hexdigest()
+
+
+def draw(folder: Path) -> None:
+    """Draws the speedup of every rule over torch's default and fused steps; the file names the results it shows."""
+    from fusedopt.plots import speedups
+
+    results = []
+    for row in _load(folder, "readme")["results"]:
+        if row["suite"] == "rules":
+            shown = {n: c for n, c in row["contenders"].items() if n in (OURS, "default", "fused")}
+            times = {n: Times(1, [c["ratio_to_ours"]]) for n, c in shown.items()}
+            results.append(Result("rules", Case(row["case"], ()), times))
+    figure = speedups(results, title="One step on 32M float32 parameters, against PyTorch")
+    figure.savefig(PICTURE, dpi=110, facecolor="white", metadata={"Description": _digest(folder)})
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("json", type=Path, nargs="?", default=RESULTS)
-    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 where the section would change")
+    parser.add_argument("folder", type=Path, nargs="?", default=RESULTS, help="where the results are")
+    parser.add_argument(
+        "--check", action="store_true", help="write nothing; exit 1 if a page or the picture would change"
+    )
     args = parser.parse_args()
-    old = README.read_text()
-    text = section(json.loads(args.json.read_text()))
-    new, found = SECTION.subn(lambda _: text, old)
-    if found != 1:
-        print("README.md: expected one pair of bench marks", file=sys.stderr)
-        return 2
+    changed = []
+    for page, write in PAGES.items():
+        old, text = page.read_text(), write(args.folder)
+        new, found = SECTION.subn(lambda _, text=text: text, old)  # type: ignore[misc]
+        if found != 1:
+            print(f"{page}: expected one pair of bench marks", file=sys.stderr)
+            return 2
+        if new != old:
+            changed.append(page)
+            if not args.check:
+                page.write_text(new)
+    if not PICTURE.exists() or _digest(args.folder).encode() not in PICTURE.read_bytes():
+        changed.append(PICTURE)
+        if not args.check:
+            draw(args.folder)
     if args.check:
-        print("README.md: " + ("out of date" if new != old else "up to date"))
-        return new != old
-    README.write_text(new)
+        print("\n".join(f"{path}: out of date" for path in changed) or "up to date")
+        return bool(changed)
     return 0
 
 

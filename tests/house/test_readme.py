@@ -16,7 +16,6 @@ import pytest
 import integrations
 
 ROOT = Path(__file__).parents[2]
-README = (ROOT / "README.md").read_text()
 PAGES = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").glob("*.md"))
 
 
@@ -119,37 +118,65 @@ DATA = {
 def test_the_benchmark_section_is_written_from_results(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    readme, results, script = tmp_path / "README.md", tmp_path / "bench.json", load("bench/readme.py")
-    readme.write_text("before\n<!-- bench:begin -->\nold\n<!-- bench:end -->\nafter\n")
-    results.write_text(json.dumps(DATA))
-    monkeypatch.setattr(script, "README", readme)
+    pytest.importorskip("matplotlib")
+    page, script = tmp_path / "README.md", load("bench/readme.py")
+    page.write_text("before\n<!-- bench:begin -->\nold\n<!-- bench:end -->\nafter\n")
+    (tmp_path / "readme.json").write_text(json.dumps(DATA))
+    monkeypatch.setattr(script, "PAGES", {page: script.section})
+    monkeypatch.setattr(script, "PICTURE", tmp_path / "speedup.png")
 
     def run(*arguments: str) -> int:
-        monkeypatch.setattr("sys.argv", ["readme.py", str(results), *arguments])
+        monkeypatch.setattr("sys.argv", ["readme.py", str(tmp_path), *arguments])
         code: int = script.main()
         return code
 
     assert run("--check") == 1
+    assert not script.PICTURE.exists()
     assert run() == 0
     assert run("--check") == 0
-    text = readme.read_text()
+    assert script.PICTURE.read_bytes().startswith(b"\x89PNG")
+    text = page.read_text()
     assert text.startswith("before\n<!-- bench:begin -->\n\na processor, 2 cores")
     assert text.endswith("\n<!-- bench:end -->\nafter\n")
     assert "| Adam | 1.25 | 12.3 | 21.0 | 97% |" in text
     assert "| Adam, tiny | torch fused | 12.0 | 13.5 |" in text
     assert "| Adam, tiny | share of `mul_` | 0.90 | 0.85 (missed) |" in text
     assert "old" not in text
-    readme.write_text("no marks")
+    (tmp_path / "readme.json").write_text(json.dumps({**DATA, "results": DATA["results"][:1]}))  # type: ignore[index]
+    assert run("--check") == 1
+    assert f"{script.PICTURE}: out of date" in capsys.readouterr().out
+    page.write_text("no marks")
     assert run() == 2
 
 
-def test_the_committed_benchmark_section_is_that_of_the_committed_results() -> None:
+def test_a_gain_is_over_the_fastest_baseline_and_the_range_of_its_results() -> None:
+    script = load("bench/readme.py")
+    rows: list[dict[str, object]] = [
+        {"contenders": {"ours": {"ratio_to_ours": 1.0}, "a": {"ratio_to_ours": 5.04}, "b": {"ratio_to_ours": 3.14}}},
+        {"contenders": {"ours": {"ratio_to_ours": 1.0}, "a": {"ratio_to_ours": 1.256}}},
+    ]
+    assert script.speedup(rows[:1], ("a", "b")) == "3.1x"
+    assert script.speedup(rows, ("a", "b")) == "1.26x to 3.1x"
+    assert script.speedup(rows[1:], ("b",)) == ""
+
+
+def test_a_gain_without_results_is_an_error(tmp_path: Path) -> None:
+    for name in ("readme", "bytes"):
+        (tmp_path / f"{name}.json").write_text(json.dumps(DATA))
+    with pytest.raises(LookupError, match="no results for 'Many small tensors"):
+        load("bench/readme.py").gains(tmp_path)
+
+
+def test_the_committed_tables_and_picture_are_those_of_the_committed_results(monkeypatch: pytest.MonkeyPatch) -> None:
     script = load("bench/readme.py")
     if not script.RESULTS.exists():
         pytest.skip("no results are committed")
-    section = script.SECTION.search(README)
-    assert section is not None
-    assert section[0] == script.section(json.loads(script.RESULTS.read_text()))
+    for page, written in script.PAGES.items():
+        section = script.SECTION.search(page.read_text())
+        assert section is not None
+        assert section[0] == written(script.RESULTS)
+    monkeypatch.setattr("sys.argv", ["readme.py", "--check"])
+    assert script.main() == 0
 
 
 # ---- finding one's way

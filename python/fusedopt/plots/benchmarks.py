@@ -40,7 +40,7 @@ def speedups(
     rows = [r for r in results if len(_others(r)) > 0]
     others = list(dict.fromkeys(n for r in rows for n in _others(r)))
     figure, axes = canvas(
-        title, len(rows), "how many times faster fusedopt is; ratio of medians, turn by turn in one run"
+        title, len(rows), "speedup of fusedopt: ratio of median times, measured turn by turn in one run"
     )
     ratios = [{n: v for n in others if (v := r.ratio(n)) is not None} for r in rows]
     for y, row in enumerate(ratios):
