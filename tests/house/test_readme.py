@@ -201,6 +201,14 @@ def test_contributing_names_every_folder_and_no_path_that_is_not_there() -> None
     assert {name for name in named if not (ROOT / name).exists()} == set(), "named, but not there"
 
 
+def test_the_places_that_contributing_names_are_in_their_files() -> None:
+    """``path`` (``NAME``): the file holds the name."""
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    places = re.findall(rf"`((?:{'|'.join(MAPPED)})/[^`\s]+)` \(`([^`]+)`\)", text)
+    assert len(places) >= 4
+    assert [(path, name) for path, name in places if name not in (ROOT / path).read_text()] == []
+
+
 # ---- the table of integrations
 
 
