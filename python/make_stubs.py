@@ -1,6 +1,6 @@
-"""Writes the type stubs of what is made from the rules: fusedopt/__init__.pyi, numpy.pyi and torch.pyi. Not installed.
+"""Generates the type stubs fusedopt/__init__.pyi, numpy.pyi and torch.pyi from the rules. Not installed.
 
-``python python/make_stubs.py`` writes them; ``--check`` exits 1 with a diff where the committed ones are out of date.
+``python python/make_stubs.py`` writes them; ``--check`` writes nothing, and exits 1 with a diff if one is out of date.
 fusedopt/_core.pyi is written by hand. The torch classes are typed as those of the installed torch.
 """
 
@@ -42,7 +42,7 @@ _Params: TypeAlias = NDArray[Any] | Sequence[NDArray[Any]] | Mapping[Any, NDArra
 _Grads: TypeAlias = _Array | Sequence[_Array | Sequence[_Array | None] | None] | Mapping[Any, _Array | None]
 
 class Optimizer:
-    """The optimizer objects of the NumPy front end."""
+    """Base class of the NumPy optimizers."""
 
     defaults: dict[str, Any]
     param_groups: list[dict[str, Any]]
@@ -79,7 +79,7 @@ from .training import fit as fit
 {all}
 
 class FallbackWarning(UserWarning):
-    """A tensor takes torch's own, slower path, for the reason given."""
+    """A tensor takes torch's own step, for the given reason."""
 
 class _Fused(Optimizer):
     last_grad_norm: torch.Tensor | None
@@ -98,7 +98,7 @@ def memory_report(optimizer: Optimizer) -> dict[str, float]:
     """Bytes per parameter, by kind."""
 '''
 
-# Options of both front ends, by the values they take.
+# Types of the options of both front ends.
 KINDS = {
     "max_grad_norm": "float | None",
     "state_dtype": "str | None",
@@ -108,7 +108,7 @@ KINDS = {
 
 
 def _listed(head: str, items: Iterable[str], tail: str, indent: str = "") -> str:
-    """``head`` items ``tail`` on one line, or an item a line where that is too long."""
+    """``head`` items ``tail`` on one line, or one item per line if that is too long."""
     items = list(items)
     one = f"{indent}{head}{', '.join(items)}{tail}"
     if len(one) <= LINE:
@@ -117,7 +117,7 @@ def _listed(head: str, items: Iterable[str], tail: str, indent: str = "") -> str
 
 
 def _kind(name: str) -> int:
-    """CONSTANTS, Classes, functions: the order in which ruff wants them."""
+    """CONSTANTS, Classes, functions: the order that ruff expects."""
     return 0 if name.isupper() else 1 if name[0].isupper() else 2
 
 
@@ -135,7 +135,7 @@ def _summary(rule: Rule) -> str:
 
 
 def _parameters(function: Any, kinds: dict[str, str]) -> list[str]:
-    """The parameters as source, ``kinds`` first in saying their types."""
+    """The parameters as source; ``kinds`` overrides their types."""
     out: list[str] = []
     for p in inspect.signature(function).parameters.values():
         if p.kind is p.KEYWORD_ONLY and "*" not in out:
@@ -150,7 +150,7 @@ def _type(p: inspect.Parameter) -> str:
         return p.annotation
     if p.annotation is not p.empty:
         return inspect.formatannotation(p.annotation).replace("typing.", "").replace("collections.abc.", "")
-    if p.default is p.empty or p.default is None:  # only arrays have no default, or None
+    if p.default is p.empty or p.default is None:  # only arrays have no default or None
         return "_Arrays" if p.default is p.empty else "_Arrays | None"
     if isinstance(p.default, tuple):
         return f"tuple[{', '.join(type(x).__name__ for x in p.default)}]"
@@ -193,7 +193,7 @@ def torch_stub() -> str:
 
 
 def init_stub() -> str:
-    """fusedopt/__init__.pyi: everything by name, for checkers that follow no computed ``__all__``."""
+    """fusedopt/__init__.pyi: all names, for type checkers that cannot evaluate ``__all__``."""
     made = importlib.import_module("fusedopt.numpy").__all__
     config = [name for name in fusedopt.__all__ if name not in (*made, "__version__")]
     parts = [_imports("config", config), _imports("numpy", made), "", _all(fusedopt.__all__), "", "__version__: str\n"]
@@ -204,7 +204,7 @@ STUBS = {"__init__.pyi": init_stub, "numpy.pyi": numpy_stub, "torch.pyi": torch_
 
 
 def differences(names: Iterable[str] | None = None) -> list[str]:
-    """The lines of a diff from the committed stubs to what the rules give now; empty if they agree."""
+    """The diff from the committed stubs to the generated ones, as lines; empty if they agree."""
     out: list[str] = []
     for name in STUBS if names is None else names:
         path = PACKAGE / name

@@ -1,7 +1,7 @@
-"""The optimizer step: one pass over memory, the same bits on every machine.
+"""Fused optimizer steps: one pass over memory, bit-identical results on every machine.
 
-In-place functions (``fusedopt.adam_``) and optimizer objects (``fusedopt.Adam``) for NumPy arrays; drop-in
-``torch.optim`` classes in ``fusedopt.torch``. Importing this module imports NumPy alone.
+In-place functions (``fusedopt.adam_``) and optimizer classes (``fusedopt.Adam``) for NumPy arrays; drop-in
+``torch.optim`` classes in ``fusedopt.torch``. Importing this package imports NumPy only.
 """
 
 from ._core import __version__

@@ -1,4 +1,4 @@
-"""``python -m fusedopt``, and the console script: the commands are in ``cli``."""
+"""``python -m fusedopt`` and the console script; the commands are in ``cli``."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, whatever kills the process; what checkpoints are written by."""
+"""Atomic writing of files: a checkpoint is complete or absent, even if the process is killed."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import IO, Any
 
 
 def previous(path: Path) -> Path:
-    """Where the file that stood at ``path`` before is kept."""
+    """Where :func:`write_whole` keeps the previous version of ``path``."""
     return path.with_name(path.name + ".previous")
 
 
 def write_whole(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
-    """Writes beside the file, then takes its place; the file before it is kept as :func:`previous`."""
+    """Writes to a temporary file, then renames it to ``path``. The old file is kept as :func:`previous`."""
     temporary = path.with_name(path.name + ".writing")
     with open(temporary, "wb") as file:
         write(file)
@@ -23,7 +23,7 @@ def write_whole(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
     if path.exists():
         os.replace(path, previous(path))
     os.replace(temporary, path)
-    if os.name == "posix":  # the name is safe only once its folder is on disk, too
+    if os.name == "posix":  # the rename is durable only once the folder is synced
         folder = os.open(path.parent, os.O_RDONLY)
         try:
             os.fsync(folder)

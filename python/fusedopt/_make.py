@@ -1,4 +1,4 @@
-"""Turns a rule into callables with a real signature, as dataclasses does: a line of source, compiled."""
+"""Generates functions with a real signature from a rule, by compiling source, as ``dataclasses`` does."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .rules import Rule
 
 
 def compile_function(name: str, signature: str, body: str, names: dict[str, Any]) -> Callable[..., Any]:
-    """The function ``name`` with this signature, whose body is one line that sees ``names``."""
+    """The function ``name`` with this signature and one line as its body; ``names`` are its globals."""
     namespace = dict(names)
     exec(f"def {name}({signature}):\n    {body}", namespace)
     function: Callable[..., Any] = namespace[name]
@@ -23,12 +23,12 @@ def option_signature(rule: Rule, without: tuple[str, ...] = ()) -> str:
 
 
 def option_dict(rule: Rule, without: tuple[str, ...] = ()) -> str:
-    """``{'lr': lr, 'betas': betas, ...}``; options that are not in the signature have their default."""
+    """``{'lr': lr, 'betas': betas, ...}``; options in ``without`` have their default."""
     return "{" + ", ".join(f"{k!r}: {v!r}" if k in without else f"{k!r}: {k}" for k, v in rule.defaults.items()) + "}"
 
 
 def array_names(rule: Rule) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The arrays that every variant of the rule keeps, and those that only some do; torch's names and order."""
+    """The states that every variant of the rule has, and those that only some have; torch's names and order."""
     variants = [rule.states(dict.fromkeys(true, True)) for true in rule.variants]
     always = tuple(s for s in variants[0] if all(s in v for v in variants))
     sometimes = tuple(dict.fromkeys(s for v in variants for s in v if s not in always))
@@ -36,5 +36,5 @@ def array_names(rule: Rule) -> tuple[tuple[str, ...], tuple[str, ...]]:
 
 
 def rule_doc(rule: Rule, tail: str) -> str:
-    """The rule's documentation, followed by what the front end has to say."""
+    """The rule's docstring, followed by the front end's."""
     return dedent("    " + (type(rule).__doc__ or "")).strip() + "\n\n" + dedent(tail).strip() + "\n"

@@ -1,4 +1,4 @@
-"""What runs the step here: instruction set, threads, neighbours. The process's settings live in this module."""
+"""Settings of the process: instruction set and number of threads; versions of what is installed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _threads: int | None = None
 
 
 def isas() -> tuple[str, ...]:
-    """Instruction sets that this build has and this processor runs, best last."""
+    """The instruction sets that this build and this processor support, best last."""
     return tuple(_core.isas())
 
 
@@ -24,21 +24,24 @@ def get_isa() -> str:
 
 
 def set_isa(name: str | None) -> None:
-    """Forces an instruction set (``"baseline"``, ``"avx2"``, ``"avx512"``); None takes the best again.
+    """Selects an instruction set (``"baseline"``, ``"avx2"``, ``"avx512"``); None selects the best.
 
-    Results do not depend on it. The environment variable ``FUSEDOPT_ISA`` does the same at import.
+    Results do not depend on it. The environment variable ``FUSEDOPT_ISA`` sets it at import.
 
     Raises:
-        ValueError: if this build or this processor does not have it.
+        ValueError: this build or this processor does not support it.
     """
     if not _core.use_isa(name):
         raise ValueError(f"isa: expected one of {', '.join(isas())} on this machine, got {name!r}")
 
 
 def set_num_threads(n: int | None) -> None:
-    """Sets how many threads a step may use; None follows the environment (see :func:`get_num_threads`) again.
+    """Sets the number of threads of a step; None restores the default (see :func:`get_num_threads`).
 
     Results do not depend on it.
+
+    Raises:
+        ValueError: ``n`` is not a positive integer or None.
     """
     global _threads
     if n is not None and (not isinstance(n, int) or isinstance(n, bool) or n < 1):
@@ -47,10 +50,10 @@ def set_num_threads(n: int | None) -> None:
 
 
 def get_num_threads() -> int:
-    """How many threads a step may use.
+    """The number of threads of a step.
 
-    The value of :func:`set_num_threads`, else ``FUSEDOPT_NUM_THREADS``, else torch's own setting for
-    ``fusedopt.torch``, else ``OMP_NUM_THREADS``, else the number of processors this process may run on.
+    The value of :func:`set_num_threads`, else ``FUSEDOPT_NUM_THREADS``, else ``torch.get_num_threads()`` if torch is
+    imported, else ``OMP_NUM_THREADS``, else the number of processors available to the process.
     """
     if _threads is not None:
         return _threads
@@ -74,13 +77,13 @@ def _read_environment() -> bool:
 
 
 _from_environment = _read_environment()
-_cuda = next(Path(_core.__file__).parent.glob("_cuda.*"), None)  # opened when a tensor on a GPU is met
+_cuda = next(Path(_core.__file__).parent.glob("_cuda.*"), None)  # loaded when the first tensor on a GPU is used
 if _cuda is not None:
     _core.set_device_library(str(_cuda))
 
 
 def config() -> dict[str, Any]:
-    """The settings in force, as a dict; :func:`show_config` prints it."""
+    """The settings in use, as a dict; :func:`show_config` prints them."""
     numpy, torch = sys.modules["numpy"], sys.modules.get("torch")
     return {
         "version": _core.__version__,
@@ -106,6 +109,6 @@ def _installed_torch() -> str:
 
 
 def show_config() -> None:
-    """Prints version, instruction set, threads and what it found of torch and NumPy."""
+    """Prints version, instruction set, threads, and the versions of NumPy and torch."""
     for key, value in config().items():
         print(f"{key:8} {', '.join(value) if isinstance(value, tuple) else value}")

@@ -1,5 +1,8 @@
-"""How weights and states are kept: the options that every optimizer has for it, which combinations exist, and the
-formats once more in NumPy, to convert checkpoints and to check the kernels (cpp/rules/formats.h is what runs)."""
+"""Forms: how parameter, gradient, states and residual are stored.
+
+The options of every optimizer, the combinations that have a kernel, and the formats in NumPy, which convert checkpoints
+and check the kernels. The kernels' formats are in cpp/rules/formats.h.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ from . import _core
 from .rules import RULES, Kernel
 
 BLOCK: int = _core.BLOCK
-"""Elements of an int8 state under one scale."""
+"""Elements of an int8 state that share one scale."""
 
 OPTIONS: dict[str, Any] = {
     "state_dtype": None,
@@ -26,13 +29,13 @@ OPTIONS: dict[str, Any] = {
     "ema_decay": None,
     "l1": 0.0,
 }
-"""The options and their defaults; keyword-only, per parameter group."""
+"""Keyword-only options of every optimizer, per parameter group, with their defaults."""
 
 OURS = ("state_dtype", "master", "stochastic_rounding", "ema_decay")
-"""Options that say how things are kept; a checkpoint does not change them."""
+"""Options that select the form; loading a checkpoint does not change them."""
 
 MASTERS: dict[str, tuple[int, str]] = {"split16": (1, "int16"), "split8": (2, "int8"), "float32": (3, "float32")}
-"""What may be kept beside a 16-bit weight: its number in cpp/rules/formats.h, the dtype of the array."""
+"""``master`` of a 16-bit weight -> its number in cpp/rules/formats.h, and the dtype of the residual."""
 
 FLOATS = ("float64", "float32", "bfloat16", "float16")
 _STATES = ("float64", "float32", "bfloat16", "float16", "int8")
@@ -41,13 +44,13 @@ HALVES = ("bfloat16", "float16")
 
 @dataclass(frozen=True)
 class Form:
-    """How one parameter is kept."""
+    """The form of one parameter."""
 
     state: str
-    """dtype of its states; int8: codes and scales."""
+    """dtype of the states; int8 states are codes and scales."""
     master: str | None
     noisy: bool
-    """Is the weight rounded stochastically?"""
+    """Whether the weight is rounded stochastically."""
     noisy_state: bool
 
     @property
@@ -56,7 +59,7 @@ class Form:
 
     @property
     def random(self) -> bool:
-        """Does a step draw random numbers?"""
+        """Whether a step draws random numbers."""
         return self.noisy or self.noisy_state
 
     @property
@@ -88,18 +91,18 @@ def check(options: Mapping[str, Any]) -> None:
 
 
 def explicit(options: Mapping[str, Any]) -> bool:
-    """Do the options ask for a form? Then 16-bit states are rounded stochastically; torch's own are not."""
+    """Whether the options select a form. 16-bit states are then rounded stochastically, unlike torch's."""
     return any(options[k] for k in ("state_dtype", "master", "stochastic_rounding"))
 
 
 def form_of(param: str, options: Mapping[str, Any], default_state: str, state: str | None = None) -> Form:
-    """The form that these options ask for, for a parameter of this dtype.
+    """The form that these options select for a parameter of dtype ``param``.
 
-    A wider parameter loses nothing to rounding: ``master`` and ``stochastic_rounding`` leave it as it is.
+    ``master`` and ``stochastic_rounding`` apply to 16-bit parameters only.
 
     Args:
-        default_state: dtype of states without ``state_dtype``.
-        state: dtype of the states that are there, whatever is asked for.
+        default_state: dtype of the states if ``state_dtype`` is None.
+        state: dtype of existing states, which takes precedence.
     """
     half = param in HALVES
     state = state or options["state_dtype"] or default_state
@@ -113,7 +116,7 @@ def _existing(kernel: str) -> frozenset[tuple[Any, ...]]:
 
 
 def refusal(kernel: Kernel, param: str, form: Form) -> str | None:
-    """Why no kernel keeps a parameter of this dtype, its gradient of the same, like that, and what to use; or None."""
+    """Why no kernel has this form with a gradient of the parameter's dtype, and what to use; None if one has."""
     if exists(kernel, param, param, form):
         return None
     forms = {f for f in _existing(kernel.name) if f[0] == param}
@@ -135,7 +138,7 @@ def refusal(kernel: Kernel, param: str, form: Form) -> str | None:
 
 
 def exists(kernel: Kernel, param: str, grad: str, form: Form) -> bool:
-    """Is there a kernel for this form and gradient?"""
+    """Whether a kernel exists for this form and gradient dtype."""
     wanted = (form.state, form.master or "", form.noisy, form.noisy_state)
     return any(
         f[:2] == (param, grad) and (f[2:] == wanted if kernel.states else f[3:5] == wanted[1:3])
@@ -145,29 +148,29 @@ def exists(kernel: Kernel, param: str, grad: str, form: Form) -> bool:
 
 @cache
 def code(state: str) -> str | None:
-    """dtype of the codes of a state of this name: int8 with a sign, uint8 a second moment, None if it has none."""
+    """dtype of a state's codes: int8 if signed, uint8 for a second moment, None if it cannot be quantised."""
     return _core.code_of(state) or None
 
 
 def blocks(n: int) -> int:
-    """How many blocks n elements are."""
+    """The number of blocks of n elements."""
     return -(-n // BLOCK)
 
 
 def plain_name(array: str) -> str:
-    """Of which state, whatever its form, an array is: ``exp_avg`` for exp_avg, exp_avg_codes and exp_avg_scale."""
+    """The state that an array belongs to: ``exp_avg`` for exp_avg, exp_avg_codes and exp_avg_scale."""
     return array.removesuffix("_codes").removesuffix("_scale")
 
 
 def array_names(states: tuple[str, ...], form: Form, ema: bool) -> tuple[str, ...]:
-    """The arrays kept beside a parameter in this form, in the kernels' order."""
+    """The names of a parameter's state arrays in this form, in the kernels' order."""
     names = [f"{s}_codes" if form.quantised else s for s in states]
     names += ["master"] * (form.master is not None) + ["ema"] * ema
     return (*names, *(f"{s}_scale" for s in states if form.quantised))
 
 
 def numpy_dtype(name: str) -> np.dtype[Any]:
-    """NumPy's dtype of this name; bfloat16 is that of ml_dtypes."""
+    """The NumPy dtype with this name; bfloat16 is that of ml_dtypes."""
     if name != "bfloat16":
         return np.dtype(name)
     import ml_dtypes
@@ -177,7 +180,7 @@ def numpy_dtype(name: str) -> np.dtype[Any]:
 
 
 def matrix() -> str:
-    """Which combinations exist, as a Markdown table."""
+    """The combinations that have a kernel, as a Markdown table."""
     rows: dict[tuple[Any, ...], list[str]] = {}
     for rule in RULES.values():
         kernels = list(dict.fromkeys(rule.variants.values()))
@@ -206,11 +209,11 @@ def matrix() -> str:
     return "\n".join(lines) + "\n"
 
 
-# --- checkpoints of one form in another ---
+# --- conversion of checkpoints between forms ---
 
 
 def decoded(entry: Mapping[str, NDArray[Any]], states: tuple[str, ...]) -> dict[str, NDArray[Any]]:
-    """The states of an entry of flat arrays as numbers, whatever form they are in; those that are there."""
+    """The states among the flat arrays of ``entry``, dequantised if int8."""
     found: dict[str, NDArray[Any]] = {}
     for name in states:
         if f"{name}_codes" in entry:
@@ -221,7 +224,7 @@ def decoded(entry: Mapping[str, NDArray[Any]], states: tuple[str, ...]) -> dict[
 
 
 def encoded(numbers: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-    """The int8 form of flat arrays of states."""
+    """Flat state arrays, quantised to int8."""
     entry: dict[str, NDArray[Any]] = {}
     for name, x in numbers.items():
         kind = code(name)
@@ -230,15 +233,15 @@ def encoded(numbers: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
     return entry
 
 
-# --- the formats in NumPy; arrays are one-dimensional, in the order of memory ---
+# --- the formats in NumPy; arrays are one-dimensional, in memory order ---
 
 
 def quantise(x: NDArray[np.float32], kind: str) -> tuple[NDArray[Any], NDArray[np.float32]]:
-    """Codes of dtype ``kind`` (rounded to nearest, where the kernels round stochastically) and a scale for each block.
+    """Codes of dtype ``kind`` and one scale per block. Rounds to nearest; the kernels round stochastically.
 
     With s the largest magnitude of a block, x = s c |c| / 127^2 (int8) or s c^2 / 255^2 (uint8, where only a block of
-    zeros has code 0). A code is within 1/2 of the exact one, within 1 when it is rounded stochastically; so the error
-    of one element is at most s (2 r d + d^2) with r = sqrt(|x| / s), d the distance of codes over 127 or 255.
+    zeros has code 0). A code is within e = 1/2 of the exact one, within e = 1 if rounded stochastically. The error of
+    one element is at most s (2 r d + d^2) with r = sqrt(|x| / s) and d = e / 127 or e / 255.
     """
     top = 127.0 if kind == "int8" else 255.0
     rows = np.zeros((blocks(x.size), BLOCK))
@@ -255,7 +258,7 @@ def quantise(x: NDArray[np.float32], kind: str) -> tuple[NDArray[Any], NDArray[n
 
 
 def dequantise(codes: NDArray[Any], scale: NDArray[np.float32]) -> NDArray[np.float32]:
-    """The numbers that codes stand for."""
+    """The values that ``codes`` and ``scale`` represent."""
     c = codes.astype(np.float64)
     top = 127.0 if codes.dtype == np.int8 else 255.0
     with np.errstate(invalid="ignore"):
@@ -266,22 +269,22 @@ def dequantise(codes: NDArray[Any], scale: NDArray[np.float32]) -> NDArray[np.fl
 
 
 def join(weight: NDArray[np.uint16], master: NDArray[Any]) -> NDArray[np.float32]:
-    """The float32 that bf16 weights (their bits) and the array beside them stand for."""
+    """The float32 values of bf16 weights (given as bits) and their residual or master."""
     high = weight.astype(np.uint32) << np.uint32(16)
     if master.dtype == np.float32:
         kept: NDArray[np.float32] = np.where(round_bf16(master) == weight, master, high.view(np.float32))
         return kept
-    rest = master.astype(np.int32) << (8 if master.dtype == np.int8 else 0)
-    x: NDArray[np.float32] = (high + rest.astype(np.uint32)).view(np.float32)
+    residual = master.astype(np.int32) << (8 if master.dtype == np.int8 else 0)
+    x: NDArray[np.float32] = (high + residual.astype(np.uint32)).view(np.float32)
     joined: NDArray[np.float32] = np.where(np.isnan(x), high.view(np.float32), x)
     return joined
 
 
 def split(x: NDArray[np.float32], master: str, weight: NDArray[np.uint16] | None = None) -> NDArray[Any]:
-    """What is kept beside the bf16 weight of ``x``, for ``master`` split16, split8 or float32.
+    """The residual or master of the bf16 weight of ``x``, for ``master`` split16, split8 or float32.
 
-    ``weight``: its bits where they are given, by another form's rounding; next to a tie, which the forms round to
-    different weights, the result then stands for a neighbour of ``x``.
+    ``weight``: the weight's bits, if another form has already rounded it. Forms round ties differently; next to a tie
+    the result then represents a neighbour of ``x``.
     """
     b = _bits_one_nan(x)
     if master == "float32":
@@ -290,13 +293,13 @@ def split(x: NDArray[np.float32], master: str, weight: NDArray[np.uint16] | None
     rounded = b + np.uint32(0x80 if master == "split8" else 0)
     if weight is None:
         weight = ((rounded + np.uint32(0x8000)) >> np.uint32(16)).astype(np.uint16)
-    rest = rounded.astype(np.int64) - (weight.astype(np.int64) << 16)
-    half: NDArray[np.int16] = np.clip(rest, -0x8000, 0x7FFF).astype(np.int16)
+    residual = rounded.astype(np.int64) - (weight.astype(np.int64) << 16)
+    half: NDArray[np.int16] = np.clip(residual, -0x8000, 0x7FFF).astype(np.int16)
     return half if master == "split16" else (half >> 8).astype(np.int8)
 
 
 def round_bf16(x: NDArray[np.float32]) -> NDArray[np.uint16]:
-    """The bits of ``x`` rounded to bf16, to nearest even."""
+    """The bits of ``x`` rounded to bf16, ties to even."""
     b = _bits_one_nan(x)
     even = (b >> np.uint32(16)) & np.uint32(1)
     rounded: NDArray[np.uint16] = ((b + np.uint32(0x7FFF) + even) >> np.uint32(16)).astype(np.uint16)

@@ -1,9 +1,9 @@
-"""``keras.optimizers`` over our kernels, for Keras 3 on its torch backend: ``model.compile(fusedopt.keras.Adam())``.
+"""Keras 3 optimizers on the torch backend: ``model.compile(fusedopt.keras.Adam())``.
 
-Names, arguments and defaults are those of Keras's classes; the update is that of the rule (and of torch), where the two
-differ: ``epsilon`` is added to the corrected root, RMSprop's outside the root, and SGD's learning rate multiplies the
-velocity. Schedules, clipping, accumulation, moving averages, loss scaling and saving are Keras's own. AdamW and Lion
-decay the weights within the step.
+Names, arguments and defaults are those of Keras's classes. The update follows the rule, as in torch, where Keras
+differs: ``epsilon`` is added to the bias-corrected root, RMSprop's outside the root, and SGD's learning rate multiplies
+the velocity. Schedules, clipping, accumulation, moving averages, loss scaling and saving are Keras's code. AdamW and
+Lion apply weight decay within the step.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ _BASE = {
 
 
 class _Face(_Optimizer):  # type: ignore[misc]
-    """What the classes share: variables as Keras keeps them, a step of all of them at once."""
+    """Base class: Keras variables for the state, one fused step for all of them."""
 
     _rule: ClassVar[Rule]
     _names: ClassVar[dict[str, tuple[str, int]]]
-    """Our argument in Keras's words -> the rule's option, and the index into it or -1."""
+    """Keras argument -> the rule's option, and the index into it or -1."""
 
     def _begin(self, learning_rate: Any, options: dict[str, Any], rest: dict[str, Any]) -> None:
         super().__init__(learning_rate=learning_rate, **rest)
@@ -54,7 +54,7 @@ class _Face(_Optimizer):  # type: ignore[misc]
         rule.check(known)
 
     def _options(self) -> dict[str, Any]:
-        """The rule's options, without lr and weight decay."""
+        """The rule's options, without learning rate and weight decay."""
         out: dict[str, Any] = {}
         for word, (option, index) in self._names.items():
             value = self._values[word]
@@ -90,10 +90,10 @@ class _Face(_Optimizer):  # type: ignore[misc]
             self._state[name] = self.add_optimizer_variables(variables, name, initializer=first)
 
     def _follow(self, lr: float) -> None:
-        """Makes or refreshes the optimizer over the variables' tensors, which does the work."""
+        """Creates or updates the fusedopt.torch optimizer over the variables' tensors."""
         params = [v.value for v in self._trainable_variables]
         inner = self._inner
-        if inner is None or any(a is not b for a, b in zip(self._params, params, strict=True)):  # read anew, or moved
+        if inner is None or any(a is not b for a, b in zip(self._params, params, strict=True)):  # loaded, or moved
             self._params = params
             decay = float(self.weight_decay or 0.0) if self._decays else 0.0
             groups: dict[float, list[torch.Tensor]] = {}
@@ -130,7 +130,7 @@ class _Face(_Optimizer):  # type: ignore[misc]
                     p.grad = was
 
     def update_step(self, gradient: Any, variable: Any, learning_rate: Any) -> None:
-        """One variable alone."""
+        """Updates one variable."""
         self._backend_update_step([gradient], [variable], learning_rate)
 
     def _apply_weight_decay(self, variables: Sequence[Any]) -> None:
@@ -138,12 +138,12 @@ class _Face(_Optimizer):  # type: ignore[misc]
             super()._apply_weight_decay(variables)
 
     def get_config(self) -> dict[str, Any]:
-        """The arguments that make this optimizer again."""
+        """The constructor arguments of this optimizer."""
         return {**super().get_config(), **self._values}
 
 
 def _words(rule: Rule) -> dict[str, tuple[str, int]]:
-    """The rule's options in Keras's words; lr and weight decay are the base class's, and Keras has no maximize."""
+    """The rule's options under Keras's names, without those of the base class; Keras has no maximize."""
     out: dict[str, tuple[str, int]] = {}
     for option in rule.defaults:
         if option in ("lr", "weight_decay", "maximize", "decoupled_weight_decay"):
@@ -171,7 +171,7 @@ def _make_class(rule: Rule, name: str) -> type:
     init = compile_function("__init__", f"self, {signature}", f"self._begin(learning_rate, {own}, {rest})", {})
     doc = (
         f"{(inspect.getdoc(type(rule)) or '').splitlines()[0]}\n\n"
-        f"The arguments of ``keras.optimizers.{name}``, the update of ``fusedopt.torch.{rule.name}``."
+        f"Arguments as ``keras.optimizers.{name}``; update as ``fusedopt.torch.{rule.name}``."
     )
     body = {"__init__": init, "__doc__": doc, "__module__": __name__, "_rule": rule, "_names": words}
     cls: type = keras.saving.register_keras_serializable(package="fusedopt")(type(name, (_Face,), body))

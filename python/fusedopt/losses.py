@@ -1,16 +1,16 @@
-"""Losses for NumPy: value and gradient in one pass over memory. The arithmetic is cpp/network/losses.h.
+"""Losses for NumPy: value and gradient in one pass over memory. The kernels are in cpp/network/losses.h.
 
-Every loss takes predictions and targets of one shape, float64 or float32, and returns ``(value, gradient)``, the
-gradient being that of the value with respect to the first argument. What they share:
+Every loss takes predictions and targets of the same shape and dtype, float64 or float32, and returns
+``(value, gradient)``; the gradient is with respect to the predictions. Common arguments:
 
 * ``reduction``: ``"mean"`` divides by the number of elements (rows, for :func:`softmax_cross_entropy`), or by the sum
-  of their weights; ``"sum"`` adds up; ``"none"`` keeps one value each, and the gradient is that of their sum.
-* ``sample_weight``: one number >= 0 for each row (the first dimension) or for each element; it multiplies the loss.
-* ``out``: a C-contiguous array of the predictions' shape and dtype that receives the gradient.
+  of their weights; ``"sum"`` adds; ``"none"`` returns one value per element, and the gradient of their sum.
+* ``sample_weight``: weights >= 0 that multiply the loss, one per row (first dimension) or per element.
+* ``out``: C-contiguous array of the predictions' shape and dtype that receives the gradient.
 
-Raises ``TypeError`` for a wrong kind of array, ``ValueError`` for a wrong shape, a target out of range or an option out
-of its range; the message names the argument, and nothing has been written. Inputs of any layout are taken and never
-written. The bits of a result do not depend on the instruction set or the number of threads.
+Raises ``TypeError`` for a wrong type or dtype, ``ValueError`` for a wrong shape or a target or option out of its range.
+The message names the argument; nothing has been written. Inputs may have any strides and are never written. Results
+are bit-identical for every instruction set and number of threads.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ _INDEX: dict[str, int] = _core.element_losses()
 
 
 def _contiguous(x: Any, name: str) -> Array:
-    """An array as the kernels want it; they check dtypes and shapes."""
+    """A contiguous, aligned array; the kernels check dtypes and shapes."""
     if not isinstance(x, np.ndarray) or isinstance(x, np.ma.MaskedArray):
         raise TypeError(f"{name}: expected a NumPy array of float64 or float32, got {type(x).__name__}")
     if not isinstance(x.dtype.type(), np.float64 | np.float32) or not x.dtype.isnative:
@@ -79,7 +79,7 @@ def _gradient(out: Any, prediction: Array, inputs: tuple[Any, ...]) -> Array:
 
 
 def _scale(reduction: str, count: int, total: float | None) -> float:
-    """What multiplies the sum of weighted losses."""
+    """The factor of the sum of weighted losses."""
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction: expected 'mean', 'sum' or 'none', got {reduction!r}")
     if reduction != "mean":
@@ -143,10 +143,10 @@ def half_mse(
     reduction: str = "mean",
     out: Array | None = None,
 ) -> tuple[Value, Array]:
-    r"""Half the squared error, so that the slope is the difference: :math:`\ell(p, y) = (p - y)^2 / 2`.
+    r"""Half the squared error: :math:`\ell(p, y) = (p - y)^2 / 2`.
 
-    With ``reduction="mean"`` it is :math:`\frac{1}{2n} \sum (p_i - y_i)^2`, the cost of textbooks and of
-    scikit-learn's SGDRegressor and MLPRegressor. Arguments as in :func:`mse`.
+    With ``reduction="mean"`` it is :math:`\frac{1}{2n} \sum (p_i - y_i)^2`, the loss of scikit-learn's SGDRegressor
+    and MLPRegressor. Arguments as in :func:`mse`.
     """
     return _element("half_mse", prediction, target, sample_weight, reduction, out)
 
@@ -159,7 +159,7 @@ def mae(
     reduction: str = "mean",
     out: Array | None = None,
 ) -> tuple[Value, Array]:
-    r"""Mean absolute error: :math:`\ell(p, y) = |p - y|`, with slope 0 where they meet, as ``l1_loss`` of torch.
+    r"""Mean absolute error: :math:`\ell(p, y) = |p - y|`, with gradient 0 at p = y, as ``torch.nn.functional.l1_loss``.
 
     Arguments as in :func:`mse`.
     """
@@ -175,13 +175,14 @@ def huber(
     reduction: str = "mean",
     out: Array | None = None,
 ) -> tuple[Value, Array]:
-    r"""Huber's loss: squared near the target, linear far from it, as ``huber_loss`` of torch.
+    r"""Huber loss: quadratic near the target, linear far from it, as ``torch.nn.functional.huber_loss``.
 
     .. math::
         \ell(p, y) = (p - y)^2 / 2 \text{ if } |p - y| \le \delta, \qquad \delta (|p - y| - \delta / 2) \text{ else}
 
     Args:
-        delta: :math:`\delta > 0`, where it becomes linear, in units of the target. The rest as in :func:`mse`.
+        delta: :math:`\delta > 0`, the error beyond which the loss is linear, in units of the target. Other arguments as
+            in :func:`mse`.
 
     Huber: Robust Estimation of a Location Parameter (Annals of Statistics 53, 1964).
     """
@@ -198,11 +199,11 @@ def epsilon_insensitive(
     reduction: str = "mean",
     out: Array | None = None,
 ) -> tuple[Value, Array]:
-    r"""The loss of support vector regression: :math:`\ell(p, y) = \max(0, |p - y| - \epsilon)`.
+    r"""Epsilon-insensitive loss, of support vector regression: :math:`\ell(p, y) = \max(0, |p - y| - \epsilon)`.
 
     Args:
-        epsilon: :math:`\epsilon \ge 0`, the error that costs nothing, in units of the target. The rest as in
-            :func:`mse`.
+        epsilon: :math:`\epsilon \ge 0`, the error below which the loss is 0, in units of the target. Other arguments
+            as in :func:`mse`.
 
     Vapnik: The Nature of Statistical Learning Theory (1995).
     """
@@ -232,13 +233,13 @@ def poisson(
     reduction: str = "mean",
     out: Array | None = None,
 ) -> tuple[Value, Array]:
-    r"""The negative log likelihood of counts, from the logarithm of their rate: :math:`\ell(p, y) = e^p - y p`.
+    r"""Poisson negative log-likelihood, from the logarithm of the rate: :math:`\ell(p, y) = e^p - y p`.
 
-    As ``torch.nn.functional.poisson_nll_loss`` with ``log_input=True``; what depends on y alone is left out.
+    As ``torch.nn.functional.poisson_nll_loss`` with ``log_input=True``; terms that depend on y alone are omitted.
 
     Args:
         prediction: :math:`p`, the log of the expected count.
-        target: :math:`y \ge 0`. The rest as in :func:`mse`.
+        target: :math:`y \ge 0`. Other arguments as in :func:`mse`.
     """
     return _element("poisson", prediction, target, sample_weight, reduction, out)
 
@@ -251,15 +252,15 @@ def binary_cross_entropy(
     reduction: str = "mean",
     out: Array | None = None,
 ) -> tuple[Value, Array]:
-    r"""Cross-entropy of yes or no from logits, as ``binary_cross_entropy_with_logits`` of torch.
+    r"""Binary cross-entropy from logits, as ``torch.nn.functional.binary_cross_entropy_with_logits``.
 
     .. math::
         \ell(p, y) = -y \log s(p) - (1 - y) \log(1 - s(p)) = \max(p, 0) - p y + \log(1 + e^{-|p|}), \qquad
             s(p) = 1 / (1 + e^{-p})
 
     Args:
-        prediction: logits :math:`p`, any size without overflow.
-        target: probabilities :math:`y \in [0, 1]`. The rest as in :func:`mse`.
+        prediction: logits :math:`p`; large values do not overflow.
+        target: probabilities :math:`y \in [0, 1]`. Other arguments as in :func:`mse`.
     """
     return _element("binary_cross_entropy", prediction, target, sample_weight, reduction, out)
 
@@ -272,11 +273,11 @@ def hinge(
     reduction: str = "mean",
     out: Array | None = None,
 ) -> tuple[Value, Array]:
-    r"""The loss of a support vector machine: :math:`\ell(p, y) = \max(0, 1 - y p)`, with slope 0 at the kink.
+    r"""Hinge loss, of support vector machines: :math:`\ell(p, y) = \max(0, 1 - y p)`, with gradient 0 at y p = 1.
 
     Args:
         prediction: decision values :math:`p`.
-        target: signs :math:`y \in \{-1, 1\}`. The rest as in :func:`mse`.
+        target: labels :math:`y \in \{-1, 1\}`. Other arguments as in :func:`mse`.
 
     Cortes, Vapnik: Support-Vector Networks (Machine Learning 20, 1995).
     """
@@ -291,7 +292,7 @@ def squared_hinge(
     reduction: str = "mean",
     out: Array | None = None,
 ) -> tuple[Value, Array]:
-    r"""The square of :func:`hinge`, which is smooth: :math:`\ell(p, y) = \max(0, 1 - y p)^2`."""
+    r"""The square of :func:`hinge`: :math:`\ell(p, y) = \max(0, 1 - y p)^2`."""
     return _element("squared_hinge", prediction, target, sample_weight, reduction, out)
 
 
@@ -303,7 +304,7 @@ def modified_huber(
     reduction: str = "mean",
     out: Array | None = None,
 ) -> tuple[Value, Array]:
-    r""":func:`squared_hinge`, but linear for outliers.
+    r"""Modified Huber loss: :func:`squared_hinge`, but linear for outliers.
 
     .. math::
         \ell(p, y) = \max(0, 1 - y p)^2 \text{ if } y p \ge -1, \qquad -4 y p \text{ else}
@@ -323,7 +324,7 @@ def perceptron(
     reduction: str = "mean",
     out: Array | None = None,
 ) -> tuple[Value, Array]:
-    r"""The perceptron's loss: :math:`\ell(p, y) = \max(0, -y p)`. Arguments as in :func:`hinge`."""
+    r"""Perceptron loss: :math:`\ell(p, y) = \max(0, -y p)`. Arguments as in :func:`hinge`."""
     return _element("perceptron", prediction, target, sample_weight, reduction, out)
 
 
@@ -337,16 +338,16 @@ def softmax_cross_entropy(
     reduction: str = "mean",
     out: Array | None = None,
 ) -> tuple[Value, Array]:
-    r"""Cross-entropy of classes from logits, as ``torch.nn.functional.cross_entropy``.
+    r"""Softmax cross-entropy from logits, as ``torch.nn.functional.cross_entropy``.
 
     .. math::
         p_{ic} = e^{x_{ic}} / \sum_k e^{x_{ik}}, \qquad t_{ic} = w_c ((1 - \epsilon) y_{ic} + \epsilon / C), \qquad
         \ell_i = -\sum_c t_{ic} \log p_{ic}
 
     Args:
-        logits: :math:`x`, of shape (n, C), any size without overflow.
-        labels: n integers in [0, C), or the distributions :math:`y` of shape (n, C), of the logits' dtype.
-        label_smoothing: :math:`\epsilon \in [0, 1]`, the part of every target that is spread over all classes.
+        logits: :math:`x`, of shape (n, C); large values do not overflow.
+        labels: n integers in [0, C), or distributions :math:`y` of shape (n, C) in the logits' dtype.
+        label_smoothing: :math:`\epsilon \in [0, 1]`, the share of each target spread over all classes.
         class_weight: :math:`w`, of shape (C,).
         sample_weight: of shape (n,).
         reduction, out: see the module. As in torch, the mean is over rows, and with integer labels a row's weight is
@@ -379,7 +380,7 @@ def softmax_cross_entropy(
     total = None
     if integers is not None and classes is not None and integers.shape == (n,) and classes.ndim == 1:
         inside = integers[(integers >= 0) & (integers < classes.size)]
-        if inside.size == n:  # else the kernel's message is the better one
+        if inside.size == n:  # else the kernel raises a better message
             rows = classes[inside].astype(np.float64)
             total = float(rows.sum() if w is None or w.shape != (n,) else rows @ w)
     elif w is not None:
@@ -408,7 +409,7 @@ def l1_penalty(weights: Array, alpha: float, *, out: Array | None = None) -> tup
     Args:
         weights: any shape, float64 or float32.
         alpha: :math:`\alpha \ge 0`.
-        out: a gradient that the penalty's is added to; a new array if None.
+        out: gradient to which the penalty's gradient is added; None: a new array.
     """
     return _penalty(weights, alpha, out, 1.0, 0.0)
 
@@ -419,6 +420,6 @@ def l2_penalty(weights: Array, alpha: float, *, out: Array | None = None) -> tup
     Args:
         weights: any shape, float64 or float32.
         alpha: :math:`\alpha \ge 0`.
-        out: a gradient that the penalty's is added to; a new array if None.
+        out: gradient to which the penalty's gradient is added; None: a new array.
     """
     return _penalty(weights, alpha, out, 0.0, 1.0)

@@ -1,6 +1,6 @@
-"""The NumPy front end: an in-place function and an optimizer class for every rule, made from ``RULES``.
+"""The NumPy front end: an in-place function and an optimizer class for every rule, generated from ``RULES``.
 
-The checks of arrays (dtype, shape, memory) are C++'s (cpp/bindings/numpy.cpp); those of options are the rule's.
+cpp/bindings/numpy.cpp checks arrays (dtype, shape, memory); the rule checks options.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .rules import RULES, Rule
 __all__: list[str] = ["Optimizer"]
 
 
-_OWN = ("master", "ema", "stream")  # entries of a state that only forms of ours have
+_OWN = ("master", "ema", "stream")  # state entries that torch does not have
 
 
 def _listed(value: Any, many: bool, name: str) -> list[Any]:
@@ -72,21 +72,21 @@ def _update(rule: Rule, options: dict[str, Any], arrays: dict[str, Any], step: A
 
 _FUNCTION_DOC = """
     Args:
-        param: array, updated in place, or a sequence of arrays; then every array argument is one of equal length.
-        grad: the gradient, of the same shape; read only.
-        {states}: state, updated in place, of the same shape.{extra}
+        param: array, updated in place, or a sequence of arrays; then all array arguments are sequences of this length.
+        grad: gradient, same shape; read-only.
+        {states}: state, same shape, updated in place.{extra}
 
-    Arrays: float64; float32; float16 or bfloat16 (ml_dtypes); a float32 param with a 16-bit grad; 16-bit param and
-    grad with float32 states. Any layout, views included; anything on the CPU with ``__dlpack__``.
+    Supported dtypes: all arrays float64, float32, float16 or bfloat16 (ml_dtypes); float32 param with 16-bit grad;
+    16-bit param and grad with float32 states. Any strides. CPU objects with ``__dlpack__`` are accepted.
 
     Returns:
         None.
 
     Raises:
         TypeError: wrong dtype, byte order, device or kind of object; masked arrays.
-        ValueError: read-only, misaligned, overlapping or mis-shaped arrays; an option out of its range.
+        ValueError: read-only, misaligned or overlapping arrays; wrong shape; an option out of its range.
 
-        The message names the argument, and nothing has been written.
+        The message names the argument. Nothing has been written.
 
     Example:
         >>> import numpy as np, fusedopt
@@ -97,24 +97,24 @@ _FUNCTION_DOC = """
 
 def _make_function(rule: Rule) -> Callable[..., None]:
     always, sometimes = array_names(rule)
-    # A rule whose plain form keeps nothing takes its one optional state by position.
+    # A rule without required states takes its optional state by position.
     positional = [*always, *(f"{s}=None" for s in sometimes if not always)]
     late = [f"{s}=None" for s in sometimes if always]
     clock = [*(["step"] if rule.clock == "step" else []), *rule.carried]
     first = ["first=False"] if rule.clock == "first" else []
     signature = ", ".join(["param", "grad", *positional, "*", *clock, option_signature(rule, rule.once), *late, *first])
-    # In the kernels' order: the states of a smaller variant are those of a larger one, less some.
+    # In the kernels' order: the states of every variant are a subsequence of those of the largest.
     names = max((rule.kernel(dict.fromkeys(v, True)).operands for v in rule.variants), key=len)
     arrays = "{" + ", ".join(f"{s!r}: {s}" for s in names) + "}"
     step = {"step": "step", "first": "1 if first else 2", None: "1"}[rule.clock]
     body = f"_update(_rule, {option_dict(rule, rule.once)}, {arrays}, {step})"
     function = compile_function(rule.function, signature, body, {"_update": _update, "_rule": rule})
-    extra = ["step: the number of this step, counted from 1 (a sequence gives each array its own)."] * (clock != [])
+    extra = ["step: the step count, from 1; a sequence has one for each array."] * (clock != [])
     extra += [
-        f"{s}: one float64 element, carried from step to step; starts at {rule.first(s, rule.defaults):g}."
+        f"{s}: float64 array of one element, updated in place; starts at {rule.first(s, rule.defaults):g}."
         for s in rule.carried
     ]
-    extra += ["first: True in the step that initialises momentum_buffer with the gradient."] * len(first)
+    extra += ["first: True in the first step, which initialises momentum_buffer with the gradient."] * len(first)
     scalars = ["step=1"] * (clock != [])
     scalars += [f"{s}=np.array({rule.first(s, rule.defaults)!r})" for s in rule.carried]
     function.__doc__ = _fill(
@@ -131,7 +131,7 @@ def _make_function(rule: Rule) -> Callable[..., None]:
 
 
 def _fill(text: str, values: dict[str, str]) -> str:
-    """str.format for texts that hold TeX braces."""
+    """str.format for texts with TeX braces."""
     for key, value in values.items():
         text = text.replace(key, value)
     return text
@@ -141,18 +141,18 @@ LearningRate = float | Callable[[int], float]
 
 
 def _is_timed(value: Any) -> bool:
-    """Whether an option is a function of the step, or has one in it, as betas may."""
+    """Whether an option is a function of the step, or a tuple that contains one."""
     return callable(value) or (type(value) is tuple and any(map(callable, value)))
 
 
 class Optimizer:
-    """The optimizer objects of the NumPy front end; see a subclass, such as :class:`fusedopt.Adam`.
+    """Base class of the NumPy optimizers, such as :class:`fusedopt.Adam`.
 
     Attributes:
-        param_groups: a list of dicts, as in torch: ``params`` (a list of arrays) and the options; edit them between
-            steps.
-        state: a list, parallel to all groups' parameters, of dicts: ``step`` and the rule's arrays.
-        last_grad_norm: the global gradient norm of the last step, None without ``max_grad_norm``.
+        param_groups: list of dicts, as in torch: ``params`` (a list of arrays) and the options, which may be changed
+            between steps.
+        state: list of dicts, one per parameter in the order of all groups: ``step`` and the rule's arrays.
+        last_grad_norm: global gradient norm of the last step; None without ``max_grad_norm``.
     """
 
     _rule: ClassVar[Rule]
@@ -180,10 +180,10 @@ class Optimizer:
             self.add_param_group({"params": list(params)})
 
     def add_param_group(self, group: Mapping[str, Any]) -> None:
-        """Adds parameters with options of their own: ``{"params": arrays, "lr": 0.1, ...}``; the rest by default.
+        """Adds a parameter group: ``{"params": arrays, "lr": 0.1, ...}``. Missing options take their defaults.
 
         Raises:
-            TypeError, ValueError: for an unknown option, one out of its range, or a parameter that cannot be updated.
+            TypeError, ValueError: an option is unknown or out of its range, or a parameter cannot be updated.
         """
         unknown = set(group) - {"params", *self.defaults}
         if "params" not in group or unknown:
@@ -200,7 +200,7 @@ class Optimizer:
         states = [self._initial(p, len(self.state) + i, new) for i, p in enumerate(new["params"])]
         self.param_groups.append(new)
         self.state.extend(states)
-        try:  # the checks of a step, over all groups, with the parameters in place of gradients
+        try:  # the checks of a step, over all groups, with parameters in place of gradients
             self._batch.clear()
             self._add_all([p for g in self.param_groups for p in g["params"]], [])
             self._batch.check(grads=False)
@@ -221,20 +221,20 @@ class Optimizer:
         return options
 
     def _initial(self, param: Any, index: int, options: dict[str, Any]) -> dict[str, Any]:
-        """The state of a parameter that has none; ``index``: its place among all."""
+        """The initial state of a parameter; ``index``: its position among all parameters."""
         rule, kernel = self._rule, self._rule.kernel(options)
         state: dict[str, Any] = {"step": 0}
         for name in rule.carried:
             state[name] = np.array(rule.first(name, options))
         form = self._form(param, options)
-        if param.dtype.name in forms.FLOATS:  # others are refused by the core, in its words
+        if param.dtype.name in forms.FLOATS:  # the core refuses other dtypes
             reason = forms.refusal(kernel, param.dtype.name, form)
             if reason:
                 raise ValueError(reason)
         for name in kernel.states:
             first = rule.first(name, options)
             if form.quantised:
-                codes = np.zeros(param.shape, forms.code(name))  # blocks run in C order
+                codes = np.zeros(param.shape, forms.code(name))  # blocks follow C order
                 scale = np.full(forms.blocks(param.size), first, np.float32)
                 codes.fill(np.iinfo(codes.dtype).max if first else 0)
                 state[f"{name}_codes"], state[f"{name}_scale"] = codes, scale
@@ -269,10 +269,12 @@ class Optimizer:
 
         Args:
             grads: gradients in the structure of ``params``: an array, a sequence, or a dict with the same keys; with
-                several groups a sequence for each group, or one flat sequence. None leaves that parameter alone.
+                several groups one sequence per group, or one flat sequence. A parameter whose gradient is None is
+                skipped.
 
         Raises:
-            TypeError, ValueError: as the in-place functions do, before anything is written.
+            TypeError, ValueError: as the in-place functions, before anything is written.
+            RuntimeError: another thread is running this optimizer's step.
         """
         if not self._free.acquire(blocking=False):
             raise RuntimeError("step() of this optimizer is already running in another thread")
@@ -298,8 +300,8 @@ class Optimizer:
     def _add(self, group: dict[str, Any], grads: list[Any], start: int, advanced: list[Any]) -> None:
         options = self._check(group, max((s["step"] for s in self.state), default=0))
         chosen = [i for i, g in enumerate(grads) if g is not None]
-        kinds: dict[forms.Form, list[int]] = {}  # parameters of one group may be of several dtypes
-        alike: dict[np.dtype[Any], list[int]] = {}  # the same lists: asking a dtype for its name takes microseconds
+        kinds: dict[forms.Form, list[int]] = {}  # a group may have parameters of several dtypes
+        alike: dict[np.dtype[Any], list[int]] = {}  # the same lists by dtype, since dtype.name takes microseconds
         for i in chosen:
             dtype = group["params"][i].dtype
             if dtype not in alike:
@@ -381,7 +383,7 @@ class Optimizer:
 
     @contextmanager
     def ema_parameters(self) -> Iterator[None]:
-        """Puts the moving averages of ``ema_decay`` into the parameters for the time of a ``with`` block."""
+        """Context manager: swaps the moving averages of ``ema_decay`` into the parameters, and back on exit."""
         params = [p for group in self.param_groups for p in group["params"]]
         pairs = [(p, p.copy(), state["ema"]) for p, state in zip(params, self.state, strict=True) if "ema" in state]
         for p, _, ema in pairs:
@@ -401,10 +403,10 @@ class Optimizer:
                 yield f"group.{i}.{name}", group, name
 
     def state_dict(self) -> dict[str, Any]:
-        """A flat dict of copies, fit for ``np.savez(path, **opt.state_dict())``.
+        """The state as a flat dict of copies, for ``np.savez(path, **opt.state_dict())``.
 
-        Keys: ``state.<i>.<name>`` for every parameter, ``group.<i>.<option>`` for every group. An option that is a
-        function of the step is left out: it is code, and belongs to the program that loads.
+        Keys: ``state.<i>.<name>`` for every parameter, ``group.<i>.<option>`` for every group. Options that are
+        functions of the step are omitted; the program that loads the dict has to pass them again.
         """
         return {
             key: holder[name].copy() if isinstance(holder[name], np.ndarray) else holder[name]
@@ -413,11 +415,11 @@ class Optimizer:
         }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Takes over what :meth:`state_dict` gave, also by way of ``np.load``. Nothing changes if it raises.
+        """Loads a dict from :meth:`state_dict`, or a file of it from ``np.load``. Changes nothing if it raises.
 
         Raises:
             KeyError: a key is missing.
-            ValueError: an array has another shape than its parameter's state.
+            ValueError: the number of parameters or groups differs, or an array has another shape than its state.
         """
         params = [p for group in self.param_groups for p in group["params"]]
         for kind, n in (("state", len(params)), ("group", len(self.param_groups))):
@@ -443,7 +445,7 @@ class Optimizer:
                     new[name] = tuple(value) if isinstance(default, tuple) else value
                 elif not _is_timed(group[name]) and name not in forms.OPTIONS:
                     raise KeyError(f"state_dict: missing {key}")
-            for name in forms.OURS:  # how to keep things is ours to say, not the checkpoint's
+            for name in forms.OURS:  # the optimizer selects the form, not the checkpoint
                 new[name] = group[name]
             options.append(new)
         i = 0
@@ -457,7 +459,7 @@ class Optimizer:
             group.update(new)
 
     def _recoded(self, entry: dict[str, Any], param: Any, index: int, options: dict[str, Any]) -> dict[str, Any]:
-        """An entry of any form in the form that the options ask for."""
+        """A loaded entry, converted to the form that the options select."""
         form, states = self._form(param, options), self._rule.states(options)
         wanted = forms.array_names(states, form, options["ema_decay"] is not None)
         fresh = self._initial(param, index, options)
@@ -514,18 +516,18 @@ class Optimizer:
 _CLASS_DOC = """
     Args:
         params: a float array, a sequence or dict of arrays, or a sequence of groups (dicts with ``params`` and
-            options). They are updated in place; 16-bit parameters get float32 state.
-        lr: a number, or a function of the step, counted from 0 (see :mod:`fusedopt.schedules`); so may be weight_decay,
-            momentum, and either of betas.
-        max_grad_norm: clip the gradients of all groups together to this global norm, inside the step.
-        state_dtype: dtype of the states, by name: float64, float32, bfloat16, float16, or int8 (codes in blocks of 64).
-        master: for 16-bit parameters, what the step keeps of them beside: "split16", "split8" or "float32".
-        stochastic_rounding: round 16-bit parameters and their states up or down at random, right on average.
-        seed: of those random numbers.
-        ema_decay: keep a moving average of the parameters; see :meth:`ema_parameters`.
-        l1: soft-threshold parameters by lr * l1 after the update, to exact zeros.
+            options). Updated in place; 16-bit parameters have float32 states by default.
+        lr: a number, or a function of the step, counted from 0 (see :mod:`fusedopt.schedules`). weight_decay, momentum
+            and each of betas may be functions, too.
+        max_grad_norm: clips the gradients to this global norm over all groups within the step; None: no clipping.
+        state_dtype: dtype of the states: "float64", "float32", "bfloat16", "float16", or "int8" (blocks of 64).
+        master: residual of 16-bit parameters: "split16", "split8", or "float32" for a master copy.
+        stochastic_rounding: rounds 16-bit parameters and their states stochastically.
+        seed: seed of stochastic rounding, in [0, 2**32).
+        ema_decay: decay of a moving average of the parameters, in (0, 1); see :meth:`ema_parameters`.
+        l1: soft-thresholds parameters by lr * l1 after the update; >= 0.
 
-    Call ``step(grads)`` with gradients in the same structure; see :class:`fusedopt.Optimizer` for the rest.
+    Call ``step(grads)`` with gradients in the same structure; see :class:`fusedopt.Optimizer`.
 
     Example:
         >>> import numpy as np, fusedopt

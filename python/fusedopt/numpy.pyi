@@ -41,7 +41,7 @@ _Params: TypeAlias = NDArray[Any] | Sequence[NDArray[Any]] | Mapping[Any, NDArra
 _Grads: TypeAlias = _Array | Sequence[_Array | Sequence[_Array | None] | None] | Mapping[Any, _Array | None]
 
 class Optimizer:
-    """The optimizer objects of the NumPy front end."""
+    """Base class of the NumPy optimizers."""
 
     defaults: dict[str, Any]
     param_groups: list[dict[str, Any]]
@@ -67,10 +67,10 @@ def sgd_(
     maximize: bool = False,
     first: bool = False,
 ) -> None:
-    """Stochastic gradient descent, with momentum, dampening and Nesterov's look-ahead."""
+    """Stochastic gradient descent, with momentum, dampening and Nesterov momentum."""
 
 class SGD(Optimizer):
-    """Stochastic gradient descent, with momentum, dampening and Nesterov's look-ahead."""
+    """Stochastic gradient descent, with momentum, dampening and Nesterov momentum."""
 
     def __init__(
         self,
@@ -103,10 +103,10 @@ def adagrad_(
     eps: float = 1e-10,
     maximize: bool = False,
 ) -> None:
-    """AdaGrad: every coordinate's rate falls with the sum of its squared gradients."""
+    """AdaGrad: divides each element's step by the root of its sum of squared gradients."""
 
 class Adagrad(Optimizer):
-    """AdaGrad: every coordinate's rate falls with the sum of its squared gradients."""
+    """AdaGrad: divides each element's step by the root of its sum of squared gradients."""
 
     def __init__(
         self,
@@ -142,10 +142,10 @@ def rmsprop_(
     momentum_buffer: _Arrays | None = None,
     grad_avg: _Arrays | None = None,
 ) -> None:
-    """RMSProp: divides by a running root mean square of the gradient; centered: by its standard deviation."""
+    """RMSprop: divides the gradient by its running root mean square; centered: by its standard deviation."""
 
 class RMSprop(Optimizer):
-    """RMSProp: divides by a running root mean square of the gradient; centered: by its standard deviation."""
+    """RMSprop: divides the gradient by its running root mean square; centered: by its standard deviation."""
 
     def __init__(
         self,
@@ -183,10 +183,10 @@ def adam_(
     decoupled_weight_decay: bool = False,
     max_exp_avg_sq: _Arrays | None = None,
 ) -> None:
-    """Adam: steps of both moments of the gradient, corrected for their start at zero."""
+    """Adam: bias-corrected first and second moments of the gradient."""
 
 class Adam(Optimizer):
-    """Adam: steps of both moments of the gradient, corrected for their start at zero."""
+    """Adam: bias-corrected first and second moments of the gradient."""
 
     def __init__(
         self,
@@ -223,10 +223,10 @@ def adamw_(
     maximize: bool = False,
     max_exp_avg_sq: _Arrays | None = None,
 ) -> None:
-    """AdamW: Adam whose weight decay shrinks the weights directly, beside the gradient's step."""
+    """AdamW: Adam with decoupled weight decay."""
 
 class AdamW(Optimizer):
-    """AdamW: Adam whose weight decay shrinks the weights directly, beside the gradient's step."""
+    """AdamW: Adam with decoupled weight decay."""
 
     def __init__(
         self,
@@ -263,10 +263,10 @@ def nadam_(
     decoupled_weight_decay: bool = False,
     maximize: bool = False,
 ) -> None:
-    """NAdam: Adam with Nesterov's look-ahead, along a momentum that warms up."""
+    """NAdam: Adam with Nesterov momentum, which warms up."""
 
 class NAdam(Optimizer):
-    """NAdam: Adam with Nesterov's look-ahead, along a momentum that warms up."""
+    """NAdam: Adam with Nesterov momentum, which warms up."""
 
     def __init__(
         self,
@@ -302,10 +302,10 @@ def radam_(
     decoupled_weight_decay: bool = False,
     maximize: bool = False,
 ) -> None:
-    """RAdam: Adam whose adaptive rate sets in once its variance is bounded, and is rectified from then on."""
+    """RAdam: Adam with a rectified adaptive learning rate, used once its variance is bounded."""
 
 class RAdam(Optimizer):
-    """RAdam: Adam whose adaptive rate sets in once its variance is bounded, and is rectified from then on."""
+    """RAdam: Adam with a rectified adaptive learning rate, used once its variance is bounded."""
 
     def __init__(
         self,
@@ -339,10 +339,10 @@ def adamax_(
     weight_decay: float = 0.0,
     maximize: bool = False,
 ) -> None:
-    """Adamax: Adam by the infinity norm."""
+    """Adamax: Adam with the infinity norm in place of the second moment."""
 
 class Adamax(Optimizer):
-    """Adamax: Adam by the infinity norm."""
+    """Adamax: Adam with the infinity norm in place of the second moment."""
 
     def __init__(
         self,
@@ -374,10 +374,10 @@ def adadelta_(
     weight_decay: float = 0.0,
     maximize: bool = False,
 ) -> None:
-    """Adadelta: scales the gradient by the ratio of past updates to past gradients."""
+    """Adadelta: scales the gradient by the ratio of the running RMS of updates to that of gradients."""
 
 class Adadelta(Optimizer):
-    """Adadelta: scales the gradient by the ratio of past updates to past gradients."""
+    """Adadelta: scales the gradient by the ratio of the running RMS of updates to that of gradients."""
 
     def __init__(
         self,
@@ -407,10 +407,10 @@ def lion_(
     weight_decay: float = 0.0,
     maximize: bool = False,
 ) -> None:
-    """Lion: steps by the sign of an interpolation between momentum and gradient; one state, decoupled decay."""
+    """Lion: steps by the sign of interpolated momentum; one state, decoupled weight decay."""
 
 class Lion(Optimizer):
-    """Lion: steps by the sign of an interpolation between momentum and gradient; one state, decoupled decay."""
+    """Lion: steps by the sign of interpolated momentum; one state, decoupled weight decay."""
 
     def __init__(
         self,

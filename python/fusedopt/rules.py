@@ -1,7 +1,7 @@
-"""Every update rule as Python sees it: options and their defaults, documentation, float64 reference.
+"""Every update rule: options with defaults and ranges, documentation, float64 reference.
 
-The arithmetic that runs is cpp/rules/rules.h; the references here state it a second time, on purpose, to check it. The
-front ends (``fusedopt.numpy``, ``fusedopt.torch``), their stubs, the tests and the benchmarks are made from ``RULES``.
+The kernels are in cpp/rules/rules.h; the references here state the arithmetic a second time, on purpose, to check them.
+The front ends (``fusedopt.numpy``, ``fusedopt.torch``), their stubs, tests and benchmarks are generated from ``RULES``.
 """
 
 from __future__ import annotations
@@ -22,24 +22,24 @@ State = MutableMapping[str, Array]
 Options = Mapping[str, Any]
 
 RULES: dict[str, Rule] = {}
-"""All rules by the name of their optimizer class, in the order of definition."""
+"""Optimizer class name -> rule, in the order of definition."""
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """One entry of the registry in cpp/rules/rules.h, and where its hyperparameters come from."""
+    """One entry of FUSEDOPT_RULES in cpp/rules/rules.h, and the options that supply its hyperparameters."""
 
     name: str
     index: int
     states: tuple[str, ...]
     operands: tuple[str, ...]
-    """What the in-place function takes, in the kernel's order: param, grad, the states, the carried scalar if any."""
+    """Operands in the kernel's order: param, grad, the states, the carried scalar if any."""
 
     sources: tuple[tuple[str | None, int, float], ...]
-    """For each hyperparameter: the option or None, the index into it or -1, the value if there is no option."""
+    """Per hyperparameter: the option or None; the index into a tuple option or -1; the value if there is no option."""
 
     values: Callable[[Options], list[float]]
-    """The hyperparameters as numbers, in the kernel's order."""
+    """Options -> the hyperparameters as numbers, in the kernel's order."""
 
 
 def _kernel(name: str, rule: Rule) -> Kernel:
@@ -57,7 +57,7 @@ def _kernel(name: str, rule: Rule) -> Kernel:
     return Kernel(name, index, states, operands, tuple(sources), eval(f"lambda o: [{', '.join(items)}]"))
 
 
-# Option: lowest value, highest value, whether the highest is allowed. Options that are absent need only be finite.
+# Option: lower bound, upper bound, whether the upper bound is included. Options not listed are in [0, inf).
 _RANGES: dict[str, tuple[float, float, bool]] = {
     "betas": (0.0, 1.0, False),
     "alpha": (0.0, 1.0, True),
@@ -71,17 +71,17 @@ class Rule:
     function: ClassVar[str]
     """Name of the in-place function."""
     defaults: ClassVar[dict[str, Any]]
-    """Options with their defaults, under torch's names and in torch's order."""
+    """Options and defaults, with torch's names in torch's order."""
     variants: ClassVar[dict[tuple[str, ...], str]]
-    """The options that are true -> the kernel in cpp/rules/rules.h; the first entry is the plain one."""
+    """Options that are true -> kernel in cpp/rules/rules.h; the first entry is the kernel without any."""
     scalars: ClassVar[tuple[str, ...]] = ("step",)
-    """Numbers kept per parameter beside its arrays, as in torch: the step count, and what the kernel carries along."""
+    """Scalar states of a parameter, as in torch: the step count, and the scalar that the kernel carries (NAdam)."""
     clock: ClassVar[str | None] = "step"
-    """What the in-place function must be told of time: ``step`` counted from 1, ``first`` or not, or nothing."""
+    """The in-place function's time argument: ``step``, counted from 1; ``first``, a bool; or none."""
     constants: ClassVar[dict[str, float]] = {}
-    """Hyperparameters of the kernel that are no options of this optimizer."""
+    """Hyperparameters of the kernel that are not options of this optimizer, with their values."""
     initial: ClassVar[dict[str, str | float]] = {}
-    """First values of states that do not start at 0: a number, or the name of an option."""
+    """Initial values of states that do not start at 0: a number, or the name of an option."""
 
     def __init_subclass__(cls) -> None:
         if "function" in cls.__dict__:
@@ -94,17 +94,17 @@ class Rule:
 
     @property
     def carried(self) -> tuple[str, ...]:
-        """The scalars that the kernel carries along beside the step count."""
+        """The scalar states other than the step count."""
         return tuple(s for s in self.scalars if s != "step")
 
     @property
     def once(self) -> tuple[str, ...]:
-        """The options that only say how a state begins."""
+        """The options that only set the initial value of a state."""
         return tuple(v for v in self.initial.values() if isinstance(v, str))
 
     @cached_property
     def chooses(self) -> tuple[str, ...]:
-        """The options whose truth chooses the kernel."""
+        """The options whose truth selects the kernel."""
         return tuple(sorted({option for key in self.variants for option in key}))
 
     @cached_property
@@ -112,7 +112,7 @@ class Rule:
         return {tuple(o in key for o in self.chooses): _kernel(name, self) for key, name in self.variants.items()}
 
     def kernel(self, options: Options) -> Kernel:
-        """The kernel that does this rule under these options."""
+        """The kernel for these options."""
         for option in self.chooses:
             if options.get(option):
                 return self._by_truth[tuple([bool(options.get(o)) for o in self.chooses])]
@@ -123,11 +123,11 @@ class Rule:
         return self._by_truth[(False,) * len(self.chooses)]
 
     def states(self, options: Options) -> tuple[str, ...]:
-        """Names of the arrays kept per parameter under these options, in torch's order."""
+        """Names of a parameter's state arrays under these options, in torch's order."""
         return self.kernel(options).states
 
     def first(self, state: str, options: Options) -> float:
-        """The value that a state begins with."""
+        """The initial value of a state."""
         value = self.initial.get(state, 0.0)
         return float(options[value] if isinstance(value, str) else value)
 
@@ -137,7 +137,10 @@ class Rule:
 
     @cached_property
     def _clearly_right(self) -> Callable[[Options], bool]:
-        """Is every option a plain float, bool or tuple of floats in its range? A line of source: it runs every step."""
+        """Fast path of :meth:`check`: True if every option is a float, bool or tuple of floats in its range.
+
+        Generated source, since it runs in every step.
+        """
         tests = []
         for option, kind, low, high, _ in self._ranges:
             inside = f"is float and {low!r} <= {{0}} < {high!r}"
@@ -178,7 +181,7 @@ class Rule:
                     raise ValueError(f"{option}: expected a value in [{low:g}, {high:g}{bracket}, got {item!r}")
 
     def reference(self, param: Array, grad: Array, state: State, step: int, **options: Any) -> None:
-        """The update in plain float64 NumPy, in place; ``step`` counts from 1. For checking, not for speed."""
+        """The update in float64 NumPy, in place, for tests; ``step`` counts from 1."""
         o = {**self.defaults, **options}
         self._reference(param, -grad if o["maximize"] else grad, state, step, o)
 
@@ -187,12 +190,12 @@ class Rule:
 
 
 def _decayed(g: Array, p: Array, o: Options) -> Array:
-    """The L2 penalty's share of the gradient; without one an infinite parameter must not make it NaN."""
+    """The gradient with the L2 penalty; 0 * inf must not make it NaN if there is no penalty."""
     return g + o["weight_decay"] * p if o["weight_decay"] else g
 
 
 def _moments(p: Array, g: Array, s: State, o: Options, decoupled: bool) -> Array:
-    """Weight decay of either kind, then both moments; the decayed gradient. Shared by the Adam family."""
+    """Applies weight decay and updates both moments; returns the decayed gradient. Shared by the Adam family."""
     b1, b2 = o["betas"]
     if decoupled:
         p *= 1 - o["lr"] * o["weight_decay"]
@@ -204,7 +207,7 @@ def _moments(p: Array, g: Array, s: State, o: Options, decoupled: bool) -> Array
 
 
 class SGD(Rule):
-    r"""Stochastic gradient descent, with momentum, dampening and Nesterov's look-ahead.
+    r"""Stochastic gradient descent, with momentum, dampening and Nesterov momentum.
 
     .. math::
         g_t &\leftarrow g_t + \lambda \theta_{t-1} \\
@@ -214,14 +217,14 @@ class SGD(Rule):
 
     Options:
         lr: :math:`\gamma \ge 0`, the learning rate.
-        momentum: :math:`\mu \ge 0`; 0 is plain SGD, which keeps no state.
+        momentum: :math:`\mu \ge 0`; 0 is plain SGD, which has no state.
         dampening: :math:`\tau \ge 0`.
         weight_decay: :math:`\lambda \ge 0`, L2 penalty.
-        nesterov: look ahead; needs momentum > 0 and dampening = 0.
-        maximize: ascend instead of descend.
+        nesterov: Nesterov momentum; requires momentum > 0 and dampening = 0.
+        maximize: maximise instead of minimise.
 
     Sutskever, Martens, Dahl, Hinton: On the importance of initialization and momentum in deep learning (ICML 2013).
-    As in torch, the learning rate multiplies the velocity, and the first step copies the gradient undamped.
+    As in torch, the learning rate multiplies the velocity, and the first step copies the gradient without dampening.
     """
 
     function = "sgd_"
@@ -252,7 +255,7 @@ class SGD(Rule):
 
 
 class Adagrad(Rule):
-    r"""AdaGrad: every coordinate's rate falls with the sum of its squared gradients.
+    r"""AdaGrad: divides each element's step by the root of its sum of squared gradients.
 
     .. math::
         g_t &\leftarrow g_t + \lambda \theta_{t-1}, \qquad \gamma_t = \gamma / (1 + (t - 1) \eta) \\
@@ -261,11 +264,11 @@ class Adagrad(Rule):
 
     Options:
         lr: :math:`\gamma \ge 0`.
-        lr_decay: :math:`\eta \ge 0`.
+        lr_decay: :math:`\eta \ge 0`, decay of the learning rate per step.
         weight_decay: :math:`\lambda \ge 0`, L2 penalty.
         initial_accumulator_value: :math:`s_0 \ge 0` (optimizer objects only).
         eps: :math:`\epsilon \ge 0`.
-        maximize: ascend instead of descend.
+        maximize: maximise instead of minimise.
 
     Duchi, Hazan, Singer: Adaptive Subgradient Methods (JMLR 12, 2011).
     """
@@ -289,7 +292,7 @@ class Adagrad(Rule):
 
 
 class RMSprop(Rule):
-    r"""RMSProp: divides by a running root mean square of the gradient; centered: by its standard deviation.
+    r"""RMSprop: divides the gradient by its running root mean square; centered: by its standard deviation.
 
     .. math::
         g_t &\leftarrow g_t + \lambda \theta_{t-1}, \qquad v_t = \alpha v_{t-1} + (1 - \alpha) g_t^2 \\
@@ -300,12 +303,12 @@ class RMSprop(Rule):
 
     Options:
         lr: :math:`\gamma \ge 0`.
-        alpha: :math:`\alpha \in [0, 1]`, smoothing.
-        eps: :math:`\epsilon \ge 0`, added outside the root, as in torch.
+        alpha: :math:`\alpha \in [0, 1]`, decay rate of the averages.
+        eps: :math:`\epsilon \ge 0`, added after the square root, as in torch.
         weight_decay: :math:`\lambda \ge 0`, L2 penalty.
-        momentum: :math:`\mu \ge 0`; 0 keeps no buffer.
-        centered: subtract the squared mean.
-        maximize: ascend instead of descend.
+        momentum: :math:`\mu \ge 0`; with 0 there is no momentum buffer.
+        centered: subtract the squared mean of the gradient.
+        maximize: maximise instead of minimise.
 
     Tieleman, Hinton: Lecture 6.5 (2012); centered: Graves, Generating Sequences With Recurrent Neural Networks,
     arXiv 1308.0850.
@@ -345,7 +348,7 @@ class RMSprop(Rule):
 
 
 class Adam(Rule):
-    r"""Adam: steps of both moments of the gradient, corrected for their start at zero.
+    r"""Adam: bias-corrected first and second moments of the gradient.
 
     .. math::
         g_t &\leftarrow g_t + \lambda \theta_{t-1} \\
@@ -359,7 +362,7 @@ class Adam(Rule):
         eps: :math:`\epsilon \ge 0`.
         weight_decay: :math:`\lambda \ge 0`, L2 penalty.
         amsgrad: divide by the largest :math:`v_t` so far.
-        maximize: ascend instead of descend.
+        maximize: maximise instead of minimise.
 
     Kingma, Ba: Adam, arXiv 1412.6980. AMSGrad: Reddi, Kale, Kumar, arXiv 1904.09237; as in torch, the maximum is taken
     before the correction.
@@ -389,7 +392,7 @@ class Adam(Rule):
 
 
 class AdamW(Adam):
-    r"""AdamW: Adam whose weight decay shrinks the weights directly, beside the gradient's step.
+    r"""AdamW: Adam with decoupled weight decay.
 
     .. math::
         \theta_{t-1} &\leftarrow (1 - \gamma \lambda) \theta_{t-1} \\
@@ -403,10 +406,10 @@ class AdamW(Adam):
         eps: :math:`\epsilon \ge 0`.
         weight_decay: :math:`\lambda \ge 0`, decoupled.
         amsgrad: divide by the largest :math:`v_t` so far.
-        maximize: ascend instead of descend.
+        maximize: maximise instead of minimise.
 
-    Loshchilov, Hutter: Decoupled Weight Decay Regularization, arXiv 1711.05101. As in torch, the decay is scaled by the
-    learning rate.
+    Loshchilov, Hutter: Decoupled Weight Decay Regularization, arXiv 1711.05101. As in torch, the learning
+    rate scales the decay.
     """
 
     function = "adamw_"
@@ -423,7 +426,7 @@ class AdamW(Adam):
 
 
 class NAdam(Rule):
-    r"""NAdam: Adam with Nesterov's look-ahead, along a momentum that warms up.
+    r"""NAdam: Adam with Nesterov momentum, which warms up.
 
     .. math::
         \mu_t &= \beta_1 (1 - 0.96^{t \psi} / 2), \qquad \Pi_t = \prod_{i \le t} \mu_i \\
@@ -437,9 +440,9 @@ class NAdam(Rule):
         betas: :math:`\beta_1, \beta_2 \in [0, 1)`.
         eps: :math:`\epsilon \ge 0`.
         weight_decay: :math:`\lambda \ge 0`, L2 penalty.
-        momentum_decay: :math:`\psi \ge 0`.
-        decoupled_weight_decay: shrink the weights directly, as AdamW does.
-        maximize: ascend instead of descend.
+        momentum_decay: :math:`\psi \ge 0`, rate of the momentum's warm-up.
+        decoupled_weight_decay: decouple weight decay, as AdamW does.
+        maximize: maximise instead of minimise.
 
     Dozat: Incorporating Nesterov Momentum into Adam (ICLR workshop 2016).
     """
@@ -469,7 +472,7 @@ class NAdam(Rule):
 
 
 class RAdam(Rule):
-    r"""RAdam: Adam whose adaptive rate sets in once its variance is bounded, and is rectified from then on.
+    r"""RAdam: Adam with a rectified adaptive learning rate, used once its variance is bounded.
 
     .. math::
         m_t &= \beta_1 m_{t-1} + (1 - \beta_1) g_t, \qquad v_t = \beta_2 v_{t-1} + (1 - \beta_2) g_t^2 \\
@@ -482,10 +485,10 @@ class RAdam(Rule):
     Options:
         lr: :math:`\gamma \ge 0`.
         betas: :math:`\beta_1, \beta_2 \in [0, 1)`.
-        eps: :math:`\epsilon \ge 0`, beside the uncorrected root, as in torch.
+        eps: :math:`\epsilon \ge 0`, added to the uncorrected root, as in torch.
         weight_decay: :math:`\lambda \ge 0`, L2 penalty.
-        decoupled_weight_decay: shrink the weights directly, as AdamW does.
-        maximize: ascend instead of descend.
+        decoupled_weight_decay: decouple weight decay, as AdamW does.
+        maximize: maximise instead of minimise.
 
     Liu et al.: On the Variance of the Adaptive Learning Rate and Beyond, arXiv 1908.03265.
     """
@@ -514,7 +517,7 @@ class RAdam(Rule):
 
 
 class Adamax(Rule):
-    r"""Adamax: Adam by the infinity norm.
+    r"""Adamax: Adam with the infinity norm in place of the second moment.
 
     .. math::
         g_t &\leftarrow g_t + \lambda \theta_{t-1}, \qquad m_t = \beta_1 m_{t-1} + (1 - \beta_1) g_t \\
@@ -526,7 +529,7 @@ class Adamax(Rule):
         betas: :math:`\beta_1, \beta_2 \in [0, 1)`.
         eps: :math:`\epsilon \ge 0`.
         weight_decay: :math:`\lambda \ge 0`, L2 penalty.
-        maximize: ascend instead of descend.
+        maximize: maximise instead of minimise.
 
     Kingma, Ba: Adam, arXiv 1412.6980, section 7.1.
     """
@@ -544,7 +547,7 @@ class Adamax(Rule):
 
 
 class Adadelta(Rule):
-    r"""Adadelta: scales the gradient by the ratio of past updates to past gradients.
+    r"""Adadelta: scales the gradient by the ratio of the running RMS of updates to that of gradients.
 
     .. math::
         g_t &\leftarrow g_t + \lambda \theta_{t-1}, \qquad v_t = \rho v_{t-1} + (1 - \rho) g_t^2 \\
@@ -554,10 +557,10 @@ class Adadelta(Rule):
 
     Options:
         lr: :math:`\gamma \ge 0`; 1 is the paper's rule.
-        rho: :math:`\rho \in [0, 1]`.
+        rho: :math:`\rho \in [0, 1]`, decay rate of the averages.
         eps: :math:`\epsilon \ge 0`.
         weight_decay: :math:`\lambda \ge 0`, L2 penalty.
-        maximize: ascend instead of descend.
+        maximize: maximise instead of minimise.
 
     Zeiler: ADADELTA, arXiv 1212.5701.
     """
@@ -578,7 +581,7 @@ class Adadelta(Rule):
 
 
 class Lion(Rule):
-    r"""Lion: steps by the sign of an interpolation between momentum and gradient; one state, decoupled decay.
+    r"""Lion: steps by the sign of interpolated momentum; one state, decoupled weight decay.
 
     .. math::
         u_t &= \operatorname{sign}(\beta_1 m_{t-1} + (1 - \beta_1) g_t) \\
@@ -586,10 +589,10 @@ class Lion(Rule):
         m_t &= \beta_2 m_{t-1} + (1 - \beta_2) g_t
 
     Options:
-        lr: :math:`\gamma \ge 0`; the paper takes a third to a tenth of AdamW's.
+        lr: :math:`\gamma \ge 0`; the paper recommends a third to a tenth of AdamW's.
         betas: :math:`\beta_1, \beta_2 \in [0, 1)`.
         weight_decay: :math:`\lambda \ge 0`, decoupled.
-        maximize: ascend instead of descend.
+        maximize: maximise instead of minimise.
 
     Chen et al.: Symbolic Discovery of Optimization Algorithms, arXiv 2302.06675.
     """

@@ -37,7 +37,7 @@ __all__ = [
 ]
 
 class FallbackWarning(UserWarning):
-    """A tensor takes torch's own, slower path, for the reason given."""
+    """A tensor takes torch's own step, for the given reason."""
 
 class _Fused(Optimizer):
     last_grad_norm: torch.Tensor | None
@@ -56,7 +56,7 @@ def memory_report(optimizer: Optimizer) -> dict[str, float]:
     """Bytes per parameter, by kind."""
 
 class SGD(_Fused, torch.optim.SGD):
-    """Stochastic gradient descent, with momentum, dampening and Nesterov's look-ahead."""
+    """Stochastic gradient descent, with momentum, dampening and Nesterov momentum."""
 
     def __init__(
         self,
@@ -81,7 +81,7 @@ class SGD(_Fused, torch.optim.SGD):
     ) -> None: ...
 
 class Adagrad(_Fused, torch.optim.Adagrad):
-    """AdaGrad: every coordinate's rate falls with the sum of its squared gradients."""
+    """AdaGrad: divides each element's step by the root of its sum of squared gradients."""
 
     def __init__(
         self,
@@ -106,7 +106,7 @@ class Adagrad(_Fused, torch.optim.Adagrad):
     ) -> None: ...
 
 class RMSprop(_Fused, torch.optim.RMSprop):
-    """RMSProp: divides by a running root mean square of the gradient; centered: by its standard deviation."""
+    """RMSprop: divides the gradient by its running root mean square; centered: by its standard deviation."""
 
     def __init__(
         self,
@@ -132,7 +132,7 @@ class RMSprop(_Fused, torch.optim.RMSprop):
     ) -> None: ...
 
 class Adam(_Fused, torch.optim.Adam):
-    """Adam: steps of both moments of the gradient, corrected for their start at zero."""
+    """Adam: bias-corrected first and second moments of the gradient."""
 
     def __init__(
         self,
@@ -159,7 +159,7 @@ class Adam(_Fused, torch.optim.Adam):
     ) -> None: ...
 
 class AdamW(_Fused, torch.optim.AdamW):
-    """AdamW: Adam whose weight decay shrinks the weights directly, beside the gradient's step."""
+    """AdamW: Adam with decoupled weight decay."""
 
     def __init__(
         self,
@@ -185,7 +185,7 @@ class AdamW(_Fused, torch.optim.AdamW):
     ) -> None: ...
 
 class NAdam(_Fused, torch.optim.NAdam):
-    """NAdam: Adam with Nesterov's look-ahead, along a momentum that warms up."""
+    """NAdam: Adam with Nesterov momentum, which warms up."""
 
     def __init__(
         self,
@@ -211,7 +211,7 @@ class NAdam(_Fused, torch.optim.NAdam):
     ) -> None: ...
 
 class RAdam(_Fused, torch.optim.RAdam):
-    """RAdam: Adam whose adaptive rate sets in once its variance is bounded, and is rectified from then on."""
+    """RAdam: Adam with a rectified adaptive learning rate, used once its variance is bounded."""
 
     def __init__(
         self,
@@ -236,7 +236,7 @@ class RAdam(_Fused, torch.optim.RAdam):
     ) -> None: ...
 
 class Adamax(_Fused, torch.optim.Adamax):
-    """Adamax: Adam by the infinity norm."""
+    """Adamax: Adam with the infinity norm in place of the second moment."""
 
     def __init__(
         self,
@@ -260,7 +260,7 @@ class Adamax(_Fused, torch.optim.Adamax):
     ) -> None: ...
 
 class Adadelta(_Fused, torch.optim.Adadelta):
-    """Adadelta: scales the gradient by the ratio of past updates to past gradients."""
+    """Adadelta: scales the gradient by the ratio of the running RMS of updates to that of gradients."""
 
     def __init__(
         self,
@@ -284,7 +284,7 @@ class Adadelta(_Fused, torch.optim.Adadelta):
     ) -> None: ...
 
 class Lion(_Fused):
-    """Lion: steps by the sign of an interpolation between momentum and gradient; one state, decoupled decay."""
+    """Lion: steps by the sign of interpolated momentum; one state, decoupled weight decay."""
 
     def __init__(
         self,
