@@ -1,7 +1,7 @@
-"""Pictures of benchmark results, of training and of trained models; matplotlib's objects, no window, no global state.
+"""Plots of benchmark results, training and trained models, as matplotlib figures without pyplot's global state.
 
-Every function takes what it draws and an optional path, and returns the Figure. matplotlib is imported when a picture
-is asked for.
+Every function takes the data and an optional path, saves the figure if a path is given, and returns it. matplotlib is
+imported on first use.
 """
 
 from .benchmarks import bandwidth, save_all, sizes, speedups

@@ -1,4 +1,4 @@
-"""Pictures of benchmark results; ``save_all`` draws what the results allow."""
+"""Plots of benchmark results."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ def _colour(name: str, others: Sequence[str]) -> str:
 
 def _labels(axes: Axes, results: Sequence[Result]) -> None:
     axes.set_yticks(range(len(results)), [r.case.label for r in results])
-    axes.set_ylim(len(results) - 0.4, -0.6)  # the first on top
+    axes.set_ylim(len(results) - 0.4, -0.6)  # the first row on top
 
 
 def speedups(
     results: Sequence[Result], path: PathLike | None = None, *, title: str = "One step, against PyTorch"
 ) -> Figure:
-    """Bars to the right of 1 where ours is faster: the others' time over ours, on a logarithmic axis."""
+    """Bars of the contenders' times over fusedopt's, on a logarithmic axis; right of 1, fusedopt is faster."""
     rows = [r for r in results if len(_others(r)) > 0]
     others = list(dict.fromkeys(n for r in rows for n in _others(r)))
     figure, axes = canvas(
@@ -70,12 +70,12 @@ def speedups(
 
 
 def bandwidth(results: Sequence[Result], path: PathLike | None = None) -> Figure:
-    """GB/s of ours as bars, of the others as dots, and the ceiling that was raced beside each as a line."""
+    """GB/s of fusedopt as bars, of the other contenders as dots, and of the ceiling as lines."""
     rows = [r for r in results if r.bandwidth() is not None]
     figure, axes = canvas(
-        "How close to the speed of memory",
+        "Share of the memory bandwidth",
         len(rows),
-        "bytes a step has to move / its time, GB/s; to the right: the share of the ceiling",
+        "minimum bytes of a step / its time, GB/s; right: share of the ceiling",
     )
     others = list(dict.fromkeys(n for r in rows for n in _others(r)))
     for y, r in enumerate(rows):
@@ -101,7 +101,7 @@ def bandwidth(results: Sequence[Result], path: PathLike | None = None) -> Figure
 
 
 def sizes(results: Sequence[Result], path: PathLike | None = None) -> Figure:
-    """Time per parameter over the number of parameters, one line per format."""
+    """Time per parameter by number of parameters, one line per format."""
     figure, axes = canvas("Adam from the first cache to main memory", 9, "ns per parameter, fusedopt")
     for form in dict.fromkeys(str(r.case.format) for r in results):
         line = [
@@ -123,7 +123,7 @@ def _others(result: Result) -> list[str]:
 
 
 def save_all(results: Sequence[Result], folder: PathLike) -> list[Path]:
-    """Draws every picture the results allow into ``folder``, and says which."""
+    """Saves every plot that the results allow to ``folder``; returns the paths."""
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)
     made: list[Path] = []

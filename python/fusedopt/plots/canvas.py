@@ -1,4 +1,4 @@
-"""What all pictures share: colours, an empty canvas, saving; matplotlib's objects alone, no window, no global state."""
+"""Shared by all plots: colours, empty figures, saving."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ CYCLE = (OURS, "#f2a541", "#4c6fbf", "#c8553d", "#b86bb0", "#588b8b", "#22252b",
 
 
 def sheet(title: str, height: float, width: float = 9.5) -> Figure:
-    """An empty figure with a title, in inches."""
+    """An empty figure with a title; sizes in inches."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
@@ -27,7 +27,7 @@ def sheet(title: str, height: float, width: float = 9.5) -> Figure:
 
 
 def plain(axes: Axes, subtitle: str = "") -> Axes:
-    """The axes with no more ink than they need, and a line of text above."""
+    """Axes without frame and ticks, with a subtitle above."""
     axes.set_title(subtitle, loc="left", fontsize=9, color=QUIET)
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.spines["bottom"].set_color("#d5d8de")
@@ -37,18 +37,18 @@ def plain(axes: Axes, subtitle: str = "") -> Axes:
 
 
 def canvas(title: str, lines: int, subtitle: str = "") -> tuple[Figure, Axes]:
-    """A figure that has room for so many lines, and its axes."""
+    """A figure with room for ``lines`` rows, and its axes."""
     figure = sheet(title, 1.9 + 0.46 * lines)
     return figure, plain(figure.add_subplot(), subtitle)
 
 
 def finish(figure: Figure, path: PathLike | None) -> Figure:
-    """The figure, saved if there is a path."""
+    """Saves the figure if there is a path, and returns it."""
     if path is not None:
         figure.savefig(path, dpi=150, facecolor="white")
     return figure
 
 
 def legend(figure: Figure, columns: int = 4) -> None:
-    """The legend of all axes, below the picture, where it hides nothing."""
+    """One legend for all axes, below the plot."""
     figure.legend(frameon=False, loc="outside lower left", ncols=columns, fontsize=9)

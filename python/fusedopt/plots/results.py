@@ -1,4 +1,4 @@
-"""Pictures of what a trained model says: a line against data, predictions against truth, a confusion matrix."""
+"""Plots of a trained model: fit, predictions against true values, confusion matrix, ROC curve, grid of scores."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ def fit(
     xlabel: str = "x",
     ylabel: str = "y",
 ) -> Figure:
-    """Data with one feature, and what a model predicts over their range.
+    """Data with one feature, and the model's predictions over its range.
 
     Args:
         x: the feature, shape (n,) or (n, 1).
         y: the target, shape (n,).
-        predict: a function of an array (m, 1) that gives m predictions, such as ``estimator.predict``.
-        path: where the picture is saved, if it is.
-        title: its title; ``xlabel`` and ``ylabel`` name feature and target.
+        predict: maps an array (m, 1) to m predictions, such as ``estimator.predict``.
+        path: file to save to; None: not saved.
+        title: title of the plot; ``xlabel`` and ``ylabel`` name feature and target.
 
     Raises:
-        ValueError: for more than one feature.
+        ValueError: x has more than one feature, or x and y differ in length.
     """
     x, y = np.asarray(x, float), np.asarray(y, float)
     if x.size != len(x) or x.size != y.size:
@@ -51,13 +51,13 @@ def fit(
 def predictions(
     y_true: Any, y_pred: Any, path: PathLike | None = None, *, title: str = "Predictions against truth"
 ) -> Figure:
-    """What a regression predicts for each true value; on the line they are equal.
+    """Scatter plot of predictions by true value, with the line of equality.
 
     Args:
         y_true: true values, shape (n,).
         y_pred: predictions, shape (n,).
-        path: where the picture is saved, if it is.
-        title: its title.
+        path: file to save to; None: not saved.
+        title: title of the plot.
     """
     true, predicted = np.asarray(y_true, float).ravel(), np.asarray(y_pred, float).ravel()
     figure = sheet(title, 5.6, 5.8)
@@ -80,14 +80,14 @@ def confusion_matrix(
     labels: Sequence[Any] | None = None,
     title: str = "Confusion matrix",
 ) -> Figure:
-    """How often each class is taken for which: scikit-learn's display.
+    """Confusion matrix, drawn by scikit-learn.
 
     Args:
         y_true: true classes.
         y_pred: predicted classes.
-        path: where the picture is saved, if it is.
-        labels: the classes, in the order in which they are drawn.
-        title: its title.
+        path: file to save to; None: not saved.
+        labels: the classes, in drawing order.
+        title: title of the plot.
     """
     from sklearn.metrics import ConfusionMatrixDisplay  # type: ignore[import-untyped, unused-ignore]
 
@@ -103,12 +103,12 @@ def confusion_matrix(
 
 
 def roc(curves: Any, path: PathLike | None = None, *, title: str = "Receiver operating characteristic") -> Figure:
-    """True positives by false positives, for every threshold of a score.
+    """ROC curves: true positive rate by false positive rate, with the area under each curve.
 
     Args:
-        curves: by name, pairs of true classes (0 or 1) and scores.
-        path: where the picture is saved, if it is.
-        title: its title.
+        curves: name -> (true classes 0 or 1, scores).
+        path: file to save to; None: not saved.
+        title: title of the plot.
     """
     from sklearn.metrics import auc, roc_curve  # type: ignore[import-untyped, unused-ignore]
 
@@ -133,14 +133,14 @@ def grid(
     title: str = "Accuracy",
     xlabel: str = "",
 ) -> Figure:
-    """A table of numbers, such as the scores of a search over two settings; the higher, the darker.
+    """A table of numbers, such as the scores of a grid search; higher is darker.
 
     Args:
         values: shape (rows, columns).
-        rows: what stands for each row.
-        columns: what stands for each column; ``xlabel`` is their name.
-        path: where the picture is saved, if it is.
-        title: its title.
+        rows: labels of the rows.
+        columns: labels of the columns; ``xlabel`` is their common name.
+        path: file to save to; None: not saved.
+        title: title of the plot.
     """
     table = np.asarray(values, float)
     figure = sheet(title, 1.8 + 0.55 * len(rows), 2.6 + 1.1 * len(columns))

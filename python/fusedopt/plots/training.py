@@ -1,4 +1,4 @@
-"""Pictures of training: curves by step or epoch, schedules, optimizers compared, paths on a surface."""
+"""Plots of training: curves by step or epoch, schedules, comparisons of optimizers, paths on a loss surface."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Columns = Mapping[str, Sequence[float] | np.ndarray[Any, Any]]
 def losses(
     curves: Mapping[str, Sequence[float]], path: PathLike | None = None, *, title: str = "The same losses"
 ) -> Figure:
-    """Training losses by step; later curves are drawn dashed, so that equal ones can be seen to coincide."""
+    """Training losses by step. Later curves are dashed, so that coinciding curves stay visible."""
     figure, axes = canvas(title, 7, "training loss by step")
     styles = ((OURS, "-", 3.2), (COLOURS["default"], (0, (4, 3)), 1.8), (COLOURS["fused"], (0, (1, 3)), 1.8))
     for (name, values), (colour, dashes, width) in zip(curves.items(), styles, strict=False):
@@ -39,13 +39,13 @@ def schedule(
     title: str = "Schedule",
     ylabel: str = "learning rate",
 ) -> Figure:
-    """Schedules over the first so many steps: one, or several by name.
+    """One schedule, or several by name, over the first ``steps`` steps.
 
     Args:
         schedules: functions of the step, such as those of :mod:`fusedopt.schedules`.
-        steps: how many steps are drawn.
-        path: where the picture is saved, if it is.
-        title: its title; ``ylabel`` says what the value is.
+        steps: number of steps to draw.
+        path: file to save to; None: not saved.
+        title: title of the plot; ``ylabel`` names the value.
     """
     several = schedules if isinstance(schedules, Mapping) else {"": schedules}
     figure, axes = canvas(title, 7, f"{ylabel} by step")
@@ -60,16 +60,16 @@ def schedule(
 
 
 def history(columns: Columns, path: PathLike | None = None, *, title: str = "Training") -> Figure:
-    """The history of one training: losses, scores and learning rate, each in a panel of its own, as far as there are.
+    """The history of one training run: losses, scores and learning rate, one panel each.
 
     Args:
-        columns: lists of equal length by name, as ``trainer.history`` and ``estimator.history_`` have them: ``loss``,
-            ``val_loss``; ``score`` and other ``val_...``; ``lr``. With ``step`` they are drawn by step, else by epoch.
-        path: where the picture is saved, if it is.
-        title: its title.
+        columns: name -> list, all of equal length, as in ``trainer.history`` and ``estimator.history_``: ``loss``,
+            ``val_loss``; ``score`` and other ``val_...``; ``lr``. The x axis is ``step`` if present, else the epoch.
+        path: file to save to; None: not saved.
+        title: title of the plot.
 
     Raises:
-        ValueError: if there is nothing to draw.
+        ValueError: there is nothing to draw.
     """
     scores = [name for name in columns if name == "score" or (name.startswith("val_") and name != "val_loss")]
     panels = {"loss": [n for n in ("loss", "val_loss") if n in columns], "score": scores}
@@ -114,17 +114,17 @@ def compare(
     ylabel: str | None = None,
     log: bool = True,
 ) -> Figure:
-    """One column of several histories, by epoch: what each optimizer made of the same model.
+    """One column of several histories by epoch, such as the losses of several optimizers.
 
     Args:
-        histories: by name; see :func:`history`.
-        column: what is drawn; those that lack it are left out.
-        path: where the picture is saved, if it is.
-        title: its title; ``ylabel`` names what is drawn.
-        log: a logarithmic axis.
+        histories: name -> history; see :func:`history`.
+        column: the column to draw; histories without it are skipped.
+        path: file to save to; None: not saved.
+        title: title of the plot; ``ylabel`` names the column.
+        log: use a logarithmic axis if all values are positive.
 
     Raises:
-        ValueError: if none of them has the column.
+        ValueError: no history has the column.
     """
     rows = {name: np.asarray(one[column], float) for name, one in histories.items() if column in one}
     if not rows:
@@ -156,12 +156,12 @@ def surface(
     """Paths of optimizers over the contours of a function of two parameters.
 
     Args:
-        function: of two arrays; its values are drawn in equal steps of their logarithm.
-        paths: by name, the points (steps, 2) that an optimizer passed through.
-        path: where the picture is saved, if it is.
-        xlim: what is drawn of the first parameter; ``ylim`` of the second.
+        function: function of two arrays; contours are equidistant in the logarithm of its values.
+        paths: name -> points of an optimizer, shape (steps, 2).
+        path: file to save to; None: not saved.
+        xlim: range of the first parameter; ``ylim``: of the second.
         minimum: a point to mark.
-        title: its title.
+        title: title of the plot.
     """
     figure, axes = canvas(title, 9, "contours of the loss, logarithmic; a dot where each path begins")
     x, y = np.meshgrid(np.linspace(*xlim, 300), np.linspace(*ylim, 300))

@@ -1,10 +1,10 @@
-"""Schedules: functions of the step that give a learning rate, a momentum or a weight decay.
+"""Schedules: functions of the step that return a learning rate, momentum or weight decay.
 
-A schedule is called with the number of the step, counted from 0, and returns a float. All but
-:class:`ReduceOnPlateau` are pure: frozen, picklable, equal when their arguments are. The same object is the ``lr=`` of
-a NumPy optimizer, of ``fusedopt.torch.ScheduledLR`` (a torch scheduler) and of ``fusedopt.plots.schedule``.
+A schedule is called with the step, counted from 0, and returns a float. All but :class:`ReduceOnPlateau` are immutable
+and picklable, and compare equal if their arguments do. The same object is accepted as ``lr=`` of a NumPy optimizer, by
+``fusedopt.torch.ScheduledLR`` (a torch scheduler) and by ``fusedopt.plots.schedule``.
 
-Below, t is the step and T its length ``steps``; after the last step a schedule stays where it is.
+In the formulas t is the step and T is ``steps``. After its last step a schedule keeps its final value.
 """
 
 from .base import Schedule

@@ -1,4 +1,4 @@
-"""What every schedule is: a checked, callable dataclass. No schedules here."""
+"""Base class of schedules, and the checks of their arguments. No schedules here."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _CHOICES = {
 
 
 def _checked(name: str, value: Any) -> Any:
-    """The argument as an int, a float or a text in its range; arguments of a name mean the same in every schedule."""
+    """The argument as int, float or str, checked by its name, which means the same in every schedule."""
     if name in _CHOICES:
         if value not in _CHOICES[name]:
             raise ValueError(f"{name}: expected one of {', '.join(_CHOICES[name])}, got {value!r}")
@@ -53,10 +53,10 @@ def _checked(name: str, value: Any) -> Any:
 
 
 class Schedule:
-    """A function of the step: ``schedule(step) -> float``, step counted from 0; see a subclass, such as
-    :class:`Cosine`.
+    """Base class: a function of the step, ``schedule(step) -> float``, with steps counted from 0.
 
-    Those that listen to a metric do so by :meth:`observe`, and have a state; the others have none and do not listen.
+    Schedules that depend on a metric receive it through :meth:`observe` and have a state. The others have no state and
+    ignore it.
     """
 
     def __post_init__(self) -> None:
@@ -65,11 +65,11 @@ class Schedule:
                 object.__setattr__(self, one.name, _checked(one.name, getattr(self, one.name)))
 
     def __call__(self, step: int) -> float:
-        """The value for this step, counted from 0.
+        """The value at this step, counted from 0.
 
         Raises:
-            TypeError: for a step that is no integer.
-            ValueError: for a negative one.
+            TypeError: the step is not an integer.
+            ValueError: the step is negative.
         """
         step = operator.index(step)
         if step < 0:
@@ -80,18 +80,18 @@ class Schedule:
         raise NotImplementedError
 
     def observe(self, metric: float) -> None:
-        """Tells the schedule a new value of the metric that it listens to, if it listens to one."""
+        """Passes a new value of the metric to the schedule, which ignores it unless it depends on one."""
 
     def state_dict(self) -> dict[str, Any]:
-        """What :meth:`observe` has changed, as plain numbers."""
+        """The state that :meth:`observe` changes, as numbers."""
         return {}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Takes over what :meth:`state_dict` gave."""
+        """Loads the state from :meth:`state_dict`."""
 
 
 def checked_milestones(values: Any) -> tuple[int, ...]:
-    """Steps above 0 that rise, as a tuple."""
+    """Strictly increasing steps above 0, as a tuple."""
     try:
         steps = tuple(operator.index(value) for value in values)
     except TypeError:

@@ -1,4 +1,4 @@
-"""Schedules made of schedules, and the one that listens to a metric."""
+"""Compositions of schedules, and the schedule that depends on a metric."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from .curves import Constant
 
 @dataclass
 class ReduceOnPlateau(Schedule):
-    r"""Falls by a factor when a metric has stopped getting better: torch's ``ReduceLROnPlateau``.
+    r"""Multiplies the value by a factor when a metric has stopped improving: torch's ``ReduceLROnPlateau``.
 
-    :meth:`observe` tells it the metric, mostly once an epoch; the value does not depend on the step.
+    Pass the metric to :meth:`observe`, usually once per epoch. The value does not depend on the step.
 
     Args:
-        value: what it begins with.
-        factor: what it is multiplied by, between 0 and 1.
-        patience: how many observations without a better one are let pass; at the next the value falls.
-        threshold: how much better is better.
-        threshold_mode: ``"rel"``, a part of the best so far, or ``"abs"``.
-        mode: ``"min"``, less is better, or ``"max"``.
-        cooldown: observations after a fall that are not counted.
-        min_value: the value falls no lower.
-        eps: a fall by no more than this is left out.
+        value: initial value, >= 0.
+        factor: multiplier, in (0, 1).
+        patience: observations without improvement that are tolerated; the next one reduces the value.
+        threshold: minimum improvement, >= 0.
+        threshold_mode: ``"rel"``, relative to the best value so far, or ``"abs"``.
+        mode: ``"min"`` if lower is better, or ``"max"``.
+        cooldown: observations after a reduction that are not counted.
+        min_value: lower bound of the value.
+        eps: reductions of at most this size are skipped.
 
     Example:
         >>> from fusedopt.schedules import ReduceOnPlateau
@@ -61,7 +61,7 @@ class ReduceOnPlateau(Schedule):
         return self.current
 
     def observe(self, metric: float) -> None:
-        """Counts this value of the metric; NaN is never better."""
+        """Records a value of the metric. NaN is never an improvement."""
         metric = float(metric)
         sign = 1.0 if self.mode == "min" else -1.0
         margin = self.threshold * (abs(self.best) if self.threshold_mode == "rel" else 1.0)
@@ -82,14 +82,14 @@ class ReduceOnPlateau(Schedule):
             self.cooling, self.bad = self.cooldown, 0
 
     def state_dict(self) -> dict[str, Any]:
-        """The value in force, the best metric, and what was counted."""
+        """The current value, the best metric, and the counters."""
         return {"current": self.current, "best": self.best, "bad": self.bad, "cooling": self.cooling}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Takes over what :meth:`state_dict` gave.
+        """Loads the state from :meth:`state_dict`.
 
         Raises:
-            KeyError: for a state of something else.
+            KeyError: an entry is missing.
         """
         kinds = {"current": float, "best": float, "bad": int, "cooling": int}
         for name, value in {name: kind(state_dict[name]) for name, kind in kinds.items()}.items():
@@ -97,7 +97,7 @@ class ReduceOnPlateau(Schedule):
 
 
 class _Several(Schedule):
-    """What is made of schedules hands them on what it is told."""
+    """Base class: passes metrics and states on to its schedules."""
 
     schedules: tuple[Schedule, ...]
 
@@ -135,8 +135,8 @@ class Join(_Several):
     """What :func:`join` returns.
 
     Args:
-        schedules: one after the other.
-        milestones: the steps at which the next one begins.
+        schedules: the schedules, in order.
+        milestones: the steps at which the next schedule begins.
     """
 
     schedules: tuple[Schedule, ...]
@@ -157,17 +157,15 @@ class Join(_Several):
 
 
 def chain(*schedules: Schedule | float) -> Chain:
-    r"""The product of schedules that all count the same steps: torch's ``ChainedScheduler``.
+    r"""The product of schedules: torch's ``ChainedScheduler``.
 
     .. math:: v_t = \prod_i v^{(i)}_t
 
-    One of them carries the value, the others are factors.
-
     Args:
-        schedules: schedules, or numbers.
+        schedules: schedules or numbers.
 
     Raises:
-        TypeError: for anything else.
+        TypeError: an argument is neither.
 
     Example:
         >>> from fusedopt.schedules import Cosine, LinearWarmup, chain
@@ -175,21 +173,21 @@ def chain(*schedules: Schedule | float) -> Chain:
         >>> lr(0), lr(100)
         (0.025, 0.0)
     """
-    return Chain(schedules)  # type: ignore[arg-type]  # numbers are turned into schedules there
+    return Chain(schedules)  # type: ignore[arg-type]  # converts numbers to schedules
 
 
 def join(schedules: Iterable[Schedule | float], milestones: Iterable[int]) -> Join:
-    r"""One schedule after the other, each counting from its own beginning: torch's ``SequentialLR``.
+    r"""One schedule after the other, each with its steps counted from its start: torch's ``SequentialLR``.
 
     .. math:: v_t = v^{(i)}_{t - m_i}, \quad m_i \le t < m_{i+1}, \quad m_0 = 0
 
     Args:
-        schedules: schedules, or numbers.
-        milestones: the steps at which the second, the third ... begin, rising.
+        schedules: schedules or numbers.
+        milestones: the steps at which the second, third, ... schedule begins; strictly increasing.
 
     Raises:
-        TypeError: for anything else.
-        ValueError: for a wrong number of milestones, or milestones that do not rise.
+        TypeError: a schedule is neither, or a milestone is not an integer.
+        ValueError: the number of milestones is wrong, or they do not increase.
 
     Example:
         >>> from fusedopt.schedules import Cosine, LinearWarmup, join

@@ -1,4 +1,4 @@
-"""The schedules that are functions of the step and of nothing else; t is the step, T is ``steps``."""
+"""Schedules that depend on the step alone; t is the step, T is ``steps``. Values are >= 0."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from .base import SHAPES, Schedule, checked_milestones
 
 @dataclass(frozen=True)
 class Constant(Schedule):
-    r"""The same value at every step.
+    r"""A constant value.
 
     .. math:: v_t = v
 
     Args:
-        value: v, 0 or more.
+        value: v >= 0.
     """
 
     value: float
@@ -28,7 +28,7 @@ class Constant(Schedule):
 
 @dataclass(frozen=True)
 class Linear(Schedule):
-    r"""A straight line from one value to another: torch's ``LinearLR``.
+    r"""Linear interpolation: torch's ``LinearLR``.
 
     .. math:: v_t = a + (b - a) \min(t, T) / T
 
@@ -48,12 +48,12 @@ class Linear(Schedule):
 
 @dataclass(frozen=True)
 class LinearWarmup(Schedule):
-    r"""Rises in equal parts, the first step with one of them: never 0, and the whole value at step T - 1.
+    r"""Linear warm-up: v / T at step 0, v from step T - 1 on.
 
     .. math:: v_t = v \min(1, (t + 1) / T)
 
     Args:
-        value: v, what is reached.
+        value: v, the final value.
         steps: T; for Adam, :math:`2 / (1 - \beta_2)` is a good choice.
 
     Jerry Ma and Denis Yarats, "On the adequacy of untuned warmup for adaptive optimization", AAAI 2021.
@@ -68,12 +68,12 @@ class LinearWarmup(Schedule):
 
 @dataclass(frozen=True)
 class ExponentialWarmup(Schedule):
-    r"""Rises fast at first and ever more slowly: 63% of the value after T steps, 95% after 3 T.
+    r"""Exponential warm-up: 63% of the value after T steps, 95% after 3 T.
 
     .. math:: v_t = v (1 - e^{-(t + 1) / T})
 
     Args:
-        value: v, what is approached.
+        value: v, the limit.
         steps: T; for Adam, :math:`1 / (1 - \beta_2)` is a good choice.
 
     Jerry Ma and Denis Yarats, "On the adequacy of untuned warmup for adaptive optimization", AAAI 2021.
@@ -88,13 +88,13 @@ class ExponentialWarmup(Schedule):
 
 @dataclass(frozen=True)
 class Step(Schedule):
-    r"""Falls by a factor every so many steps: torch's ``StepLR``.
+    r"""Multiplies the value by a factor every s steps: torch's ``StepLR``.
 
     .. math:: v_t = v \gamma^{\lfloor t / s \rfloor}
 
     Args:
         value: v, the value at step 0.
-        step_size: s, the steps from one fall to the next.
+        step_size: s.
         gamma: :math:`\gamma`, the factor.
     """
 
@@ -108,13 +108,13 @@ class Step(Schedule):
 
 @dataclass(frozen=True)
 class MultiStep(Schedule):
-    r"""Falls by a factor at given steps: torch's ``MultiStepLR``.
+    r"""Multiplies the value by a factor at given steps: torch's ``MultiStepLR``.
 
     .. math:: v_t = v \gamma^{|\{m \le t\}|}
 
     Args:
         value: v, the value at step 0.
-        milestones: the steps m at which the value falls, rising.
+        milestones: the steps m at which the value changes; strictly increasing.
         gamma: :math:`\gamma`, the factor.
     """
 
@@ -132,7 +132,7 @@ class MultiStep(Schedule):
 
 @dataclass(frozen=True)
 class Exponential(Schedule):
-    r"""Falls by a factor at every step: torch's ``ExponentialLR``.
+    r"""Exponential decay: torch's ``ExponentialLR``.
 
     .. math:: v_t = v \gamma^t
 
@@ -150,14 +150,14 @@ class Exponential(Schedule):
 
 @dataclass(frozen=True)
 class InverseTime(Schedule):
-    r"""Falls as one over the time that has passed: Keras's ``InverseTimeDecay``.
+    r"""Inverse-time decay: Keras's ``InverseTimeDecay``.
 
     .. math:: v_t = v / (1 + k t / s)
 
     Args:
         value: v, the value at step 0.
-        decay_rate: k, 0 or more.
-        decay_steps: s, the steps after which the value is :math:`v / (1 + k)`.
+        decay_rate: k >= 0.
+        decay_steps: s, the number of steps after which the value is :math:`v / (1 + k)`.
     """
 
     value: float
@@ -170,14 +170,14 @@ class InverseTime(Schedule):
 
 @dataclass(frozen=True)
 class Polynomial(Schedule):
-    r"""Falls as a power of the time that is left: torch's ``PolynomialLR`` (where the end is 0).
+    r"""Polynomial decay: torch's ``PolynomialLR`` if the end is 0.
 
     .. math:: v_t = b + (v - b) (1 - \min(t, T) / T)^p
 
     Args:
         value: v, the value at step 0.
         steps: T.
-        power: p; 1 is a straight line.
+        power: p; 1 is linear.
         end: b, the value from step T on.
     """
 
@@ -192,7 +192,7 @@ class Polynomial(Schedule):
 
 @dataclass(frozen=True)
 class Cosine(Schedule):
-    r"""Falls along half a cosine: torch's ``CosineAnnealingLR``, which rises again after step T; this one stays.
+    r"""Cosine decay: torch's ``CosineAnnealingLR`` up to step T; stays at the end value afterwards.
 
     .. math:: v_t = b + (v - b) (1 + \cos(\pi \min(t, T) / T)) / 2
 
@@ -214,17 +214,17 @@ class Cosine(Schedule):
 
 @dataclass(frozen=True)
 class CosineRestarts(Schedule):
-    r"""Half a cosine again and again, each as long as the last or longer: torch's ``CosineAnnealingWarmRestarts``.
+    r"""Cosine decay with warm restarts: torch's ``CosineAnnealingWarmRestarts``.
 
     .. math:: v_t = b + (v - b) (1 + \cos(\pi t_i / T_i)) / 2, \quad T_{i+1} = m T_i
 
-    where :math:`t_i` counts from the last restart.
+    where :math:`t_i` is the number of steps since the last restart.
 
     Args:
         value: v, the value at every restart.
-        steps: :math:`T_0`, the length of the first fall.
-        mult: m, 1 or more: how many times longer the next one is.
-        end: b, what is approached before a restart.
+        steps: :math:`T_0`, the length of the first period.
+        mult: m >= 1, ratio of the lengths of successive periods.
+        end: b, the limit before a restart.
 
     Ilya Loshchilov and Frank Hutter, "SGDR: stochastic gradient descent with warm restarts", ICLR 2017.
     """
@@ -245,20 +245,20 @@ class CosineRestarts(Schedule):
 
 @dataclass(frozen=True)
 class OneCycle(Schedule):
-    r"""Up to the greatest value and far down, in one run of T steps: torch's ``OneCycleLR``.
+    r"""One-cycle policy: torch's ``OneCycleLR``.
 
-    From :math:`v / d` at step 0 to v at step :math:`p T - 1`, then to :math:`v / (d f)` at step T - 1.
+    Rises from :math:`v / d` at step 0 to v at step :math:`p T - 1`, then falls to :math:`v / (d f)` at step T - 1.
 
     Args:
-        value: v, the greatest value.
-        steps: T, all steps of the training.
-        pct_start: p, the part of the run that rises, 0 to 1.
+        value: v, the maximum.
+        steps: T, the total number of steps.
+        pct_start: p, the fraction of the steps that rise, in [0, 1].
         div_factor: d.
         final_div_factor: f.
         anneal: ``"cosine"`` or ``"linear"``, the shape of each part.
-        three_phase: fall to :math:`v / d` as fast as it rose, then use what is left for the rest.
+        three_phase: falls to :math:`v / d` in as many steps as the rise, then to the end in the remaining ones.
 
-    The momentum that goes with it runs the other way, from 0.95 down to 0.85 and up again:
+    The matching momentum falls from 0.95 to 0.85 and rises again:
     ``OneCycle(0.85, T, div_factor=0.85 / 0.95, final_div_factor=1)``.
 
     Leslie Smith and Nicholay Topin, "Super-convergence", 2018 (arXiv:1708.07120).
@@ -287,21 +287,21 @@ class OneCycle(Schedule):
 
 @dataclass(frozen=True)
 class WarmupStableDecay(Schedule):
-    r"""A linear warm-up, a long stretch at the same value, and a short fall at the end.
+    r"""Linear warm-up, constant value, decay (WSD).
 
     .. math:: v_t = v \min(1, (t + 1) / w) \text{ before } T - d, \quad
               v_t = b + (v - b)\, g((t - T + d) / d) \text{ after}
 
     Args:
         value: v.
-        steps: T, all steps of the training.
-        warmup: w, its first steps, as in :class:`LinearWarmup`; 0 for none.
-        decay: d, its last steps, in which the value falls.
+        steps: T, the total number of steps.
+        warmup: w, the number of warm-up steps, as in :class:`LinearWarmup`; 0 for none.
+        decay: d, the number of decay steps at the end.
         end: b, the value from step T on.
-        shape: of the fall: ``"linear"`` :math:`g(x) = 1 - x`, ``"sqrt"`` :math:`1 - \sqrt x`, or ``"cosine"``.
+        shape: of the decay: ``"linear"`` :math:`g(x) = 1 - x`, ``"sqrt"`` :math:`1 - \sqrt x`, or ``"cosine"``.
 
     Raises:
-        ValueError: if warm-up and fall together are longer than the whole.
+        ValueError: warmup + decay > steps.
 
     Shengding Hu et al., "MiniCPM", 2024 (arXiv:2404.06395); the shapes: Alexander Hägele et al., "Scaling laws and
     compute-optimal training beyond fixed training durations", NeurIPS 2024.
