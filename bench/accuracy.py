@@ -1,7 +1,7 @@
-"""Test accuracy of the networks that ``fusedopt bench --suite estimators`` times: the same network, rows and epochs by
-our MLPClassifier, scikit-learn's and a torch loop with fused Adam, over several seeds.
+"""Test accuracy of the networks of ``fusedopt bench --suite estimators``: the same network, rows and epochs with
+fusedopt's MLPClassifier, scikit-learn's, and a torch loop with fused Adam, over several seeds.
 
-``python bench/accuracy.py`` prints a table and writes it to bench/results/accuracy.md; minutes on two cores.
+``python bench/accuracy.py`` prints a table and writes it to bench/results/accuracy.md; takes minutes on two cores.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ RESULTS = Path(__file__).parent / "results" / "accuracy.md"
 
 
 def accuracy(batch: int, name: str, seed: int, epochs: int) -> float:
-    """In percent."""
+    """Test accuracy in percent."""
     contender = network(batch, name, seed)
     for _ in range(epochs * ROWS // CHUNK):
         contender.step()

@@ -1,8 +1,8 @@
-"""Hands the suites of ``fusedopt.bench`` to pytest-benchmark, one test per contender.
+"""Runs the suites of ``fusedopt.bench`` through pytest-benchmark, one test per contender.
 
-pytest-benchmark would time one test after the other, and the noise of minutes would lie between ours and a baseline.
-So each case is raced once, turn by turn, and a clock that stands still but for the recorded samples replays every
-contender's times to the plugin: its table, comparison and JSON then hold what the race measured.
+pytest-benchmark times one test after the other, minutes apart. Here each case is timed once, interleaved, and a
+simulated clock replays the samples of every contender to the plugin, whose tables, comparisons and JSON then hold those
+times.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from fusedopt.bench.contenders import contender_names
 
 
 class Clock:
-    """Advances only when told."""
+    """A clock that advances by the replayed samples only."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -40,11 +40,11 @@ LAST: dict[tuple[str, str], Result] = {}
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("fusedopt")
-    group.addoption("--suite", choices=SUITES, action="append", help="only this one; may be given several times")
+    group.addoption("--suite", choices=SUITES, action="append", help="run only this suite; may be repeated")
     group.addoption("--elements", type=int, default=LARGE, help="size of a large tensor")
-    group.addoption("--seconds", type=float, default=4.0, help="time for each case")
-    group.addoption("--compile", action="store_true", help="torch.compile(opt.step), too")
-    group.addoption("--peers", action="store_true", help="other projects' optimizers, too")
+    group.addoption("--seconds", type=float, default=4.0, help="seconds per case")
+    group.addoption("--compile", action="store_true", help="also time torch.compile(opt.step)")
+    group.addoption("--peers", action="store_true", help="also time optimizers of other projects")
 
 
 def _how(config: pytest.Config) -> dict[str, Any]:
@@ -66,7 +66,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.fixture
 def result(suite: str, case: Case, request: pytest.FixtureRequest) -> Result:
-    """The race of this case, run by the first test that asks."""
+    """The result of this case, timed by the first test that needs it."""
     if (suite, case.label) not in LAST:
         LAST.clear()
         seconds: float = request.config.getoption("--seconds")
@@ -76,12 +76,12 @@ def result(suite: str, case: Case, request: pytest.FixtureRequest) -> Result:
 
 @pytest.fixture
 def report(request: pytest.FixtureRequest, result: Result, case: Case, contender: str) -> Callable[[], None]:
-    """Gives pytest-benchmark the times of one contender."""
+    """Passes the times of one contender to pytest-benchmark."""
 
     def run() -> None:
         if contender not in result.times:
             pytest.skip(f"{contender} has no such step here")
-        benchmark = request.getfixturevalue("benchmark")  # only now: it warns of tests that leave it unused
+        benchmark = request.getfixturevalue("benchmark")  # not earlier: pytest-benchmark warns if it is unused
         samples = result.times[contender].samples
         benchmark.group = case.label
         benchmark.extra_info.update(ratio_to_ours=result.ratio(contender), share_of_ceiling=result.share)

@@ -1,9 +1,8 @@
-"""Builds the CUDA library for one architecture and reads its code: ``make cuda``. Needs nvcc, no GPU.
+"""Builds the CUDA library for one architecture and checks its PTX: ``make cuda``. Needs nvcc, no GPU.
 
-Exits 1 unless the library opens and has every rule in every form; no kernel keeps a register in memory; every update
-has accesses of 16 bytes; every division and root is rounded to nearest; nothing is flushed to zero or approximated;
-and the compiler fuses nothing by itself: with every ``fma1`` of the rules written as ``a * b + c``, the code has no
-fma at all.
+Exits 1 unless the library loads and has every rule in every form; no kernel spills registers; every update has 16-byte
+accesses; every division and square root is rounded to nearest; nothing is flushed to zero or approximated; and the
+compiler contracts nothing: with every ``fma1`` of the rules compiled as ``a * b + c``, the code has no fma.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ FUSED = re.compile(rf"\b(?:fma|mad)\.\w+{FLOAT}")
 def build(architecture: str) -> None:
     define = {
         "FUSEDOPT_CUDA": "ON",
-        "FUSEDOPT_WERROR": "ON",  # registers in memory are warnings of ptxas
+        "FUSEDOPT_WERROR": "ON",  # ptxas warns about register spills
         "CMAKE_CUDA_ARCHITECTURES": architecture,
         "CMAKE_BUILD_TYPE": "Release",
         "CMAKE_EXPORT_COMPILE_COMMANDS": "ON",
@@ -48,7 +47,7 @@ def build(architecture: str) -> None:
 
 
 def commands() -> list[list[str]]:
-    """How the parts of the library have been compiled, up to the output."""
+    """The compile commands of the library's parts, without the output option."""
     out = []
     for entry in json.loads((BUILD / "compile_commands.json").read_text()):
         words = shlex.split(entry["command"])
@@ -58,7 +57,7 @@ def commands() -> list[list[str]]:
 
 
 def ptx(command: list[str], *more: str) -> str:
-    """The code that is compiled with this command, as text."""
+    """The PTX that this command compiles to."""
     words = [w for w in command if not w.startswith(("--generate-code", "--compress"))]
     architecture = re.search(r"compute_(\d+)", " ".join(command))
     assert architecture
@@ -77,7 +76,7 @@ def ptx(command: list[str], *more: str) -> str:
 
 
 def kernels(text: str) -> dict[str, list[str]]:
-    """Instructions by kernel."""
+    """Kernel name -> instructions."""
     parts = re.split(r"\.entry\s+(\w+)\(", text)[1:]
     return {
         name: [line.strip() for line in body.splitlines() if line.startswith("\t")]

@@ -1,10 +1,10 @@
-"""What the forms that keep fewer bytes cost in quality: ``python bench/quality.py`` (about 5 minutes on two cores).
+"""Training loss with the forms that take fewer bytes: ``python bench/quality.py`` (about 5 minutes on two cores).
 
-Two tasks on real data, each over several seeds with the same data order and first weights for every form: digits with
-an MLP, and a character-level transformer on the sources of Python's standard library. The loss is that of the last
-weights, in float32: on the whole training set of digits, on fixed batches of held-out text. Plain bfloat16 without
-rounding is shown to see it stall. Writes bench/results/quality.json and the table quality.md beside it; ``--check``
-says whether the table is that of the file.
+Two tasks on real data: digits with an MLP, and a character-level transformer on the sources of Python's standard
+library. Data order and initial weights are the same for every form; several seeds. The loss is that of the final
+weights in float32, on the training set of digits or on fixed batches of held-out text. Plain bfloat16, rounded to
+nearest, is included to show that it stalls. Writes bench/results/quality.json and quality.md; ``--check`` compares the
+two.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ import fusedopt.torch as optim
 
 RESULTS = Path(__file__).parent / "results" / "quality.json"
 
-# name: dtype of the model, options beside AdamW's; the first is what the others are compared with
+# name -> dtype of the model, additional options of AdamW; the first is the baseline
 FORMS: dict[str, tuple[torch.dtype, dict[str, Any]]] = {
     "float32": (torch.float32, {}),
     "float32 + int8 states": (torch.float32, {"state_dtype": "int8"}),
@@ -65,7 +65,7 @@ def digits(seed: int, dtype: torch.dtype, make: Callable[[Any, int], Any], steps
 
 
 class Transformer(torch.nn.Module):
-    """Characters to the next one: 3 layers of width 128, causal, 64 characters of context."""
+    """Next-character prediction: 3 causal layers of width 128, 64 characters of context."""
 
     def __init__(self, symbols: int, width: int = 128, layers: int = 3, context: int = 64) -> None:
         super().__init__()
@@ -83,7 +83,7 @@ class Transformer(torch.nn.Module):
 
 
 def text() -> tuple[torch.Tensor, int]:
-    """Sources of the standard library, as symbols: printable ASCII, the rest as one."""
+    """Sources of the standard library as symbols; all non-ASCII characters are one symbol."""
     folder = Path(sysconfig.get_paths()["stdlib"])
     source = "\n".join(path.read_text(errors="ignore") for path in sorted(folder.glob("*.py"))[:80])
     codes = np.frombuffer(source.encode("ascii", "replace"), np.uint8)
@@ -146,7 +146,7 @@ def run(tasks: list[str], seeds: int, share: float) -> dict[str, Any]:
 
 
 def table(data: dict[str, Any]) -> str:
-    """Mean loss over the seeds, and its distance from float32's, seed by seed."""
+    """Markdown table: mean loss over the seeds, and its difference from float32, also per seed."""
     lines = [f"AdamW, cosine schedule, {data['seeds']} seeds; the last loss, in float32 arithmetic.", ""]
     for task, result in data["tasks"].items():
         lines += [f"**{task}**, {result['steps']} steps", "", "| form | loss | against float32, mean | each seed |"]
@@ -165,9 +165,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--task", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--share", type=float, default=1.0, help="of the steps, for a short look")
+    parser.add_argument("--share", type=float, default=1.0, help="fraction of the steps, for a short run")
     parser.add_argument("--output", type=Path, default=RESULTS)
-    parser.add_argument("--check", action="store_true", help="only compare the table with the results")
+    parser.add_argument("--check", action="store_true", help="exit 1 if the table differs from the results")
     args = parser.parse_args()
     page = args.output.with_suffix(".md")
     if args.check:

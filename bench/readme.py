@@ -83,7 +83,7 @@ BASELINES = {
 
 
 def grid(lines: Iterable[Sequence[str]]) -> str:
-    """A Markdown table; first column to the left, the others to the right."""
+    """A Markdown table; the first column is left-aligned, the others right-aligned."""
     header, *rest = lines
     rule = ["---", *["---:"] * (len(header) - 1)]
     return "\n".join(f"| {' | '.join(line)} |" for line in (header, rule, *rest))

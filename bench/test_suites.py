@@ -1,5 +1,7 @@
-"""Every suite of ``fusedopt.bench`` through pytest-benchmark; a case that misses what it promises fails, so the
-machine must be quiet. ``--suite bars`` takes one suite, ``-k "GPT-2 and fused"`` the cases so named."""
+"""Every suite of ``fusedopt.bench`` through pytest-benchmark. A missed bar fails, so the machine must be idle.
+
+``--suite bars`` selects a suite, ``-k "GPT-2 and fused"`` selects cases by name.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,7 @@ from fusedopt.bench import Result
 from fusedopt.bench.contenders import OURS
 
 PROMISES = ("bars", "estimators")
-"""The suites whose every case has a bar."""
+"""Suites in which every case has a bar."""
 
 
 def test_suite(suite: str, contender: str, result: Result, report: Callable[[], None]) -> None:

@@ -1,4 +1,4 @@
-"""Which loops of cpp/cpu/sweep.h the compiler vectorises, by rule and formats: ``make vectorized``.
+"""Lists which loops of cpp/cpu/sweep.h the compiler vectorises, by rule and formats: ``make vectorized``.
 
 Compiles cpp/cpu/cpu.cpp for one instruction set with the flags of CMakeLists.txt and reads GCC's vectoriser dump. Exits
 1 where a loop is missed. Needs g++ (``CXX``); clang has no such dump.
@@ -27,7 +27,7 @@ ISAS = {
 
 
 def dump(isa: str) -> str:
-    """What the vectoriser has to say, function by function."""
+    """GCC's vectoriser dump."""
     compiler = shlex.split(os.environ.get("CXX", "g++"))
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "dump"
@@ -53,7 +53,7 @@ def required() -> dict[str, set[int]]:
 
 
 def needed(formats: str, lines: dict[str, set[int]]) -> set[int]:
-    """Of these, the loops that this combination has, but for copies of float32, which the compiler makes calls."""
+    """The loops that this combination has, without copies of float32, which GCC compiles to calls."""
     decode, gradient, rule, encode, shift = sorted(lines["block"])
     (codes_in, in_), (codes_out, out) = sorted(lines["load"]), sorted(lines["store"])
     some = {gradient, rule} | (set() if formats.startswith("Plain<F32>") else {decode, encode})

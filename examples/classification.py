@@ -1,4 +1,4 @@
-"""Logistic regression and a linear support vector machine on breast_cancer: one class, two losses; AUC and F1.
+"""Logistic regression and a linear SVM on the breast cancer data set: one estimator, two losses; AUC and F1.
 
 Run: ``python examples/classification.py [--quick]``.
 """
@@ -26,7 +26,7 @@ SEED, BATCH = 0, 32
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--quick", action="store_true", help="fewer epochs")
-    parser.add_argument("--output", type=Path, default=Path("demo-output"), help="folder for the pictures")
+    parser.add_argument("--output", type=Path, default=Path("demo-output"), help="folder for the plots")
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
     epochs = 10 if args.quick else 50

@@ -1,7 +1,7 @@
-"""Trains one network in two processes, each on its half of the data, with gradients averaged over gloo.
+"""Trains one network in two processes, each on half of the data, with gradients averaged over gloo.
 
-The training is an ordinary one; torchrun, which this script calls on itself, makes two of it. Run:
-``python examples/data_parallel.py [--quick]``, or yourself ``torchrun --nproc_per_node=2 examples/data_parallel.py``.
+The script launches itself with torchrun; the training code is the same as for one process. Run:
+``python examples/data_parallel.py [--quick]`` or ``torchrun --nproc_per_node=2 examples/data_parallel.py``.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ SEED, BATCH = 0, 16
 
 
 def train(epochs: int, output: Path) -> None:
-    """What each process runs; nothing here is about processes but the rank that prints."""
+    """Runs in each process; only rank 0 prints."""
     x, y = load_digits(return_X_y=True)
     data = TensorDataset(torch.tensor(x / 16, dtype=torch.float32), torch.tensor(y))
     torch.manual_seed(SEED)
@@ -50,7 +50,7 @@ def train(epochs: int, output: Path) -> None:
             f"loss {history['loss'][-1]:.4f}, {history['val_accuracy'][-1]:.2%} of the test digits right"
         )
         plots.history(history, output / "data-parallel.png", title="Two processes, one network")
-    # Both must hold the same weights, or they were not trained as one.
+    # Both processes must hold the same weights.
     total = torch.tensor(float(np.sum([p.detach().double().sum() for p in model.parameters()])))
     totals = [torch.zeros(()) for _ in range(2)]
     torch.distributed.all_gather(totals, total)
@@ -60,7 +60,7 @@ def train(epochs: int, output: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--quick", action="store_true", help="fewer epochs")
-    parser.add_argument("--output", type=Path, default=Path("demo-output"), help="folder for the picture")
+    parser.add_argument("--output", type=Path, default=Path("demo-output"), help="folder for the plot")
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
     if "WORLD_SIZE" in os.environ:

@@ -1,8 +1,8 @@
 """Trains a classifier of digits with torch.optim, with fusedopt, and with NumPy alone; then times every rule.
 
-All start from the same seed, see the same batches in the same order, and must show the same losses; those of a table
-take turns, epoch by epoch, so that the machine's noise hits all. In NumPy the network is written out by hand. At last
-the `short` benchmark, its table and pictures. Run: ``python examples/digits.py [--quick] [--output DIR]``.
+All runs have the same seed and the same batches in the same order, so their losses agree. The runs of a table take
+turns, epoch by epoch, so that noise affects all alike. The NumPy network has a hand-written backward pass. The last
+part is the `short` benchmark with its table and plots. Run: ``python examples/digits.py [--quick] [--output DIR]``.
 """
 
 from __future__ import annotations
@@ -36,17 +36,17 @@ EARLY = 100  # steps
 
 @dataclass
 class Run:
-    """What one training leaves behind."""
+    """The results of one training run."""
 
     name: str
     losses: list[float] = field(default_factory=list)
-    steps: list[float] = field(default_factory=list)  # seconds in the optimizer, each step
+    steps: list[float] = field(default_factory=list)  # seconds in the optimizer, per step
     seconds: float = 0.0  # of all epochs
     accuracy: float = 0.0
 
 
 def data() -> tuple[Array, np.ndarray[Any, Any], Array, np.ndarray[Any, Any]]:
-    """Pixels in 0..1; 80% to train on, 20% to test with."""
+    """Pixels in [0, 1]; 80% training rows, 20% test rows."""
     x, y = load_digits(return_X_y=True)
     x_train, x_test, y_train, y_test = train_test_split(
         (x / 16).astype(np.float32), y, test_size=0.2, random_state=SEED, stratify=y
@@ -55,7 +55,7 @@ def data() -> tuple[Array, np.ndarray[Any, Any], Array, np.ndarray[Any, Any]]:
 
 
 def batches(rows: int, epoch: int) -> Iterator[np.ndarray[Any, Any]]:
-    """The same shuffled batches for everybody."""
+    """The same shuffled batches for every run."""
     order = np.random.default_rng((SEED, epoch)).permutation(rows)
     return (order[i : i + BATCH] for i in range(0, rows, BATCH))
 
@@ -69,7 +69,7 @@ def network() -> nn.Sequential:
 
 
 def train_torch(makers: dict[str, Callable[[Any], torch.optim.Optimizer]], epochs: int) -> list[Run]:
-    """One network per optimizer, an epoch each in turn."""
+    """Trains one network per optimizer, one epoch each in turn."""
     x_train, y_train, x_test, y_test = map(torch.from_numpy, data())
     models = [network() for _ in makers]
     optimizers = [make(model.parameters()) for make, model in zip(makers.values(), models, strict=True)]
@@ -102,7 +102,7 @@ Step = Callable[[], None]
 
 
 def train_numpy(makers: dict[str, Callable[[list[Array], list[Array]], Step]], epochs: int) -> list[Run]:
-    """The same network, forward and backward by hand; a maker gives the step on (params, grads)."""
+    """Trains the same network with hand-written passes; a maker returns the step for (params, grads)."""
     x_train, y_train, x_test, y_test = data()
     last = len(WIDTHS) - 2
 
@@ -136,7 +136,7 @@ def train_numpy(makers: dict[str, Callable[[list[Array], list[Array]], Step]], e
 
     turns = []
     for name, make in makers.items():
-        params = [p.detach().numpy().copy() for p in network().parameters()]  # the same start as above
+        params = [p.detach().numpy().copy() for p in network().parameters()]  # the same initial weights as above
         grads = [np.empty_like(p) for p in params]
         turns.append((Run(name), params, grads, make(params, grads)))
     for epoch in range(epochs):
@@ -157,7 +157,7 @@ def plain_step(params: list[Array], grads: list[Array]) -> Step:
 
 
 def compare(runs: list[Run], epochs: int) -> None:
-    """Both curves, epoch by epoch, then accuracy and times side by side; the last run is ours."""
+    """Prints losses by epoch, accuracy and times of all runs; the last run is fusedopt's."""
     *others, ours = runs
     per_epoch = len(ours.losses) // epochs
     print(f"{'epoch':>5}  " + "  ".join(f"{run.name:>30}" for run in runs))
@@ -183,8 +183,8 @@ def compare(runs: list[Run], epochs: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--quick", action="store_true", help="everything, but shorter")
-    parser.add_argument("--output", type=Path, default=Path("demo-output"), help="folder for the table and pictures")
+    parser.add_argument("--quick", action="store_true", help="shorter runs")
+    parser.add_argument("--output", type=Path, default=Path("demo-output"), help="folder for the table and plots")
     args = parser.parse_args()
     epochs = 4 if args.quick else 20
     args.output.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,6 @@
-"""Searches hyper-parameters of a network with scikit-learn's GridSearchCV: optimizer, learning rate, width.
+"""Searches hyperparameters of a network with scikit-learn's GridSearchCV: optimizer, learning rate, width.
 
-Estimators follow scikit-learn's conventions, so its search, pipelines and cross-validation take them as they are.
+The estimators follow scikit-learn's conventions, so they work in its searches, pipelines and cross-validation.
 Run: ``python examples/grid_search.py [--quick]``.
 """
 
@@ -27,7 +27,7 @@ SEED = 0
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--quick", action="store_true", help="a smaller grid, fewer epochs")
-    parser.add_argument("--output", type=Path, default=Path("demo-output"), help="folder for the picture")
+    parser.add_argument("--output", type=Path, default=Path("demo-output"), help="folder for the plot")
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
 
@@ -50,7 +50,7 @@ def main() -> None:
     print(f"{search.best_score_:.2%} right in cross-validation, {search.score(x_test, y_test):.2%} on the test part")
 
     def mean(solver: str, rate: float) -> float:
-        """Of the best width."""
+        """The score with the best width."""
         results = zip(search.cv_results_["params"], search.cv_results_["mean_test_score"], strict=True)
         return max(
             float(score)

@@ -1,7 +1,7 @@
 """Predicts house prices from area and age, with and without scaling the features.
 
-No table with both columns ships in a package, so ``houses`` makes one and says how. Area in square metres and age in
-years are of different size: gradient descent on them as they are is slow, on scaled ones it is not.
+``houses`` generates the data, since no package ships a table with both columns. Area in square metres and age in years
+differ in scale: gradient descent is slow on the raw features and fast on scaled ones.
 Run: ``python examples/house_prices.py [--quick]``.
 """
 
@@ -26,9 +26,9 @@ SEED = 0
 
 
 def houses(rows: int) -> tuple[np.ndarray, np.ndarray]:
-    """Area (m2, lognormal about 110), age (years, 0 to 100); price in thousands:
+    """Area (m2, lognormal about 110) and age (years, 0 to 100), and the price in thousands.
 
-    40 + 2.8 area - 1.1 age, times lognormal noise of 8%. A linear model can explain it, but for the noise.
+    The price is 40 + 2.8 area - 1.1 age, times lognormal noise of 8%: linear but for the noise.
     """
     rng = np.random.default_rng(SEED)
     area, age = 110 * np.exp(0.35 * rng.standard_normal(rows)), rng.uniform(0, 100, rows)
@@ -39,7 +39,7 @@ def houses(rows: int) -> tuple[np.ndarray, np.ndarray]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--quick", action="store_true", help="fewer epochs")
-    parser.add_argument("--output", type=Path, default=Path("demo-output"), help="folder for the pictures")
+    parser.add_argument("--output", type=Path, default=Path("demo-output"), help="folder for the plots")
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
     epochs = 20 if args.quick else 60
@@ -51,7 +51,7 @@ def main() -> None:
         ("as they are", FunctionTransformer(), 1e-4),  # a larger rate diverges
         ("scaled", StandardScaler(), 0.3),
     ):
-        # The whole training part is one batch: plain gradient descent, so that nothing but the scale matters.
+        # One batch of all training rows: plain gradient descent, so that only the scale matters.
         descent = LinearRegressor(
             learning_rate="constant", eta0=lr, batch_size=len(x_train), momentum=0.0, nesterovs_momentum=False,
             penalty=None, max_iter=epochs, tol=None,

@@ -1,6 +1,6 @@
-"""Fits y = 3x + 2 with noise by gradient descent, by stochastic gradient descent and by mini-batches, in NumPy.
+"""Fits y = 3x + 2 with noise by gradient descent, stochastic gradient descent and mini-batches, in NumPy.
 
-The three differ in one number: how many rows a step looks at. Run: ``python examples/linear_regression.py [--quick]``.
+The three differ only in the number of rows per step. Run: ``python examples/linear_regression.py [--quick]``.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ def data() -> tuple[np.ndarray, np.ndarray]:
 
 
 def train(batch: int, epochs: int, lr: float) -> tuple[np.ndarray, list[float]]:
-    """Slope and intercept, and after each epoch how far the loss over all rows is above the least there is."""
+    """Slope and intercept, and the loss on all rows above its minimum after each epoch."""
     x, y = data()
     line, losses = np.zeros(2), []
     least = half_mse(np.polyval(np.polyfit(x, y, 1), x), y)[0]
-    # The noise of small batches must die away, so the rate falls; a full batch has none.
+    # The learning rate decays to average out the noise of small batches; a full batch has none.
     rate = InverseTime(lr, 1.0, decay_steps=2 * ROWS // batch) if batch < ROWS else lr
     optimizer = fusedopt.SGD(line, lr=rate)
     rng = np.random.default_rng(SEED)
@@ -45,7 +45,7 @@ def train(batch: int, epochs: int, lr: float) -> tuple[np.ndarray, list[float]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--quick", action="store_true", help="fewer epochs")
-    parser.add_argument("--output", type=Path, default=Path("demo-output"), help="folder for the pictures")
+    parser.add_argument("--output", type=Path, default=Path("demo-output"), help="folder for the plots")
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
     epochs = 10 if args.quick else 30

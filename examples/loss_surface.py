@@ -1,6 +1,6 @@
 """Draws the paths of optimizers over Beale's function of two parameters, in NumPy; its minimum is 0, at (3, 0.5).
 
-The slope is steep where they begin and nearly flat about the minimum.
+The gradient is large at the start and small near the minimum.
 Run: ``python examples/loss_surface.py [--quick]``.
 """
 
@@ -32,7 +32,7 @@ def gradient(w: np.ndarray) -> np.ndarray:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--quick", action="store_true", help="fewer steps")
-    parser.add_argument("--output", type=Path, default=Path("demo-output"), help="folder for the picture")
+    parser.add_argument("--output", type=Path, default=Path("demo-output"), help="folder for the plot")
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
     steps = 100 if args.quick else 400

@@ -1,7 +1,7 @@
-"""A softmax network with ten hidden units, 784-10-10, on MNIST's files where you have them, on digits (64-10-10) else.
+"""A softmax network with ten hidden units on MNIST (784-10-10) if you have its files, else on digits (64-10-10).
 
-Run: ``python examples/mnist.py [--data FOLDER] [--quick]``; the folder holds train-images-idx3-ubyte and its three
-companions, gzipped or not.
+Run: ``python examples/mnist.py [--data FOLDER] [--quick]``; the folder contains train-images-idx3-ubyte and the three
+other files, gzipped or not.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--data", type=Path, help="folder with MNIST's files")
     parser.add_argument("--quick", action="store_true", help="fewer epochs")
-    parser.add_argument("--output", type=Path, default=Path("demo-output"), help="folder for the pictures")
+    parser.add_argument("--output", type=Path, default=Path("demo-output"), help="folder for the plots")
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
 
     table = load(args.data or "digits")
-    if table.test is not None:  # MNIST keeps 10,000 images for testing
+    if table.test is not None:  # MNIST has 10,000 test images
         x_train, y_train, (x_test, y_test) = table.x, table.y, table.test
     else:
         x_train, x_test, y_train, y_test = train_test_split(

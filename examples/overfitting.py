@@ -1,7 +1,7 @@
-"""A network too large for its data, and five remedies: l1, l2, dropout, batch normalisation, early stopping.
+"""A network too large for its data, and five remedies: L1, L2, dropout, batch normalisation, early stopping.
 
-Few digits to learn from, a fifth of them with a wrong label, many to be tested with. All on one plot: how many of the
-test digits are right, epoch by epoch. Run: ``python examples/overfitting.py [--quick]``.
+150 training digits, a fifth of them with a wrong label; the others are test digits. The plot shows the test accuracy by
+epoch. Run: ``python examples/overfitting.py [--quick]``.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ SEED = 0
 
 
 def data() -> tuple[Any, ...]:
-    """150 digits to learn from, a fifth of them with a wrong label; the rest to be tested with."""
+    """150 training digits, a fifth of them with a wrong label; the others are test digits."""
     x, y = load_digits(return_X_y=True)
     x_train, x_test, y_train, y_test = train_test_split(
         (x / 16).astype(np.float32), y, train_size=150, random_state=SEED, stratify=y
@@ -37,7 +37,7 @@ def data() -> tuple[Any, ...]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--quick", action="store_true", help="fewer epochs")
-    parser.add_argument("--output", type=Path, default=Path("demo-output"), help="folder for the picture")
+    parser.add_argument("--output", type=Path, default=Path("demo-output"), help="folder for the plot")
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
     epochs = 8 if args.quick else 100
@@ -56,7 +56,7 @@ def main() -> None:
         right: list[float] = []
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ConvergenceWarning)
-            # One seed, one course: a fit of n epochs is the beginning of a longer one.
+            # With the same seed a fit of n epochs is a prefix of a longer one.
             for n in sorted({1, *range(2, 20, 2), *range(20, epochs + 1, 5)}):
                 model = MLPClassifier(
                     (512,), batch_size=25, max_iter=n, tol=None, random_state=SEED, **{"alpha": 0.0, **remedy}

@@ -1,6 +1,6 @@
 """Polynomial decay and reduce-on-plateau against a constant learning rate, on the same network and data.
 
-A large constant rate is quick and then walks about the minimum; a rate that falls settles.
+A large constant learning rate is fast at first but oscillates about the minimum; a decaying one converges.
 Run: ``python examples/schedules.py [--quick]``.
 """
 
@@ -25,7 +25,7 @@ SEED, BATCH, LR = 0, 8, 0.1
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--quick", action="store_true", help="fewer epochs")
-    parser.add_argument("--output", type=Path, default=Path("demo-output"), help="folder for the pictures")
+    parser.add_argument("--output", type=Path, default=Path("demo-output"), help="folder for the plots")
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
     epochs = 8 if args.quick else 40

@@ -1,4 +1,4 @@
-"""A two-layer torch network, trained by SGD and by Adam. To go from torch.optim to fusedopt, one import was changed.
+"""A two-layer torch network, trained with SGD and Adam. Moving from torch.optim to fusedopt changed one import.
 
 Run: ``python examples/torch_optimizers.py [--quick]``.
 """
@@ -21,7 +21,7 @@ SEED = 0
 
 
 def train(make: Callable[[Any], torch.optim.Optimizer], epochs: int) -> tuple[list[float], float]:
-    """The loss by epoch, and the accuracy on points that were not trained on."""
+    """The loss by epoch, and the test accuracy."""
     points, moons = make_moons(1200, noise=0.2, random_state=SEED)
     x, y = torch.tensor(points, dtype=torch.float32), torch.tensor(moons)
     torch.manual_seed(SEED)
@@ -43,7 +43,7 @@ def train(make: Callable[[Any], torch.optim.Optimizer], epochs: int) -> tuple[li
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--quick", action="store_true", help="fewer epochs")
-    parser.add_argument("--output", type=Path, default=Path("demo-output"), help="folder for the picture")
+    parser.add_argument("--output", type=Path, default=Path("demo-output"), help="folder for the plot")
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
     epochs = 5 if args.quick else 60

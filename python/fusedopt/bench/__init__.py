@@ -1,4 +1,4 @@
-"""The benchmark: suites of cases (what), contenders (who), timing (how), results, table.
+"""The benchmark: suites of cases, contenders, timing, results, tables.
 
 Needs ``pip install fusedopt[bench]``.
 
@@ -7,7 +7,7 @@ Needs ``pip install fusedopt[bench]``.
     from fusedopt.bench import LARGE, render, run_suites
     print(render(run_suites(["rules"], LARGE)))
 
-torch, matplotlib and tqdm are imported where they are used, so importing this package costs nothing.
+torch, matplotlib and tqdm are imported on first use.
 """
 
 from fusedopt.bench.cases import LARGE, Case

@@ -1,5 +1,5 @@
-"""What a case is: a workload, whom it is timed against, and which ratio the project promises. The cases themselves are
-in suites.py and gpu.py. No timing and no torch here."""
+"""A benchmark case: a workload, its contenders, and the promised ratios. The cases themselves are in suites.py and
+gpu.py. No timing and no torch here."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from fusedopt.rules import RULES
 LARGE = 32 << 20
 CEILING = "ceiling"
 COMPILED = "compiled"
-FUSED_F32 = "fused f32"  # torch's fused step where all is float32, whatever ours has
-FUSED_LERP = "fused + lerp"  # the same, followed by torch._foreach_lerp_ into the average
-BEST_NUMPY = "best NumPy"  # the faster of the two contenders below
+FUSED_F32 = "fused f32"  # torch's fused step with everything in float32, whatever form ours has
+FUSED_LERP = "fused + lerp"  # the same, then torch._foreach_lerp_ into the moving average
+BEST_NUMPY = "best NumPy"  # the faster of the two below
 NUMPY = ("NumPy whole", "NumPy blocked")
 TORCH = ("default", "foreach", "fused", COMPILED)
 
-# Options that make another update of the same rule, with a row of its own in every table.
+# Options that select another kernel of the same rule, listed as a separate row.
 VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "SGD": {"SGD": {}, "Momentum": {"momentum": 0.9}},
     "RMSprop": {"RMSprop": {}, "RMSprop centered + momentum": {"centered": True, "momentum": 0.9}},
@@ -28,7 +28,7 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
 
 @dataclass(frozen=True)
 class Case:
-    """One line of a table: a workload, the contenders beside ours, and the bars it has to clear."""
+    """One row of a table: a workload, the contenders besides ours, and the bars."""
 
     label: str
     against: tuple[str, ...]
@@ -36,13 +36,13 @@ class Case:
     options: Mapping[str, Any] = field(default_factory=dict)
     format: Format = F32
     shapes: Shapes = ((LARGE,),)
-    kind: str = "torch"  # or gpu, numpy, training, denormals, estimators, ...: who builds the contenders
-    model: str = ""  # of a case of training or estimators
+    kind: str = "torch"  # or gpu, numpy, training, denormals, estimators, ...: selects the builder in contenders.py
+    model: str = ""  # of a training or estimators case
     grouped: bool = False  # one parameter group per tensor
-    fresh: bool = False  # gradients replaced, untimed, before every step
-    ours: Mapping[str, Any] = field(default_factory=dict)  # options that only ours takes
+    fresh: bool = False  # gradients are replaced before every step, untimed
+    ours: Mapping[str, Any] = field(default_factory=dict)  # options of fusedopt alone
     max_grad_norm: float | None = None  # clip to this global norm; torch's side calls clip_grad_norm_
-    bars: Mapping[str, float] = field(default_factory=dict)  # contender (or ceiling) -> the least ratio (or share)
+    bars: Mapping[str, float] = field(default_factory=dict)  # contender (or ceiling) -> minimum ratio (or share)
 
     def __str__(self) -> str:
         return self.label
@@ -53,19 +53,19 @@ class Case:
 
     @property
     def bytes(self) -> int | None:
-        """The floor of memory traffic per step; None where a step is not all that is timed."""
+        """Minimum memory traffic of a step; None if more than a step is timed."""
         if self.kind in ("training", "estimators", "compiled", "ddp", "fsdp"):
             return None
         rule = RULES[self.rule]
         states = len(rule.states({**rule.defaults, **self.options}))
-        norm = 0.0 if self.max_grad_norm is None else BYTES[self.format.grad]  # the gradients are read once more
+        norm = 0.0 if self.max_grad_norm is None else BYTES[self.format.grad]  # the norm reads the gradients once more
         beside: float = {None: 0, "split8": 1, "split16": 2, "float32": 4}[self.ours.get("master")]
         beside += BYTES["f32"] if "ema_decay" in self.ours else 0
         return int(self.elements * (self.format.bytes(states) + 2 * beside + norm))
 
 
 def rows() -> Iterator[tuple[str, str, dict[str, Any]]]:
-    """Every row of a table of rules: label, rule, options. A new rule is in it as soon as it is registered."""
+    """Rows of a table of all registered rules: label, rule, options."""
     for rule in RULES:
         for label, options in VARIANTS.get(rule, {rule: {}}).items():
             yield label, rule, options

@@ -1,7 +1,7 @@
-"""Builds what a case times: ours, torch's paths, the memory ceiling, NumPy. Peers of other projects are in peers.py.
+"""Builds the contenders of a case: ours, torch's, the memory ceiling, NumPy. Other projects' are in peers.py.
 
-Every contender gets copies of its own of the same parameters and gradients. A builder answers None where its side has
-no such path (torch has no fused RMSprop, and no Lion at all).
+Every contender has its own copies of the same parameters and gradients. A builder returns None if a contender does not
+exist (torch has no fused RMSprop, and no Lion).
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ if TYPE_CHECKING:
 Builder = Callable[[str], "Contender | None"]
 
 OURS = "ours"
-DENORMAL = " denormal"  # ends the name of a contender that works on denormal moments
+DENORMAL = " denormal"  # suffix of a contender on denormal moments
 COMPILING_CALLS = 3
 
 
 def builder(case: Case) -> Builder:
-    """What makes the contenders of a case, by name; the data they share is made here."""
+    """Creates the shared data of a case; returns a function from a contender's name to the contender."""
     builders = {"torch": _torch, "denormals": _torch, "training": _training, "compiled": _training, "numpy": _numpy}
     builders |= {"estimators": estimators.builder, "ddp": _pair, "fsdp": _pair, "gpu": _torch}
     return builders[case.kind](case)
 
 
 def contender_names(case: Case, *, compiled: bool = False, with_peers: bool = False) -> list[str]:
-    """Ours first; compilation takes minutes and peers may be missing, so both are asked for."""
+    """Names of the contenders, ours first. Compilation takes minutes and peers may be missing: both are opt-in."""
     names = [OURS, *(n for n in case.against if compiled or n != COMPILED)]
     if with_peers:
         names += [n for n in peers.PEERS.get(case.kind, {}) if n not in names]
@@ -46,7 +46,7 @@ def contender_names(case: Case, *, compiled: bool = False, with_peers: bool = Fa
 
 
 def ceiling_name(case: Case) -> str:
-    """What is timed as the speed of memory, as one read and one write see it."""
+    """The operation whose throughput is the ceiling: one read and one write per element."""
     return "copy_" if case.kind == "gpu" else "mul_"
 
 
@@ -75,7 +75,7 @@ def _dtype(word: str) -> torch.dtype:
 
 
 def optimizer(name: str, case: Case, params: Any) -> torch.optim.Optimizer | None:
-    """Ours or torch's by the name of its path."""
+    """The optimizer of a contender: ours, or torch's default, foreach or fused."""
     import torch
 
     form, options = case.format, dict(case.options)
@@ -104,7 +104,7 @@ def optimizer(name: str, case: Case, params: Any) -> torch.optim.Optimizer | Non
 
 
 def _compiled(step: Callable[[], object]) -> Contender:
-    """The first calls compile, from an empty cache, and are worth a column of their own."""
+    """A compiled step; the duration of the first calls, which compile with an empty cache, is reported separately."""
     import torch
     from torch._inductor import utils
 
@@ -131,14 +131,14 @@ def _data(case: Case) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
 
 
 def _works(contender: Contender, name: str) -> bool:
-    """One call: what a path cannot do on a GPU is found before the race. Ours must not be torch's own step."""
+    """Calls the step once, to find out before timing whether it exists on a GPU. Ours must not fall back to torch's."""
     from fusedopt.torch import FallbackWarning
 
     with warnings.catch_warnings():
         warnings.simplefilter("error", FallbackWarning)
         try:
             contender.step()
-        except NotImplementedError:  # a fused step that torch has for the CPU alone
+        except NotImplementedError:  # a fused step that torch has on the CPU only
             if name != "fused":
                 raise
             return False
@@ -146,7 +146,7 @@ def _works(contender: Contender, name: str) -> bool:
 
 
 def _torch(case: Case) -> Builder:
-    """Steps of torch optimizers on tensors whose gradients are given; moments of choice in a case of denormals."""
+    """Steps of torch optimizers on tensors with given gradients."""
     import torch
 
     base_params, base_grads = _data(case)
@@ -168,7 +168,7 @@ def _torch(case: Case) -> Builder:
             return None
         step: Callable[[], object] = opt.step
         mixed = case.format.grad != case.format.param
-        theirs = mixed and name != OURS  # torch wants the gradient in the parameter's type: the cast is its price
+        theirs = mixed and name != OURS  # torch requires the parameter's dtype: its time includes the cast
         grads = [torch.zeros_like(g) if denormal else g.clone() for g in base_grads]  # zeros keep a moment denormal
         for p, g in zip(params, grads, strict=True):
             if mixed and not theirs:
@@ -216,7 +216,7 @@ def _torch(case: Case) -> Builder:
 def _fused_f32(
     case: Case, base_params: list[torch.Tensor], base_grads: list[torch.Tensor], lerp: bool
 ) -> Contender | None:
-    """torch's fused step on float32 copies of everything; then the average of the weights, as one would write it."""
+    """torch's fused step on float32 copies, followed by a moving average of the weights if ``lerp``."""
     import torch
 
     params = [p.to(torch.float32, copy=True).requires_grad_() for p in base_params]
@@ -236,7 +236,7 @@ def _fused_f32(
 
 
 def _training(case: Case) -> Builder:
-    """Whole iterations: zero_grad, forward, backward, step, over the same model and the same batches."""
+    """Whole iterations: zero_grad, forward, backward, step, with the same model and batches."""
     from fusedopt.bench.training import iteration
 
     def build(name: str) -> Contender | None:
@@ -265,7 +265,7 @@ def _pair(case: Case) -> Builder:
 
 
 def _numpy(case: Case) -> Builder:
-    """One call of our in-place function on arrays against NumPy's best; the constants are the rule's defaults."""
+    """The in-place function against in-place NumPy, with the rule's default options."""
     row = "Momentum" if case.options.get("momentum") else case.rule
     make = np.random.default_rng(0)
     dtype: Any = {"f64": np.float64, "f32": np.float32}[case.format.param]
@@ -279,7 +279,7 @@ def _numpy(case: Case) -> Builder:
         if name in NUMPY:
             block = None if name == NUMPY[0] else 0
             if block == 0 and max(p.size for p in params) <= min(numpy_best.BLOCKS):
-                return None  # nothing to cut
+                return None  # nothing to block
             return Contender(numpy_best.Best(row, params, grads, block).step)
         if name == "NumPy threads":
             import torch

@@ -1,5 +1,5 @@
 """Contenders of the suite ``estimators``: a network and logistic regression against scikit-learn and a torch loop, the
-softmax loss against NumPy and torch. Test accuracies, after equally many epochs, become notes beside the times."""
+softmax loss against NumPy and torch. Test accuracies after equally many epochs are reported as notes."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ if TYPE_CHECKING:
 
 Array = NDArray[Any]
 OURS, SKLEARN, TORCH = "ours", "scikit-learn", "torch"
-ROWS, TEST_ROWS, CHUNK = 60_000, 10_000, 6_000  # of an image set of MNIST's size; a turn is a part of an epoch
+ROWS, TEST_ROWS, CHUNK = 60_000, 10_000, 6_000  # images, as in MNIST; one step trains on a CHUNK
 LOGISTIC_ROWS, LOGISTIC_COLUMNS, EPOCHS = 1_000_000, 50, 50
 
 
 @cache
 def images() -> tuple[Array, Array, Array, Array]:
-    """Digits enlarged to 24 x 24, shifted within 28 x 28, with noise: training and test rows come from other digits."""
+    """Digits enlarged to 24 x 24, shifted within 28 x 28, with noise. Training and test rows use different digits."""
     from sklearn.datasets import load_digits
 
     x, y = load_digits(return_X_y=True)
@@ -48,7 +48,7 @@ def _chunks() -> Callable[[], slice]:
 
 
 def network(batch: int, name: str, seed: int = 0) -> Contender:
-    """A step trains on the next CHUNK rows; the note is the accuracy on the test rows so far."""
+    """A step trains on the next CHUNK rows; the note is the test accuracy."""
     x, y, x_test, y_test = images()
     part, classes = _chunks(), np.arange(10)
     if name == TORCH:
@@ -64,7 +64,7 @@ def network(batch: int, name: str, seed: int = 0) -> Contender:
 
 
 def _torch_network(batch: int, seed: int) -> Contender:
-    """The same network: initialised and penalised as scikit-learn does it."""
+    """The same network in torch, with scikit-learn's initialisation and L2 penalty."""
     import torch
     from torch import nn
 
@@ -124,14 +124,14 @@ def _logistic(name: str) -> Contender:
         import warnings
 
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that all epochs were used is the point
+            warnings.simplefilter("ignore")  # ConvergenceWarning: all epochs are used on purpose
             model.fit(x[train], y[train])
 
     return Contender(step, note=lambda: f"test accuracy {model.score(x[test], y[test]):.2%}")
 
 
 def _softmax(name: str) -> Contender:
-    """Value and gradient of cross-entropy; NumPy's best runs over blocks of rows that stay in the cache."""
+    """Value and gradient of softmax cross-entropy; the blocked NumPy version uses cache-sized blocks of rows."""
     make = np.random.default_rng(0)
     x = 3 * make.standard_normal((4096, 1000), np.float32)
     labels, out = make.integers(0, 1000, 4096), np.empty_like(x)
@@ -169,7 +169,7 @@ def _softmax(name: str) -> Contender:
 
 
 def builder(case: Case) -> Callable[[str], Contender]:
-    """What makes the contenders of a case, by name."""
+    """A function from a contender's name to the contender."""
     if case.model.startswith("MLP"):
         return lambda name: network(int(case.model.split()[1]), name)
     return _logistic if case.model == "logistic" else _softmax

@@ -1,6 +1,6 @@
-"""The suite ``gpu``: its cases, its clock and the machine's name. torch is imported when asked; no timing here.
+"""The suite ``gpu``: cases, clock, and a description of the GPU. torch is imported on first use; no timing here.
 
-The cases can be listed anywhere; they run where torch finds a GPU and fusedopt was built with CUDA.
+The cases can be listed on any machine. They run if torch finds a GPU and fusedopt was built with CUDA.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from fusedopt.bench.cases import CEILING, FUSED_F32, Case, rows
 from fusedopt.bench.shapes import MANY, Format, Shapes, count, gpt2, human, llama, resnet50
 from fusedopt.bench.timing import Clock
 
-DEVICE = "cuda"  # the tests put the CPU in its place
+DEVICE = "cuda"  # replaced by "cpu" in tests
 TORCH = ("default", "foreach", "fused")
-# By the modules they are installed as. torchao compiles for every shape: for one tensor only.
+# Name -> module. torchao compiles for every shape, so it is timed on one tensor only.
 PEERS = {"bitsandbytes": "bitsandbytes", "FlashOptim": "flashoptim", "torchao": "torchao"}
 LISTS = ("bitsandbytes", "FlashOptim")
 
 
 def missing() -> str:
-    """Why no step can run on a GPU here; empty where one can."""
+    """Why no step can run on a GPU on this machine; empty if one can."""
     import torch
 
     from fusedopt import _core
@@ -34,7 +34,7 @@ def missing() -> str:
 
 
 def cases(large: int) -> list[Case]:
-    """Adam on one tensor of 1G, every rule on 256M, small tensors, networks, the fewest bytes; as far as all fits."""
+    """Adam on 1G elements, every rule on 256M, small tensors, networks, AdamW in the fewest bytes; sizes that fit."""
     one, each, network = fitting(32 * large), fitting(8 * large), llama()
     alone, beside = (*TORCH, *PEERS, CEILING), (*TORCH, *LISTS)
     promised = {"RMSprop": {"foreach": 3.0}}
@@ -64,14 +64,14 @@ def cases(large: int) -> list[Case]:
 
 
 def fitting(n: int, others: Iterable[str] = PEERS.values()) -> int:
-    """The elements of the largest Adam that fits beside its contenders: n, halved as often as need be."""
+    """n, halved until Adam on so many elements fits into device memory with all its contenders."""
     if missing():
         return n
     import torch
 
     contenders = 1 + len(TORCH) + sum(importlib.util.find_spec(module) is not None for module in others)
-    # Each has parameter, gradient and two states; beside them lie the data all start from, the ceiling's two tensors
-    # and what torch's foreach keeps for the time of a step.
+    # Each has parameter, gradient and two states. Add the initial data, the ceiling's two tensors, and the temporaries
+    # of torch's foreach step.
     each = 4 * (4 * contenders + 2 + 2 + 2)
     free = torch.cuda.mem_get_info()[0]
     while n > 1 and n * each > 0.95 * free:
@@ -80,7 +80,7 @@ def fitting(n: int, others: Iterable[str] = PEERS.values()) -> int:
 
 
 def events(cuda: Any) -> Clock:
-    """A GPU's own clock: events in the current stream. ``cuda`` is ``torch.cuda``."""
+    """A clock of CUDA events on the current stream; ``cuda`` is ``torch.cuda``."""
 
     def mark() -> Any:
         event = cuda.Event(enable_timing=True)
@@ -101,7 +101,7 @@ def clock() -> Clock:
 
 
 def let_go() -> None:
-    """Gives memory that is no longer used back to the device: torch's pool would keep it from everybody else."""
+    """Releases unused memory, also torch's cache, to the device."""
     import torch
 
     gc.collect()
@@ -109,7 +109,7 @@ def let_go() -> None:
 
 
 def machine() -> dict[str, Any] | None:
-    """The GPU that is timed, its driver and CUDA; None where there is none."""
+    """The current GPU, its driver and CUDA version; None without a GPU."""
     import torch
 
     if not torch.cuda.is_available():

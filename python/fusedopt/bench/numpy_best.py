@@ -1,9 +1,9 @@
-"""The best in-place NumPy we could write: one scratch array made beforehand, every ufunc with ``out``, no temporary.
+"""A baseline, not part of the library: the fastest in-place NumPy that we could write.
 
-Constants are 0-d arrays of the arrays' type (a Python float costs a conversion per call); the square root's
-correction is folded into eps and the step size, so Adam takes twelve passes. Run over whole arrays, over blocks that
-stay in the cache (the fastest of a few lengths, tried out beforehand), or over blocks on several threads (ufuncs
-release the GIL). Not part of the library: a baseline.
+One preallocated scratch array, every ufunc with ``out``, no temporaries. Constants are 0-d arrays of the same dtype,
+since a Python float costs a conversion per call. Adam's bias correction is folded into eps and the step size, which
+leaves twelve passes. Runs over whole arrays, over cache-sized blocks (the fastest of a few lengths), or over blocks on
+several threads (ufuncs release the GIL).
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def _adam(step: int, lr: float = 1e-3, beta1: float = 0.9, beta2: float = 0.999,
     return [beta1, 1 - beta1, beta2, 1 - beta2, lr * root / (1 - beta1**step), eps * root]
 
 
-# Row of the tables -> the passes, how many states, and the constants of a step (with torch's default options).
+# Row of the tables -> function, number of states, and constants of a step (with torch's default options).
 BODIES: dict[str, tuple[Body, int, Callable[[int], list[float]]]] = {
     "Momentum": (momentum, 1, lambda step: [0.9, 1e-3]),
     "Adagrad": (adagrad, 1, lambda step: [1e-2, 1e-10]),
@@ -91,7 +91,7 @@ BODIES: dict[str, tuple[Body, int, Callable[[int], list[float]]]] = {
 
 
 class Best:
-    """One optimizer over lists of arrays; ``block`` None takes each array whole, 0 looks for the best length."""
+    """One optimizer over lists of arrays; ``block`` None uses whole arrays, 0 measures the best block length."""
 
     def __init__(self, row: str, params: Iterable[Array], grads: Iterable[Array], block: int | None, threads: int = 1):
         self.body, states, self.constants = BODIES[row]
@@ -102,7 +102,7 @@ class Best:
         self.cut(self.best_block() if block == 0 else block)
 
     def cut(self, block: int | None) -> None:
-        """Makes the views, and as many scratch arrays as there are threads, once."""
+        """Creates the views of all blocks, and one scratch array per thread."""
         size = block or max(p.size for p, *_ in self.tensors)
         flat = [[a.reshape(-1) for a in tensor] for tensor in self.tensors]
         views = [tuple(a[i : i + size] for a in t) for t in flat for i in range(0, t[0].size, size)]

@@ -1,7 +1,7 @@
 """Two gloo processes that time the optimizer's part of data-parallel training, for the suite ``integrations``.
 
-Both processes build the same model, wrapped by DDP or sharded by FSDP2, and get their gradients from one real backward
-pass. Then every contender's ``step`` is timed in both at the same time, behind a barrier; the slower process counts.
+Both processes build the same model, wrapped by DDP or sharded by FSDP2, and compute gradients in one backward pass.
+Then both time every contender's ``step`` simultaneously, after a barrier; the slower process counts.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from fusedopt.bench.timing import Contender
 RANKS = 2
 
 Maker = Callable[[str, Case, Any], Any]
-"""Makes an optimizer from the contender's name, the case and the parameters; None where there is none. A module's
-own function, as it is sent to the processes."""
+"""Creates a contender's optimizer from its name, the case and the parameters; None if it does not exist. Must be
+picklable: a function of a module."""
 
 
 class Pair:
-    """The parent's side."""
+    """The parent process's side."""
 
     def __init__(self, case: Case, make: Maker) -> None:
         import torch
@@ -44,7 +44,7 @@ class Pair:
         self._close = weakref.finalize(self, _stop, self._pipes, processes, folder)
 
     def ask(self, *message: Any) -> list[Any]:
-        """Sends it to both processes; their answers."""
+        """Sends a message to both processes and returns their answers."""
         for pipe in self._pipes:
             pipe.send(message)
         answers = []
@@ -56,7 +56,7 @@ class Pair:
         return answers
 
     def contender(self, name: str) -> Contender | None:
-        """A contender whose calls run, and are timed, in the processes."""
+        """A contender that runs and is timed in the processes."""
         if not all(self.ask("build", name)):
             return None
         return Contender(lambda: None, measure=lambda calls: max(self.ask("run", name, calls)))
@@ -101,7 +101,7 @@ def _serve(rank: int, folder: str, threads: int, case: Case, make: Maker, pipe: 
 
 
 def _trained(case: Case, rank: int) -> list[Any]:
-    """The parameters of a model of these shapes after one forward and backward pass of this process's data."""
+    """The parameters of a model with these shapes, after one forward and backward pass."""
     import torch
     from torch.distributed.fsdp import fully_shard
     from torch.nn.parallel import DistributedDataParallel

@@ -1,7 +1,7 @@
-"""Optimizers of other projects, timed when they are installed; none is a dependency. Imported inside the factories.
+"""Optimizers of other projects, timed if installed; none is a dependency.
 
-A factory raises ImportError where its project is missing and answers None where it has no such rule. The imports go
-by name, because these projects are untyped or absent where this file is checked.
+A factory raises ImportError if its project is missing, and returns None if the project lacks the rule. Imports use
+``import_module``, since these projects are untyped or absent where this file is type-checked.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Arrays = Sequence[np.ndarray[Any, Any]]
 
 
 def deepspeed(case: Case, params: Any) -> Any:
-    """DeepSpeed's host optimizers; they are compiled at first use."""
+    """DeepSpeed's CPU optimizers, which are compiled at first use."""
     ops = import_module("deepspeed.ops")
     if case.rule in ("Adam", "AdamW"):
         return ops.adam.DeepSpeedCPUAdam(params, adamw_mode=case.rule == "AdamW", **case.options)
@@ -29,7 +29,7 @@ def deepspeed(case: Case, params: Any) -> Any:
 
 
 def bitsandbytes(case: Case, params: Any) -> Any:
-    """bitsandbytes with 32-bit states; it ignores RMSprop's momentum, so that row is not its own."""
+    """bitsandbytes with 32-bit states; it ignores RMSprop's momentum."""
     optim = import_module("bitsandbytes.optim")
     names = ("Adam", "AdamW", "Adagrad", "RMSprop", "Lion") + (("SGD",) if case.options.get("momentum") else ())
     if case.rule not in names or case.options.get("centered"):
@@ -42,7 +42,7 @@ def torchao(case: Case, params: Any) -> Any:
     """torchao's AdamW in full precision; compiled at first use, and again for every new shape."""
     if case.rule not in ("Adam", "AdamW"):
         return None
-    decay = {"weight_decay": 0.0} if case.rule == "Adam" else {}  # without decay the two are one
+    decay = {"weight_decay": 0.0} if case.rule == "Adam" else {}  # without decay both are the same
     return import_module("torchao.optim.adam")._AdamW(params, **decay, **case.options)
 
 
@@ -60,7 +60,7 @@ def torchao_8bit(case: Case, params: Any) -> Any:
 
 
 def flashoptim(case: Case, params: Any) -> Any:
-    """FlashOptim: 8-bit states beside 24-bit weights where ours has 8-bit states, else as the case is stored."""
+    """FlashOptim: 24-bit weights and 8-bit states if ours has 8-bit states, else the case's dtypes."""
     names = {"SGD": "FlashSGD", "Adam": "FlashAdam", "AdamW": "FlashAdamW", "Lion": "FlashLion"}
     if case.rule not in names:
         return None
@@ -70,7 +70,7 @@ def flashoptim(case: Case, params: Any) -> Any:
 
 
 def numba(row: str, params: Arrays, grads: Arrays) -> Step | None:
-    """The loop one would write with numba: Adam, exact arithmetic, parallel when large."""
+    """A loop in numba: Adam, exact arithmetic, parallel for large arrays."""
     nb = import_module("numba")
     if row != "Adam":
         return None
@@ -83,7 +83,7 @@ def numba(row: str, params: Arrays, grads: Arrays) -> Step | None:
             v[i] = beta2 * v[i] + rest2 * g[i] * g[i]
             p[i] -= lr * m[i] / (np.sqrt(v[i]) + eps)
 
-    large = max(p.size for p in params) > 1 << 16  # threads cost more than a short array
+    large = max(p.size for p in params) > 1 << 16  # for short arrays threads cost more than they gain
     compiled = nb.njit(parallel=large, error_model="numpy")(kernel)
     flat = [(p.ravel(), g.ravel()) for p, g in zip(params, grads, strict=True)]
     tensors = [(p, g, np.zeros_like(p), np.zeros_like(p)) for p, g in flat]
@@ -102,7 +102,7 @@ def numba(row: str, params: Arrays, grads: Arrays) -> Step | None:
 
 
 def optax(row: str, params: Arrays, grads: Arrays) -> Step | None:
-    """optax under jit, its arguments donated; JAX arrays of its own, waited for."""
+    """optax under jit with donated arguments, on JAX arrays; synchronised."""
     jax, ox = import_module("jax"), import_module("optax")
     rules = {"Adam": ox.adam, "AdamW": ox.adamw, "Adagrad": ox.adagrad, "RMSprop": ox.rmsprop}
     if row not in rules:

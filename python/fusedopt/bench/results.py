@@ -1,4 +1,4 @@
-"""Runs cases and keeps what came out: times, ratios, GB/s, the share of the ceiling, and whether a bar was cleared."""
+"""Runs cases; their results: times, ratios, GB/s, the share of the ceiling, and the bars."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from fusedopt.bench.timing import HOST, WARMUP, Times, race
 
 @dataclass(frozen=True)
 class Bar:
-    """A promise and what was measured; None where the other side could not be run, which clears no bar."""
+    """A promised minimum and the measured value; None, which misses the bar, if the baseline could not be run."""
 
     against: str
     least: float
@@ -36,7 +36,7 @@ class Bar:
 
 @dataclass
 class Result:
-    """The times of one case; ratios are of medians, another contender's over ours."""
+    """The times of one case. A ratio is a contender's median over ours."""
 
     suite: str
     case: Case
@@ -54,7 +54,7 @@ class Result:
         return None if theirs is None or ours is None else theirs / ours
 
     def bandwidth(self, name: str = OURS) -> float | None:
-        """GB/s by the floor of memory traffic: what a step needs to move, whatever this contender moves."""
+        """GB/s of the minimum memory traffic of a step, whatever this contender moves."""
         seconds = self.seconds(name)
         size = ceiling_bytes(self.case) if name == CEILING else self.case.bytes
         return None if seconds is None or size is None else size / seconds * 1e-9
@@ -110,7 +110,7 @@ def run_case(
     with_peers: bool = False,
     tick: Callable[[str], object] = lambda what: None,
 ) -> Result:
-    """Builds the contenders of a case, races them, and lets go of their memory."""
+    """Builds and times the contenders of a case, and frees their memory."""
     build, contenders, notes = builder(case), {}, []
     for name in contender_names(case, compiled=compiled, with_peers=with_peers):
         tick(name)
@@ -120,7 +120,7 @@ def run_case(
             if name in (OURS, *case.against) and name not in PEERS.get(case.kind, {}):
                 raise
             notes.append(f"{name}: not installed ({error})")
-        except Exception as error:  # a peer, or the compiler torch.compile wants, may fail in any way of its own
+        except Exception as error:  # a peer or torch.compile's compiler may raise anything
             no_room = type(error).__name__ == "OutOfMemoryError"
             if name == OURS or (name in ("default", "foreach", "fused") and not no_room):
                 raise
@@ -144,7 +144,7 @@ def run_case(
 
 
 def _split(result: Result) -> Iterator[Result]:
-    """The race on normal and denormal moments as two lines, and what the second cost beside the first."""
+    """Splits a case on normal and denormal moments into two results, with a note of their ratio."""
     for name in [n for n in result.times if n + DENORMAL in result.times]:
         normal, denormal = result.times[name].median, result.times[name + DENORMAL].median
         result.notes.append(f"{name}: denormal moments take {denormal / normal:.2f} of the time of normal ones")
@@ -163,7 +163,7 @@ def run_suites(
     progress: bool = True,
     **how: Any,
 ) -> list[Result]:
-    """Runs suites, or ``only`` the cases with this text in their names; a progress bar where tqdm is installed."""
+    """Runs suites, or only their cases whose names contain ``only``; shows a progress bar if tqdm is installed."""
     todo = [(name, case) for name in names for case in SUITES[name](large) if only.lower() in case.label.lower()]
     results: list[Result] = []
     with _bar(len(todo), progress and bool(todo)) as bar:

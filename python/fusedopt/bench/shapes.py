@@ -1,4 +1,4 @@
-"""Shape lists of the benchmark, and the formats with their sizes; real networks' shapes are generated here."""
+"""Shapes of the benchmark's tensors, real networks included, and formats with their sizes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 Shapes = tuple[tuple[int, ...], ...]
 
 WORDS = {"f64": 8, "f32": 4, "bf16": 2, "f16": 2}
-BYTES: dict[str, float] = {**WORDS, "int8": 1 + 4 / 64}  # codes, and a scale for each block of 64
+BYTES: dict[str, float] = {**WORDS, "int8": 1 + 4 / 64}  # codes, and one scale per block of 64
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Format:
         return self.param + grad + ("" if self.state == self.param else f" + {self.state} state")
 
     def bytes(self, states: int) -> float:
-        """Moved per parameter by one pass: the gradient is read, everything else read and written."""
+        """Memory traffic per parameter: the gradient is read, everything else is read and written."""
         return 2 * BYTES[self.param] + BYTES[self.grad] + 2 * states * BYTES[self.state]
 
 
@@ -40,7 +40,7 @@ F32 = FORMATS[1]
 
 
 def count(shapes: Iterable[tuple[int, ...]]) -> int:
-    """Elements in all tensors."""
+    """Total number of elements."""
     return sum(math.prod(shape) for shape in shapes)
 
 
@@ -53,7 +53,7 @@ def human(n: int) -> str:
 
 
 def mlp(*widths: int) -> Shapes:
-    """Weights and biases of a chain of linear layers."""
+    """Weights and biases of a multilayer perceptron."""
     return tuple(s for i, o in itertools.pairwise(widths) for s in ((o, i), (o,)))
 
 

@@ -1,6 +1,6 @@
-"""The suites: which cases are timed together. That of a GPU is in gpu.py. No timing and no torch here.
+"""The suites of cases; the GPU suite is in gpu.py. No timing and no torch here.
 
-A suite is a function of the size called "large" (32M elements unless told otherwise) that returns its cases.
+A suite is a function of ``large``, the size of a large tensor (32M elements by default), that returns its cases.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from fusedopt.bench.training import MODELS
 
 
 def bars(large: int) -> list[Case]:
-    """The promises: each case with the least ratio it must reach."""
+    """The promised ratios: each case with its minimum."""
     promised: dict[str, dict[str, float]] = {
         "Momentum": {"default": 1.5, "fused": 0.97},
         "Adagrad": {"default": 5, "fused": 0.97},
@@ -65,7 +65,7 @@ def rules(large: int) -> list[Case]:
 
 
 def short(large: int) -> list[Case]:
-    """Every rule, small enough for a demo: an eighth of the large size, torch's default and fused only."""
+    """Every rule at an eighth of the large size, against torch's default and fused steps, for the demo."""
     return [
         Case(label, ("default", "fused", CEILING), rule, options, shapes=((large // 8,),))
         for label, rule, options in rows()
@@ -73,7 +73,7 @@ def short(large: int) -> list[Case]:
 
 
 def formats(large: int) -> list[Case]:
-    """Adam in every format, from the first cache to far beyond the last."""
+    """Adam in every format, from the L1 cache to main memory."""
     sizes = [n for n in (1 << 10, 32 << 10, 512 << 10, 4 << 20) if n < large] + [large]
     return [
         Case(f"Adam {form}, {human(n)}", ("default", "fused", CEILING), format=form, shapes=((n,),))
@@ -83,7 +83,7 @@ def formats(large: int) -> list[Case]:
 
 
 def shapes(large: int) -> list[Case]:
-    """Adam on the shapes of real networks, and on those that cost the most per tensor."""
+    """Adam on the shapes of real networks, and on many small tensors."""
     table: dict[str, tuple[Shapes, dict[str, Any]]] = {
         f"one tensor of {human(large)}": (((large,),), {}),
         "1,000 of 64": (MANY, {}),
@@ -98,7 +98,7 @@ def shapes(large: int) -> list[Case]:
 
 
 def numpy(large: int) -> list[Case]:
-    """The NumPy front end against the best in-place NumPy; the threaded one is shown, too."""
+    """The NumPy functions against in-place NumPy: whole, blocked, threaded."""
     return [
         Case(f"NumPy {label}, {name}", (*NUMPY, "NumPy threads"), rule, options, shapes=s, kind="numpy")
         for label, rule, options in rows()
@@ -108,12 +108,12 @@ def numpy(large: int) -> list[Case]:
 
 
 def training(large: int) -> list[Case]:
-    """Whole iterations, forward + backward + step; the size of these does not follow ``large``."""
+    """Whole iterations, forward + backward + step; their size does not depend on ``large``."""
     return [Case(f"training, {name}", TORCH, kind="training", model=name, shapes=()) for name in MODELS]
 
 
 def estimators(large: int) -> list[Case]:
-    """Fits and losses for NumPy against scikit-learn, a torch loop and NumPy; their sizes do not follow ``large``."""
+    """Fits and losses for NumPy against scikit-learn, a torch loop and NumPy; sizes do not depend on ``large``."""
     table: dict[str, tuple[str, dict[str, float]]] = {
         "MLPClassifier 784-128-10, batch 32": ("MLP 32", {"scikit-learn": 1.8, "torch": 1.2}),
         "MLPClassifier 784-128-10, batch 128": ("MLP 128", {"scikit-learn": 1.2, "torch": 1.1}),
@@ -134,12 +134,12 @@ def estimators(large: int) -> list[Case]:
 
 
 def denormals(large: int) -> list[Case]:
-    """What moments in the denormal range cost (they are kept, as torch keeps them)."""
+    """Adam on normal and on denormal moments, which are not flushed to zero."""
     return [Case("Adam", ("default", "fused"), shapes=((large // 8,),), kind="denormals")]
 
 
 def bytes_(large: int) -> list[Case]:
-    """AdamW in the forms that move fewer bytes, against torch's fused step in float32, and the average of weights."""
+    """AdamW in the forms that move fewer bytes, and with EMA, against torch's fused step in float32."""
     bf16, f32 = Format("bf16", "bf16", "bf16"), F32
     int8, f32_int8 = Format("bf16", "bf16", "int8"), Format("f32", "f32", "int8")
     table: list[tuple[str, Format, dict[str, Any], dict[str, float]]] = [
@@ -162,7 +162,7 @@ def bytes_(large: int) -> list[Case]:
 
 
 def integrations(large: int) -> list[Case]:
-    """The step where others drive it: in two processes under DDP and FSDP2, and in a compiled iteration."""
+    """The step in two processes under DDP and FSDP2, and in a compiled iteration."""
     parallel: list[tuple[str, str, Shapes, dict[str, float]]] = [
         ("DDP, GPT-2 small", "ddp", gpt2(), {"fused": 1, "default": 3}),
         ("FSDP2, GPT-2 small", "fsdp", gpt2(), {"fused": 1, "default": 3}),
@@ -184,5 +184,5 @@ def integrations(large: int) -> list[Case]:
 _SUITES = (bars, rules, formats, shapes, bytes_, numpy, training, estimators, denormals, integrations)
 SUITES: dict[str, Callable[[int], list[Case]]] = {f.__name__.rstrip("_"): f for f in _SUITES}
 SUITES |= {"gpu": gpu.cases, "short": short}
-# A case's share of time, where it is not 4.
+# Seconds per case; the default is 4.
 SECONDS = {"bars": 8.0, "estimators": 12.0, "short": 1.5, "formats": 2.5, "integrations": 40.0}

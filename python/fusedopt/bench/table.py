@@ -1,4 +1,4 @@
-"""Results as a table for the terminal and as JSON for machines, with the machine and the versions beside them."""
+"""Results as a terminal table and as JSON, with the machine and the versions."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ PACKAGES = ("fusedopt", "numpy", "torch", "deepspeed", "bitsandbytes", "torchao"
 
 
 def machine() -> dict[str, Any]:
-    """What a number means little without."""
+    """Description of the machine and versions of the packages."""
     import torch
 
     import fusedopt
@@ -61,7 +61,7 @@ def duration(seconds: float | None) -> str:
 
 
 def _grid(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
-    """First column to the left, the others to the right."""
+    """A table; the first column is left-aligned, the others right-aligned."""
     table = [list(header), *map(list, lines)]
     widths = [max(len(line[k]) for line in table) for k in range(len(header))]
     table.insert(1, ["-" * w for w in widths])
@@ -107,7 +107,7 @@ def _bars(results: Sequence[Result]) -> str:
 
 
 def render(results: Sequence[Result]) -> str:
-    """Every suite under its name; bars say ok or missed, and are all that a suite of bars shows."""
+    """Text tables, one per suite; if every case of a suite has bars, only the bars are shown."""
     texts = []
     for suite, group in groupby(results, key=lambda r: r.suite):
         rows = list(group)

@@ -1,7 +1,7 @@
-"""Turn-by-turn timing: every contender is set up once, then all run in rotating order, round after round.
+"""Interleaved timing: every contender is set up once, then all run in rotating order, round after round.
 
-Noise of the machine hits all contenders alike, so the ratio of their medians is what is worth quoting. Nothing here
-knows what it times or by which clock, and nothing here touches the number of threads.
+Noise affects all contenders alike, so quote ratios of medians. Nothing here depends on what is timed or by which clock,
+or changes the number of threads.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 WARMUP = 6  # untimed calls; RAdam changes branch after its fifth step
-FEWEST = 5  # rounds, whatever the time budget says
+FEWEST = 5  # minimum number of rounds, whatever the time budget
 
 
 @dataclass(frozen=True)
 class Clock:
-    """How a span is timed. A mark may be set before what precedes it is done, as a GPU's event is."""
+    """How time is measured. A mark may be asynchronous, such as a CUDA event."""
 
     mark: Callable[[], Any]
     seconds: Callable[[Any, Any], float]  # between two marks; waits for both
-    settle: Callable[[], object]  # waits for all that is under way
+    settle: Callable[[], object]  # synchronises
 
 
 HOST = Clock(time.perf_counter_ns, lambda start, end: (end - start) * 1e-9, lambda: None)
@@ -31,18 +31,18 @@ HOST = Clock(time.perf_counter_ns, lambda start, end: (end - start) * 1e-9, lamb
 
 @dataclass
 class Contender:
-    """Something that can run again and again; ``setup`` runs untimed before every call of ``step``."""
+    """A callable to time; ``setup`` runs untimed before every call of ``step``."""
 
     step: Callable[[], object]
     setup: Callable[[], object] | None = None
-    measure: Callable[[int], float] | None = None  # seconds of so many calls that are made and timed elsewhere
-    first_seconds: float | None = None  # what the first calls cost, where that is worth a column (compilation)
-    note: Callable[[], str] | None = None  # asked once all is timed: what came of it (an accuracy)
+    measure: Callable[[int], float] | None = None  # seconds of n calls, timed in another process
+    first_seconds: float | None = None  # duration of the first calls, if reported (compilation)
+    note: Callable[[], str] | None = None  # called after timing, for the report (accuracy)
 
 
 @dataclass
 class Times:
-    """Seconds per call: one sample is the mean of ``calls`` calls in a row."""
+    """Seconds per call; one sample is the mean of ``calls`` consecutive calls."""
 
     calls: int
     samples: list[float] = field(default_factory=list)
@@ -58,7 +58,7 @@ class Times:
 
 
 def _sample(contender: Contender, calls: int, clock: Clock) -> float:
-    """Mean seconds of so many calls in a row; what ``setup`` takes is not counted."""
+    """Mean seconds of ``calls`` consecutive calls, without ``setup``."""
     if contender.measure is not None:
         return contender.measure(calls) / calls
     step, setup, mark = contender.step, contender.setup, clock.mark
@@ -79,10 +79,10 @@ def _sample(contender: Contender, calls: int, clock: Clock) -> float:
 
 
 def _calls(contenders: Sequence[Contender], sample_seconds: float, clock: Clock) -> int:
-    """So many calls that the fastest contender's turn is long against the clock and what the turns before it left in
-    the caches; the same number for all."""
+    """Calls per sample, the same for all contenders: the fastest contender's sample takes ``sample_seconds``, which is
+    long compared with the clock's resolution and with refilling the caches."""
     fastest = min(_sample(c, 1, clock) for c in contenders)
-    if fastest < sample_seconds:  # else once is enough
+    if fastest < sample_seconds:  # else one measurement is enough
         fastest = min(fastest, *(_sample(c, 1, clock) for c in contenders for _ in range(2)))
     return max(1, min(1000, round(sample_seconds / max(fastest, 1e-9))))
 
@@ -96,7 +96,7 @@ def race(
     warmup: int = WARMUP,
     clock: Clock = HOST,
 ) -> dict[str, Times]:
-    """Times the contenders for ``seconds`` in all, or for exactly ``rounds`` rounds."""
+    """Times the contenders for ``seconds`` in total, or for exactly ``rounds`` rounds."""
     runners = list(contenders.values())
     for contender in runners:
         for _ in range(warmup):
@@ -114,7 +114,7 @@ def race(
         ):
             turn = done % len(names)
             order = names[turn:] + names[:turn]
-            # The other way round in every second cycle, so that nobody always follows the same neighbour.
+            # Reversed in every second cycle, so that no contender always follows the same one.
             for name in reversed(order) if done // len(names) % 2 else order:
                 times[name].samples.append(_sample(contenders[name], calls, clock))
             done += 1

@@ -1,7 +1,6 @@
-"""Small models to train: two multilayer perceptrons, a convolutional net, a transformer. torch is imported when asked.
+"""Small models to train: two multilayer perceptrons, a convolutional net, a transformer. torch is imported late.
 
-The data are random and the learning rate tiny: with a fixed set of batches anything else would be learned by heart
-within a benchmark, and gradients of zero are not what a step meets in practice.
+The data are random and the learning rate is tiny, so that the model cannot fit the batches and drive gradients to zero.
 """
 
 from __future__ import annotations
@@ -79,8 +78,10 @@ MODELS: dict[str, Callable[[], Any]] = {
 def iteration(
     name: str, optimizer: Callable[[Any], torch.optim.Optimizer | None], *, compiled: bool = False
 ) -> tuple[Callable[[], None], torch.optim.Optimizer] | None:
-    """One iteration of training as a call, compiled as a whole if wanted, and the optimizer in it; same seed, hence
-    same model and same data."""
+    """A function that runs one training iteration, compiled as a whole if ``compiled``, and its optimizer.
+
+    Model and data are the same for every contender.
+    """
     import torch
     from torch.nn.functional import cross_entropy
 
