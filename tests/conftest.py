@@ -1,4 +1,4 @@
-"""Settings of the whole test run: hypothesis profile, engine settings put back after each test. No data."""
+"""Settings of the test run: the hypothesis profile; engine settings are restored after each test."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -9,7 +9,7 @@ import pytest
 import fusedopt
 import integrations
 
-# The examples are the same in every run, so a red build can be repeated; no deadline, as shared machines stall.
+# Fixed examples, so that failures are reproducible; no deadline, since shared machines stall.
 hypothesis.settings.register_profile("fusedopt", deadline=None, derandomize=True, database=None, print_blob=False)
 hypothesis.settings.load_profile("fusedopt")
 
@@ -34,7 +34,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
 @pytest.fixture(autouse=True)
 def _engine_settings() -> Iterator[None]:
-    """A test may force an instruction set or a thread count; the next one finds the defaults."""
+    """A test may set an instruction set or thread count; the defaults are restored after it."""
     yield
     fusedopt.set_isa(None)
     fusedopt.set_num_threads(None)

@@ -1,5 +1,5 @@
-"""The suite ``gpu`` of the benchmark, where there is no GPU: its cases, its clock over a device that is made up, a case
-run with the CPU in a GPU's place, the table, and what the command line says."""
+"""The GPU benchmark suite without a GPU: its cases, its clock on a simulated device, a case with the CPU in place of a
+GPU, the table, and the command line."""
 
 import json
 import os
@@ -22,7 +22,7 @@ from fusedopt.rules import RULES
 
 
 class Device:
-    """A GPU that does what is queued when somebody waits for it: milliseconds, one kernel after the other."""
+    """A simulated GPU that runs queued kernels, one after the other, on synchronisation; times in milliseconds."""
 
     def __init__(self) -> None:
         self.now, self.queue = 0.0, []  # type: float, list[Any]
@@ -62,7 +62,7 @@ class Device:
 def test_a_span_is_that_of_the_devices_events_and_not_of_the_calls() -> None:
     device = Device()
     clock = gpu.events(device)
-    device.launch(7.0)  # of somebody before
+    device.launch(7.0)  # of an earlier use
     clock.settle()
     start = clock.mark()
     device.launch(2.0)

@@ -1,4 +1,4 @@
-"""Tables by name and from files: IDX, CSV, .npz; and what is refused."""
+"""Tables by name and from files: IDX, CSV, .npz; what is refused."""
 
 import gzip
 import struct
@@ -15,7 +15,7 @@ from fusedopt.data import NAMES, load, read_idx
 
 
 def write_idx(path: Path, array: np.ndarray[Any, Any], code: int, compressed: bool = False) -> None:
-    """The format as its description has it, written independently of the reader."""
+    """The format as documented, written independently of the reader."""
     data = struct.pack(">HBB", 0, code, array.ndim) + b"".join(struct.pack(">I", n) for n in array.shape)
     data += array.astype(array.dtype.newbyteorder(">")).tobytes()
     path.write_bytes(gzip.compress(data) if compressed else data)
@@ -47,7 +47,7 @@ def test_idx_files_of_every_type_are_read(tmp_path: Path, code: int, dtype: str,
     assert read.dtype == array.dtype
     assert read.dtype.isnative
     np.testing.assert_array_equal(read, array)
-    read[0] = 0  # it may be written to
+    read[0] = 0  # the array is writable
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""`fusedopt run`: scripts and modules that know nothing of us, run as a user would."""
+"""`fusedopt run` on unmodified scripts and modules, run as a user would."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""``fusedopt train`` and ``fusedopt compare`` from their arguments to the files they leave."""
+"""``fusedopt train`` and ``fusedopt compare``: from arguments to the files they write."""
 
 import csv
 import json
@@ -106,7 +106,7 @@ def test_the_same_seed_gives_the_same_model(tmp_path: Path) -> None:
 
 
 def test_preprocessing_is_fitted_on_the_training_part_alone(tmp_path: Path) -> None:
-    """A test part from elsewhere must not move mean, median or the known words."""
+    """Test rows from another distribution must not affect means, medians or known categories."""
     path = tmp_path / "houses.csv"
     table_of_houses(path)
     result = train(tmp_path / "out", "--data", path, "--lr", 0.01, "--epochs", 40, "--task", "regression")

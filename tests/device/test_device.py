@@ -1,5 +1,5 @@
-"""The kernels of a GPU, run as host code on the simulated device: same bits as the CPU's loops for every rule and form,
-and what is around them: the norm, GradScaler, graphs, addresses that change, tensors beyond 2^31 elements."""
+"""CUDA kernels as host code on the simulated device: bit-identical to the CPU for every rule and form. Also the norm,
+GradScaler, graphs, addresses that change, and tensors of more than 2^31 elements."""
 
 import copy
 import os
@@ -38,7 +38,7 @@ def device() -> Iterator[None]:
 
 
 def assert_same_bits(a: Snapshot, b: Snapshot) -> None:
-    """To the last bit and the sign of zero; a NaN is a NaN."""
+    """Equal bits, the sign of zero included; any NaN equals any other."""
     assert a.keys() == b.keys()
     for key, x in a.items():
         assert x.stride() == b[key].stride(), key
@@ -271,12 +271,12 @@ def test_a_replayed_graph_gives_the_values_of_plain_steps(case: Case, max_norm: 
         with capture():
             opt.step()
         assert_same_bits(snapshot(opt), before)
-        norm = opt.last_grad_norm  # the graph's: it writes there at every replay
+        norm = opt.last_grad_norm  # the graph's gradients, written at every replay
         for k in (2, 3):
             gradients(params, k)
             replay()
         static = [p.grad for p in params]
-        for p, g in zip(params, static, strict=True):  # plain steps in between, on gradients elsewhere
+        for p, g in zip(params, static, strict=True):  # plain steps in between, with gradients at other addresses
             p.grad = None if g is None else g.clone()
         for k in (4, 5):
             gradients(params, k)
@@ -383,13 +383,13 @@ def test_capturable_is_done_on_a_device_and_falls_back_on_the_cpu() -> None:
         warnings.simplefilter("error")
         run()
     with pytest.warns(optim.FallbackWarning, match="capturable=True"), pytest.raises(AssertionError):
-        run()  # torch's own refuses it there
+        run()  # torch's own step refuses it there
 
 
 @pytest.mark.parametrize("n_states", [0, 1])
 def test_more_elements_than_32_bits_count(device: None, n_states: int) -> None:
     function = (fusedopt.sgd_, fusedopt.lion_)[n_states]
-    n = 2**31 + CHUNK + 5  # reserved, not there: of so many the simulated device works on both ends alone
+    n = 2**31 + CHUNK + 5  # address space only: of so many elements the simulated device processes both ends
     arrays = [torch.from_numpy(np.zeros(n, np.int16)).view(torch.bfloat16) for _ in range(2 + n_states)]
     ends = [slice(0, 1000), slice(n - 1000, n)]
     for end in ends:
@@ -466,7 +466,7 @@ def test_a_launch_that_fails_raises_the_devices_own_message_and_the_next_step_is
 
 
 def test_memory_that_torch_keeps_for_itself_is_asked_back(device: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Before the first step, and before one that has more to describe."""
+    """Before the first step, and before one with more tensors to describe."""
 
     def run(freed: Callable[[], None] | None) -> Any:
         parameters = [torch.nn.Parameter(torch.ones(300)) for _ in range(50)]
@@ -518,7 +518,7 @@ def test_a_captured_step_that_cannot_be_described_keeps_no_memory(device: None) 
 
 
 def test_another_choice_of_gradients_beside_a_huge_tensor_waits_for_nothing(device: None) -> None:
-    """What describes the tensors grows with their number, not with their elements."""
+    """The tensor descriptions grow with the number of tensors, not of elements."""
     huge = torch.from_numpy(np.zeros(600_000_000, np.int16)).view(torch.bfloat16)  # reserved, not there
     params = [torch.nn.Parameter(p) for p in (huge, torch.ones(5, dtype=huge.dtype), torch.ones(9, dtype=huge.dtype))]
     opt = optim.SGD(params, lr=0.5)
@@ -565,7 +565,7 @@ def test_functions_take_arrays_of_the_device() -> None:
 
 
 class Foreign:
-    """An array of another library's, on the device."""
+    """An array of another library, on the device."""
 
     def __init__(self, numbers: torch.Tensor) -> None:
         self.numbers = numbers
@@ -584,7 +584,7 @@ class Foreign:
 def test_operands_of_other_libraries_are_waited_for_before_and_after(
     module: str, its: int | None, operand: int, device: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What comes after the call on a stream that is not ours may write to what the step still reads."""
+    """Work queued on another stream after the call may overwrite what the step still reads."""
     cupy = types.ModuleType("cupy")
     cuda = types.ModuleType("cupy.cuda")
     cuda.get_current_stream = lambda device: types.SimpleNamespace(ptr=its)  # type: ignore[attr-defined]

@@ -1,5 +1,5 @@
-"""Estimators: scikit-learn's own checks, the same fits as scikit-learn's, settings, and what is refused. Networks are
-checked against finite differences; stopping, checkpoints and copies are in test_estimators_fit.py."""
+"""Estimators: scikit-learn's own checks, fits equal to scikit-learn's, settings, and what is refused. Gradients of
+networks are checked against finite differences. Stopping, checkpoints and copies: test_estimators_fit.py."""
 
 import itertools
 import re
@@ -113,7 +113,7 @@ def test_a_network_is_fitted_as_scikit_learn_fits_it(options: dict[str, Any], di
 
 
 def test_a_network_with_adam_ends_where_scikit_learns_does(digits: tuple[Array, Array]) -> None:
-    """Not to the bit: eps stands elsewhere in the two."""
+    """Not bit for bit: eps enters differently."""
     x, y = digits
     x = x[:, x.std(0) > 0.1]  # eps decides the steps of pixels that are always 0
     ours = MLPClassifier((30,), max_iter=20, random_state=3).fit(x, y)
@@ -188,7 +188,7 @@ def test_a_linear_classifier_is_as_good_as_scikit_learns(loss: str, digits: tupl
 
 
 def test_logistic_regression_comes_to_the_minimum(digits: tuple[Array, Array]) -> None:
-    """Full batches of plain gradient descent, run long, against the exact solver."""
+    """Full-batch gradient descent, run to convergence, against the exact solver."""
     x, y = load_breast_cancer(return_X_y=True)
     x, n = scale(x), len(y)
     exact = linear_model.LogisticRegression(C=1 / (0.01 * n), tol=1e-10, max_iter=10_000).fit(x, y)
@@ -333,7 +333,7 @@ def test_a_schedule_sets_the_rate_of_every_step(digits: tuple[Array, Array]) -> 
 
 
 class Plateau:
-    """A schedule that listens, as fusedopt.schedules.ReduceOnPlateau does."""
+    """A schedule that observes a metric, as fusedopt.schedules.ReduceOnPlateau does."""
 
     def __init__(self, mode: str = "min") -> None:
         self.mode, self.seen, self.value = mode, [], 0.01
@@ -357,7 +357,7 @@ def test_a_schedule_that_listens_is_told_loss_or_score(digits: tuple[Array, Arra
     given = Plateau()
     model = MLPClassifier((10,), learning_rate=given, max_iter=3, random_state=0).fit(x, y)
     np.testing.assert_allclose(model.history_["lr"], [0.01, 0.005, 0.0025])
-    assert given.seen == []  # a parameter of an estimator is not changed
+    assert given.seen == []  # an estimator's parameter is not modified
     assert model._fitted.rate.how.seen == model.loss_curve_
     model = MLPClassifier((10,), learning_rate=Plateau("max"), max_iter=3, early_stopping=True, random_state=0).fit(
         x, y
@@ -406,7 +406,7 @@ def test_dropout_l1_clipping_ema_and_average_do_what_they_say(digits: tuple[Arra
     assert clipped.loss_curve_[0] > 1.5 * free.loss_curve_[0]
     ema = MLPClassifier((60,), ema_decay=0.99, **how).fit(x, y)
     assert not np.array_equal(ema.coefs_[0], ema._fitted.net.weights[0])
-    assert ema.loss_ == plain.loss_  # the same path, another place to predict from
+    assert ema.loss_ == plain.loss_  # the same trajectory, predictions from another point of it
     assert ema.score(x, y) > 0.92
     mean = LinearClassifier("log_loss", average=True, random_state=0, max_iter=20).fit(x, y)
     assert not np.allclose(mean.coef_, mean._fitted.net.weights[0].T)

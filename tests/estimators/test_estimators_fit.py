@@ -1,5 +1,5 @@
-"""The fitting loop: stop rules, early stopping, repeatability to the bit, warm starts, copies, and checkpoints that
-survive a killed process and refuse damage."""
+"""The fitting loop: stop rules, early stopping, bit-identical repetition, warm starts, copies. Checkpoints survive a
+killed process; damaged ones are refused."""
 
 import contextlib
 import copy
@@ -79,7 +79,7 @@ def test_tol_stops_when_the_loss_no_longer_falls(make: Any, digits: tuple[Array,
     mlp = make in (MLPClassifier, MLPRegressor)
     model = make(tol=1e3, n_iter_no_change=4, random_state=0, momentum=0.9 if mlp else 0.0).fit(*digits)
     assert model.n_iter_ == 4 + 1 + mlp  # the first epoch is better than none; scikit-learn's networks wait one more
-    if not mlp:  # momentum's swings are let pass: 100 steps at 9 an epoch
+    if not mlp:  # oscillations of momentum are tolerated: 100 steps, 9 per epoch
         assert make(tol=1e3, n_iter_no_change=4, random_state=0).fit(*digits).n_iter_ == 12 + 1
     never = make(tol=None, max_iter=30, random_state=0).fit(*digits)
     assert never.n_iter_ == 30
@@ -248,7 +248,7 @@ def test_an_interrupted_fit_goes_on_to_the_same_bits(
     make: Any, random_state: Any, digits: tuple[Array, Array], tmp_path: Path
 ) -> None:
     how, path = {**options_of(make), "random_state": random_state}, tmp_path / "fit.ckpt"
-    make(**{**how, "max_iter": 3}, checkpoint=path).fit(*digits)  # as far as an interrupted one has come
+    make(**{**how, "max_iter": 3}, checkpoint=path).fit(*digits)  # the state of an interrupted fit
     saved = path.read_bytes()
     resumed = make(**how, checkpoint=path).fit(*digits)
     path.write_bytes(saved)
@@ -275,12 +275,13 @@ np.savez(sys.argv[2], *model.coefs_, *model.intercepts_, np.array(model.loss_cur
 @pytest.mark.skipif(os.name != "posix", reason="needs SIGKILL")
 def test_a_process_killed_at_any_moment_goes_on_to_the_same_bits(tmp_path: Path) -> None:
     def run(name: str, epochs: int, delay: float) -> bool:
-        """To the end, or until SIGKILL a moment after the checkpoint has changed so often; whether it ended."""
+        """Runs to the end, or until SIGKILL shortly after the checkpoint has changed so often; returns whether it
+        ended."""
         path = tmp_path / f"{name}.ckpt"
         with subprocess.Popen([sys.executable, "-c", KILLED, str(path), str(tmp_path / f"{name}.npz")]) as process:
             changes, last, now, limit = 0, -1, -1, time.monotonic() + 200
             while process.poll() is None and time.monotonic() < limit:
-                with contextlib.suppress(FileNotFoundError):  # for an instant the old one has gone aside
+                with contextlib.suppress(FileNotFoundError):  # the old file is briefly renamed
                     now = path.stat().st_ino
                 changes, last = changes + (now != last), now
                 if epochs and changes > epochs:

@@ -1,5 +1,5 @@
-"""Every form of every rule gives the same bits for every instruction set, thread count, length, offset, batching, order
-of the tensors and front end. What the bits should be is the business of test_forms_values."""
+"""Every form of every rule is bit-identical for every instruction set, thread count, length, offset, batching, order of
+the tensors and front end. test_forms_values checks the values."""
 
 from functools import cache
 from typing import Any
@@ -32,7 +32,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:(invalid value|overflow|divide b
 
 
 def moved(x: Array, offset: int) -> Array:
-    """A copy that starts some elements after a cache line."""
+    """A copy that starts the given number of elements after a cache line."""
     out = offset_empty(x.size, x.dtype, offset % 67)
     out[:] = x.ravel()
     return out.reshape(x.shape)
@@ -50,7 +50,7 @@ def built(case: Case, lengths: list[int], shift: int = 0, **more: Any) -> Any:
 
 @cache
 def trained(case: Case, lengths: tuple[int, ...], extra: bool) -> list[dict[str, Any]]:
-    """What all the others have to equal: one tensor after the other, the baseline, one thread."""
+    """The expected result: one tensor after the other, baseline, one thread."""
     out = []
     grads = gradients(case, lengths)
     with engine("baseline", 1):
@@ -78,7 +78,7 @@ def test_isas_threads_offsets_and_batching_give_the_same_bits(case: Case, extra:
 
 @pytest.mark.parametrize("case", FULL, ids=str)
 def test_a_tail_is_what_a_longer_array_has_there(case: Case) -> None:
-    """An array is the beginning of one that goes on with zeros, blocks that are not full included."""
+    """An array equals the beginning of a longer one padded with zeros, partial blocks included."""
     for n in range(1, 200, 3):
         whole = {"param": data(n, case.param, n), "grad": data(n, case.grad, n + 1)}
         results = []
@@ -131,7 +131,7 @@ def test_another_seed_step_or_stream_gives_other_bits(case: Case) -> None:
     for change in ({}, {"seed": 1}, {"stream": 1}, {"step": 1}):
         opt = optimizer(case, [param.copy()], seed=change.get("seed", 0))
         opt.state[0]["stream"] = change.get("stream", 0)
-        if "step" in change:  # a rule that looks at the step gives others anyway
+        if "step" in change:  # results of a rule that uses the step count differ anyway
             opt.step([np.zeros_like(grad)])
         opt.step([grad])
         seen.append(
@@ -147,7 +147,7 @@ def test_another_seed_step_or_stream_gives_other_bits(case: Case) -> None:
 
 
 def layouts(x: Array, rows: int = 33, columns: int = 62) -> dict[str, Array]:
-    """The same numbers, of shape (33, 62) in all, in memory of several orders."""
+    """The same values, of shape (33, 62), in several memory orders."""
     big = np.zeros((rows * 2, columns * 3), x.dtype)
     turned = np.zeros((columns, rows), x.dtype)
     out = {"C": x.copy(), "F": np.asfortranarray(x), "strided": big[::2, ::3], "transposed": turned.T,

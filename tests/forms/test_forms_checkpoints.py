@@ -1,5 +1,5 @@
-"""Checkpoints of every form: through files, pickle and copies to the bit, and from each form into each other with a
-bounded loss; in both front ends, and between ours and torch's."""
+"""Checkpoints of every form: exact through files, pickle and copies; with bounded loss from each form to each other, in
+both front ends, and between fusedopt and torch."""
 
 import copy
 import io
@@ -72,7 +72,7 @@ def test_copies_and_pickles_of_the_optimizer_go_on_with_the_same_bits(case: Case
 
 
 def test_a_checkpoint_of_streams_does_not_depend_on_the_order_of_restart() -> None:
-    """The stream is a parameter's own: it comes with the state, wherever that is loaded."""
+    """The sequence number belongs to the parameter: it is stored in its state, wherever that is loaded."""
     opt: Any = fusedopt.AdamW([np.ones(100, BF16), np.ones(90, BF16)], stochastic_rounding=True)
     saved = opt.state_dict()
     assert (saved["state.0.stream"], saved["state.1.stream"]) == (0, 1)
@@ -91,7 +91,7 @@ def test_a_checkpoint_of_streams_does_not_depend_on_the_order_of_restart() -> No
 
 
 def form_options(param: str) -> list[dict[str, Any]]:
-    """Every form of AdamW for a parameter of that dtype, the default one, too."""
+    """Every form of AdamW for a parameter of this dtype, including the default."""
     cases = [c for c in CASES if c.rule.name == "AdamW" and not c.variant and c.param == param]
     return list({str(o): o for o in [{}, *(c.kept for c in cases)]}.values())
 
@@ -103,7 +103,7 @@ def numbers(state: dict[str, Any], name: str) -> Array:
 
 
 def check_states(new: dict[str, Any], old: dict[str, Any], name: str) -> None:
-    """Lost at most what the new form cannot hold: half an ulp, or half a code (a whole one above a vanishing v)."""
+    """The loss is at most the new form's resolution: half an ulp, or half a code (one code above a vanishing v)."""
     want, got = numbers(old, name), numbers(new, name)
     if f"{name}_codes" in new:
         codes, scale = new[f"{name}_codes"].ravel(), new[f"{name}_scale"]
@@ -122,7 +122,7 @@ def check_states(new: dict[str, Any], old: dict[str, Any], name: str) -> None:
 
 
 def check_master(new: dict[str, Any], old: dict[str, Any], param: Array) -> None:
-    """Nothing is lost between wide masters but one digit of 24 next to a tie; split8 keeps 15 to 16 digits."""
+    """Conversion between wide masters loses at most one digit of 24 next to a tie; split8 keeps 15 to 16 digits."""
     if "master" not in new:
         return
     want, got = (join(param, s.get("master")).astype(F64) for s in (old, new))
@@ -158,7 +158,7 @@ def test_every_form_loads_into_every_other_with_a_bounded_loss(param: str) -> No
 
 
 def test_masters_convert_next_to_ties_to_their_neighbours() -> None:
-    """Half of an ulp of bf16 cut off: the forms round that to different weights, which a load does not change."""
+    """Ties in bf16: the forms round them to different weights, which loading does not change."""
     b = (np.arange(0x3F80, 0x3FC0, dtype=np.uint32) << 16)[:, None] + np.arange(0x7F00, 0x8100, dtype=np.uint32)
     x = np.concatenate([b.ravel().view(F32), -b.ravel().view(F32)])
     for have in forms.MASTERS:
@@ -258,7 +258,7 @@ def test_torch_checkpoints_go_on_with_the_same_bits(case: Case) -> None:
 
 @pytest.mark.parametrize("param", ["float32", "bfloat16"])
 def test_torch_loads_every_form_into_every_other(param: str) -> None:
-    """What is loaded is what NumPy's front end makes of the same checkpoint."""
+    """The result equals that of NumPy's front end for the same checkpoint."""
     torch = pytest.importorskip("torch")
     import fusedopt.torch as optim
     from test_forms_bits import to_numpy, to_torch

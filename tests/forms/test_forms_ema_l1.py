@@ -18,7 +18,7 @@ FULL = one_of_each_form()
 
 @pytest.mark.parametrize("case", FULL, ids=str)
 def test_the_average_is_that_of_the_weights(case: Case) -> None:
-    """Against float64, and to the bit against the lerp of float32; of the master where there is one."""
+    """Close to float64, and bit-identical to a lerp in float32; of the master if there is one."""
     opt, decay = optimizer(case, data(300, case.param, 1), ema_decay=0.95), 0.95
     (p,), state = opt.param_groups[0]["params"], opt.state[0]
     wide = join(p, state.get("master")).astype(F64) if case.param != "float64" else p.copy()
@@ -108,7 +108,7 @@ def test_l1_drives_weights_without_a_gradient_to_exact_zeros(case: Case) -> None
 
 @pytest.mark.parametrize("case", FULL, ids=str)
 def test_options_that_are_off_change_no_bit(case: Case) -> None:
-    """An average beside it changes nothing of the step; l1=0 and ema_decay=None are the plain step."""
+    """EMA does not change the step; l1=0 and ema_decay=None are the plain step."""
     results = []
     for options in ({}, {"l1": 0.0, "ema_decay": None}, {"ema_decay": 0.9}, {"l1": 1e-300}):
         opt = optimizer(case, data(500, case.param, 1), **options)

@@ -1,5 +1,5 @@
-"""Parameters of every layout in torch, in every form: the same bits without random numbers; with them, and in blocks,
-elements count in the order of memory."""
+"""Parameters of every memory layout in torch, in every form: bit-identical without random numbers; random numbers and
+blocks follow the order of memory."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ FULL = one_of_each_form()
 
 
 def views(case: Case) -> dict[str, torch.nn.Parameter]:
-    """The same numbers, in a tensor of shape (4, 5, 6, 7) whose memory is in several orders."""
+    """The same values in a tensor of shape (4, 5, 6, 7), in several memory orders."""
     x = filled((4, 5, 6, 7), case.param, 3)
     big = torch.zeros(8, 5, 6, 21, dtype=x.dtype)
     out = {
@@ -57,7 +57,8 @@ def snapshot_of(state: dict[str, Any]) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("case", [c for c in FULL if c.random], ids=str)
 def test_with_random_numbers_and_blocks_elements_count_in_the_order_of_memory(case: Case) -> None:
-    """A dense parameter of any layout is the flat array of its memory; the gradient's layout does not show."""
+    """A dense parameter of any layout behaves as the flat array of its memory; the layout of the gradient has no
+    effect."""
     for name, p in views(case).items():
         if name in ("strided", "turned"):
             got = grown(case, p)
@@ -83,7 +84,7 @@ def test_with_random_numbers_and_blocks_elements_count_in_the_order_of_memory(ca
 
 @pytest.mark.parametrize("name", ["channels_last", "permuted", "strided", "turned"])
 def test_codes_of_other_layouts_convert_as_those_of_contiguous_tensors(name: str) -> None:
-    """int8 to float32 by a checkpoint: each block meets its own scale, whatever the layout."""
+    """int8 to float32 through a checkpoint: each block uses its own scale, whatever the layout."""
     case = next(c for c in CASES if c.rule.name == "Adam" and c.form.quantised and c.param == c.grad == "float32")
     p = views(case)[name]
     opt = optim.Adam([p], state_dtype="int8", lr=0.0, betas=(0.0, 0.5))

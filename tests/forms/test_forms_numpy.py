@@ -1,5 +1,4 @@
-"""The options of forms as a caller of NumPy's optimizers meets them: which combinations exist, what is refused and how,
-mixed dtypes, groups."""
+"""The form options of NumPy's optimizers: supported combinations, refusals, mixed dtypes, groups."""
 
 import copy
 import itertools
@@ -25,7 +24,7 @@ MASTERS = (None, "split16", "split8", "float32")
 
 @pytest.mark.parametrize("name", RULES)
 def test_every_combination_works_or_is_refused_in_a_sentence_that_says_what_to_use(name: str) -> None:
-    """All dtypes, states, masters, roundings and variants; what is refused leaves nothing behind."""
+    """All dtypes, states, masters, roundings and variants; a refused one changes nothing."""
     rule = RULES[name]
     worked = refused = 0
     for variant, param, state, master, noisy in itertools.product(
@@ -77,7 +76,7 @@ def test_what_a_refusal_says_to_use_can_be_used(name: str) -> None:
         chosen = {o: 0.9 if o == "momentum" else True for o in variant}
         options: Any = {**chosen, "state_dtype": state, "master": master, "stochastic_rounding": noisy}
         seen = []
-        for _ in range(4):  # advice may have to be taken twice: about the master, then about the state
+        for _ in range(4):  # following the advice may take two rounds: for the master, then for the state
             try:
                 getattr(fusedopt, name)(data(3, param, 1), **options)
                 break

@@ -1,9 +1,9 @@
-"""Stochastic rounding: one of the two neighbours, right on average, independent from element to element and step to
-step, the same again for the same seed. The statistics are shown wrong roundings, which they have to catch.
+"""Stochastic rounding: the result is one of the two neighbours, unbiased, independent between elements and steps, and
+reproducible for the same seed. The tests are also run on wrong roundings, which they have to detect.
 
-Power: N = 1,000,000 elements, a threshold of 4.5 standard errors (a false alarm in 150,000 runs; the seeds are fixed).
-The variance of one rounding is f (1 - f) squared ulps, f what is cut off, 1/6 on average; so a bias of 0.0031 of an ulp
-is found with probability 0.999: (4.5 + 3.1) sqrt(1/6 / N).
+Power: N = 1,000,000 elements and a threshold of 4.5 standard errors (one false alarm in 150,000 runs; seeds are fixed).
+The variance of one rounding is f (1 - f) squared ulps with f the fraction cut off, 1/6 on average. A bias of 0.0031 ulp
+is therefore detected with probability 0.999: (4.5 + 3.1) sqrt(1/6 / N).
 """
 
 from collections.abc import Callable
@@ -29,7 +29,7 @@ def neighbours(x: Array, dtype: np.dtype[Any]) -> tuple[Array, Array]:
 
 
 def check_unbiased(x: Array, got: Array, dtype: np.dtype[Any], slack: float = 0.0) -> None:
-    """x: the numbers before rounding, in float64. ``slack``: a bias in ulps that the format is known to have."""
+    """x: the values before rounding, in float64. ``slack``: the format's known bias in ulps."""
     low, high = neighbours(x, dtype)
     up = got.astype(np.float64) == high
     share = (x - low) / (high - low)
@@ -42,25 +42,25 @@ def check_unbiased(x: Array, got: Array, dtype: np.dtype[Any], slack: float = 0.
 
     assert z(error, variance, slack) < LIMIT, f"biased by {error.mean():.2e} of an ulp"
     bins = np.minimum((share * 16).astype(int), 15)
-    for b in range(16):  # not only right on the whole
+    for b in range(16):  # unbiased for each fraction, too
         these = bins == b
         assert z(error[these], variance[these], slack) < LIMIT, f"biased where {b}/16 of an ulp are cut off"
-    for place in range(64):  # nor by the place in a vector or block
+    for place in range(64):  # unbiased at each position in a vector or block
         assert z(error[place::64], variance[place::64], slack) < LIMIT, f"biased in place {place} of 64"
-    for lag in (1, 2, 16, 32, 48, 64):  # neighbours do not know of each other
+    for lag in (1, 2, 16, 32, 48, 64):  # neighbours are independent
         mean, var = error[lag:] * error[:-lag], variance[lag:] * variance[:-lag]
         assert z(mean, var, slack) < LIMIT, f"elements {lag} apart are rounded alike"
 
 
 def numbers(dtype: np.dtype[Any], seed: int = 0) -> Array:
-    """float32 that lie anywhere between numbers of a 16-bit format; for float16 its denormals, too."""
+    """float32 values between those of a 16-bit format; for float16 denormals, too."""
     rng = np.random.default_rng(seed)
     exponent = rng.integers(-20, 8, N) if dtype == F16 else rng.integers(-60, 60, N)
     return np.ldexp((1 + rng.random(N)) * rng.choice([-1.0, 1.0], N), exponent).astype(F32)
 
 
 def rounded_state(dtype: np.dtype[Any], seed: int = 0) -> tuple[Array, Array]:
-    """(numbers, what SGD's first step makes of them in its buffer)"""
+    """(values, the buffer after SGD's first step)"""
     x = numbers(dtype)
     opt = fusedopt.SGD(np.zeros(N, F32), momentum=0.9, state_dtype=dtype.name, seed=seed)
     opt.step(x)
@@ -68,7 +68,7 @@ def rounded_state(dtype: np.dtype[Any], seed: int = 0) -> tuple[Array, Array]:
 
 
 def rounded_weight(dtype: np.dtype[Any], seed: int = 0, **options: Any) -> tuple[Array, Array]:
-    """(p - lr g, what the step makes of it)"""
+    """(p - lr g, the parameter after the step)"""
     p = numbers(dtype).astype(dtype)
     rng = np.random.default_rng(1)
     g = (p.astype(F32) * rng.random(N)).astype(dtype)
@@ -110,7 +110,7 @@ def test_what_has_no_rest_stays_and_what_is_too_large_becomes_infinite() -> None
 
 
 def test_seeds_and_streams_are_independent() -> None:
-    """The mean over seeds of one number's rounding is that number; two seeds agree as often as chance has it."""
+    """The mean of the roundings of one value over seeds is the value; two seeds agree as often as by chance."""
     x = np.full(64, 1 + 0.3 * 2.0**-7, F32)
     ups = []
     for seed in range(2000):
@@ -131,7 +131,7 @@ def test_seeds_and_streams_are_independent() -> None:
 
 @pytest.mark.parametrize("second", [False, True], ids=["signed", "second moment"])
 def test_codes_are_rounded_without_bias(second: bool) -> None:
-    """Too small by 1/512 of a step at most; the test below is the sharper one."""
+    """Biased by 1/512 of a step at most; the test below is sharper."""
     x = np.abs(np.random.default_rng(0).standard_normal(N)).astype(F32)
     if second:
         opt, name, top = fusedopt.Adagrad(np.zeros(N, F32), state_dtype="int8"), "sum", 255.0
@@ -156,7 +156,7 @@ def test_codes_are_rounded_without_bias(second: bool) -> None:
 
 
 def test_a_quarter_of_the_codes_have_8_random_bits_the_others_more() -> None:
-    """0.9 of 1/256 above a code: 8 bits never reach the next one, more do in their share of cases."""
+    """0.9/256 above a code: 8 random bits never round up, more bits do with the right probability."""
     share, blocks = 0.9 / 256, 20_000
     x = np.full((blocks, forms.BLOCK), ((10 + share) / 127) ** 2, F32)
     x[:, 0] = 1.0
@@ -172,7 +172,7 @@ def test_a_quarter_of_the_codes_have_8_random_bits_the_others_more() -> None:
 
 
 Mutant = Callable[[Array, Array, np.random.Generator], Array]
-MUTANTS: dict[str, Mutant] = {  # x, what is cut off of it, -> is it rounded away from zero?
+MUTANTS: dict[str, Mutant] = {  # (x, the fraction cut off) -> whether to round away from zero
     "to nearest": lambda x, f, rng: f > 0.5,
     "cut off": lambda x, f, rng: np.zeros(f.shape, bool),
     "noise that is 1/2 on average, but never near 1": lambda x, f, rng: f + 0.25 + 0.5 * rng.random(f.size) >= 1,
@@ -208,7 +208,7 @@ def test_the_statistics_catch_what_is_wrong(name: str, dtype: np.dtype[Any]) -> 
 
 
 def test_the_same_noise_twice_is_caught() -> None:
-    """Steps, seeds and tensors that share their numbers: two of them agree in every element."""
+    """Steps, seeds and tensors with the same random numbers: two of them agree in every element."""
     x, first = rounded_state(BF16)
     _, second = rounded_state(BF16, seed=1)
     agree = (bits(first) == bits(second)).mean()
@@ -229,7 +229,7 @@ def test_the_same_seed_gives_the_same_bits_whatever_the_threads() -> None:
 
 
 def test_noise_that_depends_on_the_thread_would_show() -> None:
-    """As test_forms_bits compares thread counts: noise counted within a thread's share gives other bits."""
+    """As test_forms_bits compares thread counts: noise indexed within the thread's part differs."""
 
     def step(x: Array, threads: int) -> Array:
         parts = [
@@ -246,7 +246,8 @@ def test_noise_that_depends_on_the_thread_would_show() -> None:
 
 
 def test_a_bf16_second_moment_moves_with_random_rounding_and_stalls_without() -> None:
-    """Adam's v for a constant gradient of 1, beta2 = 0.999: 1 - 0.999^t, to nearest no more than about 0.2."""
+    """Adam's v for a constant gradient of 1 with beta2 = 0.999 is 1 - 0.999^t; rounded to nearest it stalls at about
+    0.2."""
     steps, n = 3000, 512
     ends = {}
     for kind in ("nearest", "stochastic", "float32"):

@@ -99,7 +99,7 @@ def test_what_takes_torchs_step_is_refused_with_an_option_of_forms(option: dict[
 
 
 def test_a_mixed_model_trains_in_every_form() -> None:
-    """bf16 linear layers, float32 norms: master and random rounding concern the former."""
+    """bf16 linear layers, float32 norms: master and stochastic rounding apply to the former."""
     torch.manual_seed(0)
     x, y = torch.randn(256, 16), torch.randn(256, 1)
     ends = {}
@@ -137,7 +137,7 @@ def test_a_mixed_model_trains_in_every_form() -> None:
 
 @pytest.mark.parametrize("case", FULL, ids=str)
 def test_missing_late_and_added_parameters(case: Case) -> None:
-    """Each parameter goes as it would alone, whenever its gradients come."""
+    """Each parameter is updated as if it were alone, whenever its gradients arrive."""
     shapes, alone = [(130,), (9, 9), ()], []
     params = [parameter(case, s, i) for i, s in enumerate(shapes)]
     opt = made(case, params[:2], **BOTH)
@@ -151,7 +151,7 @@ def test_missing_late_and_added_parameters(case: Case) -> None:
         one = made(case, [p], **BOTH)
         for k in steps:
             p.grad = filled(s, case.grad, 100 * k + i)
-            if k == steps[0] and case.form.random and i:  # its place among all is its stream
+            if k == steps[0] and case.form.random and i:  # its index is its sequence number
                 other = made(case, [*(parameter(case, (), 9) for _ in range(i)), p], **BOTH)
                 other.step()
                 begun = other.state_dict()["state"][i]
@@ -167,7 +167,7 @@ def test_missing_late_and_added_parameters(case: Case) -> None:
 
 @pytest.mark.parametrize("case", FULL, ids=str)
 def test_moved_storage_and_replaced_state_are_noticed(case: Case) -> None:
-    """Every tensor of a form, the scales too, is read anew after it has been replaced or moved."""
+    """Every tensor of a form, scales included, is read again after it has been replaced or moved."""
     n = 5000
     opt, twin = (made(case, [parameter(case, (n,), 1)], **BOTH) for _ in range(2))
     for o in (opt, twin):
@@ -178,7 +178,7 @@ def test_moved_storage_and_replaced_state_are_noticed(case: Case) -> None:
             opt.state[p][key] = value.clone()
             stepped(opt, case, [5])
             stepped(twin, case, [5])
-            value.fill_(1)  # nobody looks there any longer
+            value.fill_(1)  # no longer read
     p.data = p.detach().clone()
     for value in opt.state[p].values():
         if isinstance(value, torch.Tensor) and value.numel() >= 1024:
@@ -198,7 +198,7 @@ def test_wrong_arrays_in_the_state_are_refused_by_name(case: Case) -> None:
             continue
         for wrong in (x[:-1].clone(), x.to(torch.int32), x.double()):
             if name in opt._rule.states(opt.param_groups[0]) and wrong.shape == x.shape:
-                continue  # a plain state may be of several types
+                continue  # a plain state may have several dtypes
             before = p.detach().clone()
             opt.state[p][name] = wrong
             with pytest.raises(ValueError, match=name):
@@ -224,7 +224,7 @@ def test_found_inf_leaves_everything_untouched_and_grad_scale_unscales(case: Cas
     opt.found_inf = torch.tensor(0.0)
     for o, factor in ((opt, 4.0), (twin, 1.0)):
         (p,) = all_params(o)
-        p.grad = filled(p.shape, case.grad, 3).clamp(-8, 8) * factor  # a power of two: the same numbers
+        p.grad = filled(p.shape, case.grad, 3).clamp(-8, 8) * factor  # a power of two: exact
         o.step()
     assert_same(snapshot(opt, all_params(opt)), snapshot(twin, all_params(twin)))
 

@@ -1,5 +1,6 @@
-"""The formats against their statement in fusedopt.forms: codes of blocks within the documented bound, split and copied
-masters to the bit, a split16 or float32 master against a float32 optimizer. Random rounding: test_forms_rounding."""
+"""The formats against their NumPy version in fusedopt.forms: int8 codes within the documented bound, split and copied
+masters bit for bit; split16 and float32 masters against a float32 optimizer. Stochastic rounding: test_forms_rounding.
+"""
 
 from typing import Any
 
@@ -20,7 +21,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:(invalid value|overflow|underflo
 
 
 def block(kind: str, rng: np.random.Generator, low: float, high: float) -> Array:
-    """64 float32 of that kind, none larger than 10**high."""
+    """64 float32 values of this kind, none larger than 10**high."""
     x = rng.standard_normal(BLOCK)
     match kind:
         case "zeros":
@@ -46,7 +47,7 @@ def block(kind: str, rng: np.random.Generator, low: float, high: float) -> Array
 
 
 def encoded(x: Array, second: bool, seed: int = 0) -> tuple[Array, Array, Array]:
-    """(what the kernel had to store, its codes, its scales): SGD's first step stores g, Adagrad's g * g."""
+    """(the values to store, codes, scales): SGD's first step stores g, Adagrad's g * g."""
     opt: Any
     if second:
         opt, name, x = fusedopt.Adagrad(np.zeros_like(x), state_dtype="int8", seed=seed), "sum", np.sqrt(np.abs(x))
@@ -59,7 +60,7 @@ def encoded(x: Array, second: bool, seed: int = 0) -> tuple[Array, Array, Array]
 
 
 def check_codes(x: Array, codes: Array, scale: Array, distance: float = 1.0) -> None:
-    """The documented bound, for every element: s (2 r d + d^2), r = sqrt(|x| / s), d codes' distance over the top."""
+    """The documented bound per element: s (2 r d + d^2), r = sqrt(|x| / s), d = 1/127 or 1/255."""
     second = codes.dtype == np.uint8
     top = 255.0 if second else 127.0
     whole = np.zeros(scale.size * BLOCK, np.float32)
@@ -90,7 +91,7 @@ def test_every_code_is_within_the_documented_bound(kinds: list[str], tail: int, 
     x = np.concatenate([block(kind, rng, -44.0, 38.0) for kind in kinds])[: BLOCK * (len(kinds) - 1) + tail]
     stored, codes, scale = encoded(x, second, seed % 2**32)
     check_codes(stored, codes, scale)
-    made = forms.quantise(stored, codes.dtype.name)  # the statement in NumPy rounds to nearest: half the distance
+    made = forms.quantise(stored, codes.dtype.name)  # the NumPy version rounds to nearest: half the distance
     check_codes(stored, *made, distance=0.5 if not second else 1.0)
     assert_same_bits(made[1], scale)
     assert np.abs(made[0].astype(int) - codes).max() <= 1
@@ -98,7 +99,7 @@ def test_every_code_is_within_the_documented_bound(kinds: list[str], tail: int, 
 
 @pytest.mark.parametrize("second", [False, True], ids=["signed", "second moment"])
 def test_numbers_that_are_some_codes_keep_them(second: bool) -> None:
-    """Whatever the random bits: a state that a step leaves alone does not move, be its scale a usual one or 1e-32."""
+    """For all random bits, a state that a step does not change keeps its codes, with a normal scale and with 1e-32."""
     rng = np.random.default_rng(0)
     x = np.concatenate(
         [block(kind, rng, -44.0, 38.0) for kind in ("normal", "outlier", "huge", "one") for _ in range(200)]
@@ -119,7 +120,7 @@ def test_numbers_that_are_some_codes_keep_them(second: bool) -> None:
 
 
 def test_the_bound_is_one_that_wrong_codes_miss() -> None:
-    """A neighbour's scale, a tail without codes, a code off by two: each is caught."""
+    """Mutants: a neighbour's scale, a tail without codes, a code off by two."""
     rng = np.random.default_rng(0)
     x = (rng.standard_normal(150) * np.repeat([1.0, 8.0, 0.1], BLOCK)[:150]).astype(np.float32)
     for second in (False, True):
@@ -164,7 +165,7 @@ def test_the_kernels_decode_as_the_statement_does(scale: float) -> None:
     root = np.resize(np.arange(1, 256), 256).astype(np.uint8)
     rms = fusedopt.RMSprop(np.zeros(256, np.float32), lr=1.0, alpha=1.0 - 1e-9, eps=1e-30, state_dtype="int8")
     if scale < 1e-38:
-        return  # the square root of a denormal beside eps says nothing
+        return  # the square root of a denormal is negligible next to eps
     rms.state[0].update(step=5, square_avg_codes=root.copy(), square_avg_scale=np.full(4, scale, F32))
     rms.step(np.full(256, 1e-18, F32))
     x = forms.dequantise(root, np.full(4, scale, F32)).astype(np.float64)
@@ -180,7 +181,7 @@ RESTS = [0, 1, -1, 127, -127, -128, 0x7FFF, -0x8000, 0x80, 0xFF]
 
 
 def pairs(master: str) -> tuple[Array, Array]:
-    """Weights and what is beside them: every edge with every edge, and random bits."""
+    """Weights and residuals: all pairs of edge cases, and random bits."""
     rng = np.random.default_rng(3)
     low, high = (-(2**15), 2**15) if master == "split16" else (-128, 128)
     rests = [r for r in RESTS if low <= r < high]
@@ -216,7 +217,7 @@ def test_split16_holds_every_float32_and_split8_all_but_8_bits(seed: int) -> Non
         [0, 1, 0x7FFF, 0x8000, 0x8001, 0x3F808000, 0x3F807FFF, 0x7F7F7FFF, 0x80000000, 0x80008000], np.uint32
     )
     x = np.concatenate([b, edges]).view(F32)
-    x = x[np.isfinite(x) & (np.abs(x) < 3.38e38)]  # beyond, rounding the weight leads to infinity
+    x = x[np.isfinite(x) & (np.abs(x) < 3.38e38)]  # beyond this the weight rounds to infinity
     assert_same_bits(forms.join(round_away(x).view(np.uint16), forms.split(x, "split16")), x)
     w = round_away(((bits(x) + np.uint32(0x80)) & ~np.uint32(0xFF)).view(F32))
     back = forms.join(w.view(np.uint16), forms.split(x, "split8")).astype(np.float64)
@@ -224,7 +225,7 @@ def test_split16_holds_every_float32_and_split8_all_but_8_bits(seed: int) -> Non
 
 
 def test_the_weight_is_rounded_half_away_from_zero() -> None:
-    """1 + 2^-8 lies in the middle of two bf16, the lower of which is even."""
+    """1 + 2^-8 is halfway between two bf16 values, the lower of which is even."""
     for sign in (1.0, -1.0):
         x = np.full(3, sign * (1 + 2.0**-8), F32)
         for master, want in (("split16", 1 + 2.0**-7), ("split8", 1 + 2.0**-7), ("float32", 1.0)):
@@ -256,7 +257,7 @@ def test_a_weight_that_is_overwritten_becomes_the_master(case: Case) -> None:
     else:
         half = 0.5 * np.spacing(np.abs(x)) * 2.0**16  # half a bf16 ulp, 2^-134 at zero
         assert (np.abs(got - x) <= np.maximum(half, 2.0**-134)).all()
-    # and the kernel goes on from that very number
+    # and the kernel continues from exactly this value
     if case.rule.name == "SGD" and not case.variant:
         opt.step(g)
         want = (got.astype(np.float64) - np.float64(np.float32(0.02)) * g.astype(np.float64)).astype(F32)
@@ -266,7 +267,7 @@ def test_a_weight_that_is_overwritten_becomes_the_master(case: Case) -> None:
 
 
 def wide_twin(case: Case) -> tuple[str, str]:
-    """(dtype of the twin's gradients, its states): float32 weights, everything else alike."""
+    """(dtype of the float32 twin's gradients, its states); everything else is the same."""
     return ("bfloat16" if case.form.state in ("float32", "int8") else "float32"), case.form.state
 
 
@@ -274,8 +275,8 @@ MASTERED = [c for c in CASES if c.form.master in ("split16", "float32") and c.pa
 
 
 def check_against_float32(case: Case, steps: int, n: int = 150, **more: Any) -> None:
-    """The same bits as a float32 optimizer whose weight is rounded for the forward pass, at every step; each goes by
-    its own gradients, which depend on the rounded weight."""
+    """Bit-identical at every step to a float32 optimizer whose weight is rounded for the forward pass. Each uses its
+    own gradients, which depend on the rounded weight."""
     start, target = data(n, "bfloat16", 1), data(n, "float32", 2)
     away = case.form.master == "split16"
     opt = optimizer(case, start.copy(), **more)
@@ -308,7 +309,7 @@ def test_a_master_equals_float32_over_a_thousand_steps(case: Case) -> None:
 
 
 def test_a_master_that_is_rounded_otherwise_is_caught() -> None:
-    """The comparison above notices one bit in one step: half-even in place of half-away."""
+    """Mutant of the comparison above: ties to even instead of away from zero, in one step."""
     x = np.array([1 + 2.0**-8, 1 + 2.0**-7, 3.0], F32)
     with pytest.raises(AssertionError):
         assert_same_bits(round_away(x), x.astype(BF16))
@@ -327,7 +328,7 @@ def test_a_float16_weight_with_a_float32_master_is_a_float32_optimizer() -> None
 
 
 def test_plain_bf16_stalls_where_a_master_does_not() -> None:
-    """What masters are for: updates far below an ulp of the weight."""
+    """Updates far below an ulp of the weight accumulate in the master."""
     ends = {}
     for master in (None, "split8", "split16", "float32"):
         p = np.ones(64, BF16)

@@ -1,4 +1,4 @@
-"""`fusedopt.keras`: Keras's own `fit`, saving and options over our kernels."""
+"""`fusedopt.keras`: Keras's `fit`, saving and options with fusedopt's kernels."""
 
 import os
 import warnings
@@ -36,7 +36,7 @@ def network(inputs: int = 784, seed: int = 0) -> Any:
 
 
 def digits(n: int = 512, inputs: int = 784) -> tuple[Any, Any]:
-    """Blobs in the shape of flattened 28x28 pictures."""
+    """Clusters in the shape of flattened 28x28 images."""
     rng = np.random.default_rng(0)
     centres = rng.random((10, inputs)).astype("float32")
     y = rng.integers(10, size=n)
@@ -86,7 +86,7 @@ def test_the_update_is_the_rules(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["Adam", "AdamW", "Adagrad", "Adadelta", "Adamax", "Lion"])
 def test_where_keras_has_the_same_equation_its_values_come_out(name: str) -> None:
-    """With a gradient that is large against epsilon."""
+    """Gradients are large compared with epsilon."""
     results = []
     for module in (ours, keras.optimizers):
         opt = getattr(module, name)(learning_rate=0.01)

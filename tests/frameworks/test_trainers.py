@@ -1,4 +1,4 @@
-"""Hugging Face's Trainer, Accelerate and Lightning with our optimizers, each beside torch's own in the same program."""
+"""Hugging Face's Trainer, Accelerate and Lightning: fusedopt's optimizers against torch's in the same program."""
 
 import importlib
 from pathlib import Path
@@ -13,7 +13,7 @@ pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.filterwarnings("
 
 
 class Net(torch.nn.Module):  # type: ignore[misc,name-defined]
-    """Takes ``x`` and ``labels``, returns the loss, as Hugging Face's models do."""
+    """Maps ``x`` and ``labels`` to the loss, as Hugging Face's models do."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -37,7 +37,7 @@ def data(n: int = 64) -> list[dict[str, Any]]:
 
 
 def need(package: str) -> Any:
-    """The package, or a skip by its name; it may warn as it likes."""
+    """Imports the package, or skips the test; ignores its warnings."""
     try:
         return importlib.import_module(package)
     except ImportError:

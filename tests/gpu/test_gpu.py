@@ -1,5 +1,6 @@
-"""A step on a GPU has the bits of a step on the CPU: every rule, form and option, lengths and layouts, zeros, denormals
-and every 16-bit number, the norm, in-place functions on CUDA arrays. What is around the step: test_gpu_steps.py."""
+"""A step on a GPU is bit-identical to one on the CPU: every rule, form and option, lengths and layouts, zeros,
+denormals, every 16-bit value, the norm, in-place functions on CUDA arrays. Synchronisation, graphs and streams:
+test_gpu_steps.py."""
 
 import warnings
 from collections.abc import Callable

@@ -1,5 +1,5 @@
-"""Optimizers on a GPU beyond one step: checkpoints from and to the CPU and torch's fused step, several devices, more
-than 2^31 elements, gradients that are elsewhere in every step, memory, errors. The values alone: test_gpu.py."""
+"""Optimizers on a GPU over several steps: checkpoints from and to the CPU and torch's fused step, several devices, more
+than 2^31 elements, gradients at new addresses, memory, errors. Values of one step: test_gpu.py."""
 
 import gc
 import io
@@ -113,7 +113,7 @@ def spread(places: Sequence[str], max_norm: float | None) -> Any:
 
 
 def assert_close_to_the_cpus(opt: Any, max_norm: float | None) -> None:
-    """The same bits; a norm over several devices is added up in another order."""
+    """Bit-identical, but the norm over several devices is summed in another order."""
     want = spread(("cpu",) * 3, max_norm)
     if max_norm is None:
         assert_same(opt, want)
@@ -158,7 +158,7 @@ assert not torch._C._cuda_hasPrimaryContext(0)
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["SGD", "Lion"])
 def test_more_than_2_to_the_31_elements(name: str) -> None:
-    """A pattern repeated: each repetition has to become what one becomes on the CPU."""
+    """A repeated pattern: each repetition must give the CPU's result for one."""
     period = 4099
     times = 2**31 // period + 1
     free = torch.cuda.mem_get_info()[0]
@@ -203,7 +203,7 @@ def test_ten_thousand_tensors_whose_gradients_are_elsewhere_in_every_step() -> N
             grads = numbers(sum(lengths), seed=k).to(device).split(lengths)
             for i, (p, g) in enumerate(zip(params, grads, strict=True)):
                 p.grad = None if k == 3 and i % 7 == 0 else g.clone()
-            if k < 2:  # no address comes again; later they do, for other parameters
+            if k < 2:  # first all addresses are new, later they are reused for other parameters
                 old.append([p.grad for p in params])
             opt.step()
         return opt
@@ -213,7 +213,7 @@ def test_ten_thousand_tensors_whose_gradients_are_elsewhere_in_every_step() -> N
 
 
 def used() -> tuple[int, int]:
-    """Bytes that torch has handed out, and that nobody has."""
+    """Bytes allocated by torch, and free bytes of the device."""
     gc.collect()
     torch.cuda.synchronize()
     torch.cuda.empty_cache()
@@ -221,7 +221,7 @@ def used() -> tuple[int, int]:
 
 
 def assert_memory_stays(run: Callable[[int], None], before: int, more: int) -> None:
-    """Running it so many times more takes no memory but what it took before."""
+    """Running it more often takes no more memory."""
     run(before)
     allocated, free = used()
     run(more)

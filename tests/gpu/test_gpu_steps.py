@@ -1,5 +1,5 @@
-"""What is around a step on a GPU: nobody waits for it, GradScaler, CUDA graphs, streams, the step inside backward. The
-values alone: test_gpu.py; checkpoints, devices, sizes: test_gpu_state.py."""
+"""Steps on a GPU: no synchronisation, GradScaler, CUDA graphs, streams, the step inside backward. Values: test_gpu.py;
+checkpoints, devices, sizes: test_gpu_state.py."""
 
 import gc
 import math
@@ -35,12 +35,12 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:This instance was constructed with capturable"),
     pytest.mark.filterwarnings("ignore:The CUDA Graph is empty"),
 ]
-SLEEP = 400_000_000  # cycles: some tenths of a second
+SLEEP = 400_000_000  # cycles: a few tenths of a second
 
 
 @contextmanager
 def nobody_waits() -> Iterator[None]:
-    """Fails if the block waits for a kernel that sleeps, or for anything that torch knows of."""
+    """Fails if the block waits for a sleeping kernel, or synchronises in a way that torch detects."""
     torch.cuda.synchronize()
     torch.cuda._sleep(SLEEP)
     asleep = torch.cuda.Event()
@@ -79,7 +79,7 @@ def test_gradscaler_skips_a_step_and_nobody_waits(name: str, max_norm: float | N
         params = start(device)
         opt = ours(name, params, lr=0.01, fused=True, max_grad_norm=max_norm)
         scaler = torch.amp.GradScaler(device, init_scale=1000.0)
-        scaler.scale(torch.zeros((), device=device))  # makes its tensors
+        scaler.scale(torch.zeros((), device=device))  # creates its tensors
         grads, skipped = rows(6, device), []
         for row in grads:
             for g in row:
@@ -119,13 +119,13 @@ def test_gradscaler_in_its_plain_protocol() -> None:
 
 # ---- graphs, streams
 
-# Which graph makes a step; None: the optimizer itself, on gradients elsewhere.
+# The graph of each step; None: the optimizer itself, with gradients at other addresses.
 ONE = (None, None, 0, 0, None, None, 0, 0)
 TWO = (None, None, 0, 0, None, 1, 0, 1, None, 1)
 
 
 def walk(opt: Any, ways: Sequence[int | None], grads: Sequence[Sequence[torch.Tensor]], device: str) -> list[Any]:
-    """The steps, by graphs where there are any; the norms that they found. The learning rate falls where it lies."""
+    """Runs the steps, through graphs if there are any; returns the norms. The learning rate decreases in place."""
     params, norms = all_params(opt), []
     graphs: list[tuple[Any, list[torch.Tensor], Any]] = []
     for way, row in zip(ways, grads, strict=True):
@@ -141,12 +141,12 @@ def walk(opt: Any, ways: Sequence[int | None], grads: Sequence[Sequence[torch.Te
                 s.copy_(g)
             graph.replay()
         opt.param_groups[0]["lr"].mul_(0.8)
-        norms.append(norm if norm is None else norm.clone().cpu())  # a replay writes to it again
+        norms.append(norm if norm is None else norm.clone().cpu())  # a replay overwrites it
     return norms
 
 
 def captured(opt: Any, row: Sequence[torch.Tensor]) -> tuple[Any, list[torch.Tensor], Any]:
-    """A graph of the step, the gradients that it reads, the norm that it writes."""
+    """A graph of the step, the gradients it reads, and the norm it writes."""
     static = [torch.zeros_like(g) for g in row]
     give(all_params(opt), static)
     before, graph = kept(opt), torch.cuda.CUDAGraph()
@@ -204,7 +204,7 @@ def test_a_graph_outlives_its_optimizer() -> None:
     state = list(opt.state.values())  # the graph reads and writes it
     del opt
     gc.collect()
-    for _ in range(5):  # who takes memory that should not be free
+    for _ in range(5):  # allocates memory, to detect what was freed too early
         others = start(DEVICE, (70,) * 200)
         give(others, [torch.ones_like(p) for p in others])
         optim.Adam(others).step()
@@ -231,7 +231,7 @@ def test_a_class_that_can_be_captured_refuses_without_capturable() -> None:
 
 
 def test_a_whole_iteration_in_a_graph() -> None:
-    """Gradients lie in the graph's own memory; elementwise, so that plain iterations have the same bits."""
+    """Gradients are in the graph's memory pool; an elementwise model makes plain iterations bit-identical."""
 
     def run(graphed: bool) -> Any:
         p = torch.nn.Parameter(numbers(20_000).to(DEVICE, copy=True))
@@ -265,7 +265,7 @@ def test_a_whole_iteration_in_a_graph() -> None:
 
 @pytest.mark.parametrize("max_norm", [None, 0.5])
 def test_a_step_runs_on_the_current_stream(max_norm: float | None) -> None:
-    """Gradients are not there yet when the step is called: only its own stream knows when they will be."""
+    """The gradients are still being computed on another stream when the step is called."""
 
     def run(device: str) -> Any:
         params, grads = start(device), rows(3, device)

@@ -1,4 +1,4 @@
-"""Every example runs, in its short form, without a warning, and leaves its pictures."""
+"""Every example runs in its short form, without warnings, and writes its plots."""
 
 import os
 import subprocess

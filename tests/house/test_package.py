@@ -1,5 +1,5 @@
-"""The package around the kernels: what an import costs and loads, settings and environment, the command line, and how
-the engine behaves beside forks, Python threads and the processor's flush-to-zero mode. Mostly in fresh interpreters."""
+"""The package as a whole: what an import costs and loads, settings and environment, the command line, forks, Python
+threads, flush-to-zero mode. Mostly in fresh interpreters."""
 
 import os
 import subprocess
@@ -17,7 +17,7 @@ from helpers import assert_same_bits
 
 
 def python(code: str, env: Mapping[str, str] | None = None, timeout: float = 300, ok: bool = True) -> str:
-    """The output of a fresh interpreter; warnings are errors there too."""
+    """The output of a fresh interpreter with warnings as errors."""
     clean = {k: v for k, v in os.environ.items() if not k.startswith("FUSEDOPT_")}
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", code],
@@ -46,7 +46,7 @@ def test_a_numpy_step_loads_no_more() -> None:
 
 
 def test_import_takes_less_than_150_ms() -> None:
-    """Beside NumPy's own import; the best of several, since machines are shared."""
+    """Time in addition to NumPy's import; the best of several, since machines are shared."""
     code = "import time, numpy; t = time.perf_counter(); import fusedopt; print(time.perf_counter() - t)"
     assert min(float(python(code)) for _ in range(5)) < 0.15
 
@@ -186,7 +186,7 @@ def test_denormal_arithmetic_is_as_before_after_every_call() -> None:
 
 
 def test_flush_to_zero_is_as_before_after_every_call_and_does_not_reach_the_step() -> None:
-    """Set by torch for its own speed: it stays set, but a step keeps denormals all the same (in every thread)."""
+    """torch enables flush-to-zero; it stays enabled, but a step keeps denormals in every thread."""
     pytest.importorskip("torch")
     code = """
 import numpy as np, torch, fusedopt
@@ -223,7 +223,7 @@ print("kept")
 
 
 def test_floating_point_warnings_of_numpy_are_as_before() -> None:
-    """The step raises and clears no flags that NumPy would report or miss."""
+    """The step neither raises nor clears floating-point flags that NumPy would report."""
     with np.errstate(all="raise"):
         p = np.array([np.inf, np.nan, 1e300, 5e-324])
         fusedopt.adam_(p, np.full(4, np.inf), np.zeros(4), np.zeros(4), step=1)
@@ -267,7 +267,7 @@ print("done")
 
 
 def forking(imports: str, before: str = "") -> str:
-    # Python 3.12 and later warn of a fork in a process with threads; that it works is the point here.
+    # Python >= 3.12 warns about a fork in a process with threads, which is tested here.
     code = "import warnings; warnings.simplefilter('ignore', DeprecationWarning)\n"
     return python(code + FORK.format(imports=imports, before=before))
 
@@ -316,7 +316,7 @@ def test_optimizers_in_several_threads_do_not_meet() -> None:
 
 
 def test_one_optimizer_in_several_threads_does_not_crash() -> None:
-    """It may take turns or refuse with a RuntimeError; the process lives and every completed step is counted."""
+    """The calls may take turns or raise RuntimeError; the process survives, and every completed step is counted."""
     code = """
 import threading, numpy as np, fusedopt
 params = [np.zeros((2000, 1000), 'f4').T, *(np.zeros(100, 'f4') for _ in range(100))]
@@ -340,7 +340,7 @@ print(len(done) + len(refused))
 
 
 def test_the_gil_is_released_during_a_large_call() -> None:
-    """Another thread's clock goes on ticking while one call runs."""
+    """Another thread makes progress during one call."""
     n = 6_000_000
     arrays = [np.zeros(n) for _ in range(4)]
     fusedopt.set_isa("baseline")  # the slowest
@@ -372,7 +372,7 @@ def test_the_gil_is_released_during_a_large_call() -> None:
 
 
 def test_an_exception_in_one_thread_does_not_hold_up_another() -> None:
-    """Errors are raised outside the parallel part: after one, the engine is free."""
+    """Errors are raised outside the parallel region, so the engine is usable afterwards."""
     p = np.ones(300_000)
     for _ in range(20):
         with pytest.raises(ValueError, match="grad"):
@@ -382,7 +382,7 @@ def test_an_exception_in_one_thread_does_not_hold_up_another() -> None:
 
 
 def test_objects_are_freed() -> None:
-    """No reference is kept to an argument of a function, and an optimizer's arrays go with it."""
+    """In-place functions keep no reference to an argument, and an optimizer's arrays are freed with it."""
     param, grad, state = np.ones(1000), np.ones(1000), np.zeros(1000)
     fusedopt.sgd_(param, grad, state, momentum=0.9, first=True)
     counts = [sys.getrefcount(a) for a in (param, grad, state)]

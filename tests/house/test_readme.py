@@ -1,5 +1,5 @@
-"""What the documents say is so: their Python runs, README's benchmark section is the committed results', CONTRIBUTING
-names the folders and paths that exist."""
+"""The documentation is true: its Python code runs, its tables are those of the committed results, and CONTRIBUTING
+names existing folders, paths and symbols."""
 
 import contextlib
 import importlib.util
@@ -179,7 +179,7 @@ def test_the_committed_tables_and_picture_are_those_of_the_committed_results(mon
     assert script.main() == 0
 
 
-# ---- finding one's way
+# ---- CONTRIBUTING
 
 MAPPED = ("cpp", "python", "tests", "bench", "examples", "docs")
 
@@ -202,7 +202,7 @@ def test_contributing_names_every_folder_and_no_path_that_is_not_there() -> None
 
 
 def test_the_places_that_contributing_names_are_in_their_files() -> None:
-    """``path`` (``NAME``): the file holds the name."""
+    """``path`` (``NAME``) in CONTRIBUTING: the file contains the name."""
     text = (ROOT / "CONTRIBUTING.md").read_text()
     places = re.findall(rf"`((?:{'|'.join(MAPPED)})/[^`\s]+)` \(`([^`]+)`\)", text)
     assert len(places) >= 4
@@ -213,7 +213,7 @@ def test_the_places_that_contributing_names_are_in_their_files() -> None:
 
 
 def test_the_table_of_integrations_has_a_row_for_every_marked_test() -> None:
-    """Its outcomes are those of the run that wrote it; its rows must be those that a run would write now."""
+    """Outcomes are those of the run that wrote the table; its rows must be those that a run would write now."""
     written = [row[:2] for row in integrations.table_rows(integrations.TABLE.read_text())]
     assert written == list(dict.fromkeys(integrations.marked_rows())), "run `make integrations`"
     for row in integrations.table_rows(integrations.TABLE.read_text()):

@@ -1,5 +1,5 @@
-"""The committed type stubs say what the rules give, `_core.pyi` what the compiled core has, and no public name is
-without documentation. Whether the stubs suit a type checker is shown by `make lint`."""
+"""The committed type stubs match the rules, `_core.pyi` matches the compiled core, and every public name is documented.
+`make lint` runs the type checker."""
 
 import ast
 import doctest
@@ -33,7 +33,7 @@ def make_stubs() -> ModuleType:
 
 
 def pinned_torch() -> None:
-    """The torch classes are typed as those of the development version; others may differ."""
+    """The torch classes are typed as in the development version of torch; others may differ."""
     pytest.importorskip("torch")
     pin = re.search(r"^torch==([\d.]+)", (ROOT / "constraints.txt").read_text(), re.M)
     assert pin is not None
@@ -77,7 +77,7 @@ def classes(stub: str) -> dict[str, ast.ClassDef]:
 
 
 def functions(body: list[ast.stmt]) -> dict[str, list[str]]:
-    """name -> parameters, of the functions in a piece of a stub."""
+    """Name -> parameters of the functions in a part of a stub."""
     return {
         node.name: [a.arg for a in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)]
         for node in body
@@ -86,7 +86,7 @@ def functions(body: list[ast.stmt]) -> dict[str, list[str]]:
 
 
 def compiled(owner: Any) -> dict[str, list[str]]:
-    """The same of a pybind11 module or class, from the signatures in its documentation."""
+    """The same for a pybind11 module or class, from the signatures in its docstrings."""
     found = {}
     for name, value in vars(owner).items():
         if isinstance(value, property):

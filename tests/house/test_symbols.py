@@ -1,5 +1,5 @@
-"""Objects compiled for different instruction sets must share no symbols, or the linker may hand AVX-512 code to an old
-machine. Debug builds inline nothing, so they show it; needs a C++ compiler, nm and objdump, else it is skipped."""
+"""Objects compiled for different instruction sets must share no symbols, or the linker may use AVX-512 code on an old
+machine. Debug builds inline nothing, so they show it. Needs a C++ compiler, nm and objdump; skipped otherwise."""
 
 import os
 import platform
@@ -14,7 +14,7 @@ import pytest
 CPP = Path(__file__).parents[2] / "cpp"
 SOURCES = (CPP / "cpu" / "cpu.cpp", CPP / "network" / "kernels.cpp")
 COMPILER = next((c for c in (os.environ.get("CXX"), "c++", "g++", "clang++") if c and shutil.which(c)), None)
-# As in CMakeLists.txt, where the values that decide results are set.
+# As in CMakeLists.txt.
 FLAGS = {
     "baseline": [],
     "avx2": ["-mavx2", "-mfma"],
@@ -55,7 +55,7 @@ def objects(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def symbols(path: Path) -> list[tuple[str, str]]:
-    """(type letter, demangled name) of all that an object defines or wants."""
+    """(type letter, demangled name) of all symbols that an object defines or uses."""
     listed = subprocess.run(["nm", "-C", str(path)], capture_output=True, text=True, check=True).stdout
     rows = [re.match(r"[0-9a-f ]*\s([A-Za-z])\s(.*)", line) for line in listed.splitlines()]
     return [(row[1], row[2]) for row in rows if row]
@@ -70,8 +70,8 @@ def test_an_object_exports_its_tables_and_nothing_else(objects: dict[str, Path],
 
 @pytest.mark.parametrize("isa", FLAGS)
 def test_an_object_has_no_weak_symbols(objects: dict[str, Path], isa: str) -> None:
-    """Inline functions, templates and static members of external linkage are weak: any copy may win. (The pointer to
-    the C++ runtime's exception handler is, too, and is the same everywhere.)"""
+    """Inline functions, templates and static members with external linkage are weak symbols: the linker keeps any copy.
+    (The pointer to the C++ runtime's exception handler is weak, too, but the same everywhere.)"""
     weak = {name for kind, name in symbols(objects[isa]) if kind in "wWvVu"}
     assert weak <= {"DW.ref.__gxx_personality_v0"}
 

@@ -1,5 +1,5 @@
-"""Pickles and checkpoints of earlier versions load, under the module names they hold, and training goes on from them
-with the bits of a run that never stopped. tests/support/written.py writes them."""
+"""Pickles and checkpoints of earlier versions load under the module names that they contain, and training resumes from
+them bit-identically. tests/support/written.py writes them."""
 
 import os
 import pickle
@@ -20,7 +20,7 @@ FOLDERS = sorted(Path(__file__).parent.glob("written_by_*"))
 
 @pytest.fixture(params=FOLDERS, ids=lambda folder: folder.name)
 def folder(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of the files, where the test runs."""
+    """A copy of the files, in the working directory of the test."""
     copy: Path = shutil.copytree(request.param, tmp_path / "files")
     monkeypatch.chdir(copy)
     return copy
@@ -162,7 +162,7 @@ def test_estimators_load_answer_as_before_and_go_on(folder: Path) -> None:
     pytest.importorskip("sklearn")
     x, y = written.data()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of scikit-learn, where it is not the version that wrote
+        warnings.simplefilter("ignore")  # scikit-learn's, if its version differs from the writer's
         found = pickle.loads((folder / "estimators.pickle").read_bytes())
         fresh = {name: one.fit(x, y) for name, one in written.estimators().items()}
     assert len(found["fitted"]) == 4

@@ -1,4 +1,4 @@
-"""The element kernels of a network against NumPy, torch and finite differences; the same bits everywhere."""
+"""The elementwise kernels of networks against NumPy, torch and finite differences; bit-identical everywhere."""
 
 import itertools
 from typing import Any
@@ -44,7 +44,7 @@ def test_an_activation_is_exact_to_a_few_ulps(activation: int, dtype: Any) -> No
         want = np.tanh(wide)
     elif activation == 3:
         want = 1 / (1 + np.exp(-wide))
-    elif activation == 4 and dtype == np.float64:  # scipy's ndtr has lost digits out there
+    elif activation == 4 and dtype == np.float64:  # scipy's ndtr is inaccurate there
         mpmath = pytest.importorskip("mpmath")
         out, wide = out[:, ::100], wide[:, ::100]
         with mpmath.workdps(30):
@@ -96,7 +96,7 @@ def test_dropout_leaves_out_a_share_and_scales_the_rest(dtype: Any) -> None:
     _core.dropout(x, out, 0.3, 7, 11, 2)
     assert set(np.unique(out)) == {dtype(0), dtype(1 / 0.7)}
     assert (out == 0).mean() == pytest.approx(0.3, abs=0.004)
-    for axis in (0, 1):  # no row, no column is favoured
+    for axis in (0, 1):  # uniform over rows and columns
         assert np.ptp((out == 0).mean(axis)) < 0.2
     again, other_seed, other_stream = (np.empty_like(x) for _ in range(3))
     _core.dropout(x, again, 0.3, 7, 11, 1)

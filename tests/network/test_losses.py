@@ -1,5 +1,5 @@
-"""Losses: values and gradients against torch, finite differences and float64 NumPy; the same bits for every instruction
-set and thread count; what is refused, by which message, nothing written."""
+"""Losses: values and gradients against torch, finite differences and float64 NumPy; bit-identical for every instruction
+set and thread count; refusals with their messages, nothing written."""
 
 import itertools
 import re
@@ -16,7 +16,7 @@ from helpers import assert_same_bits, engine
 Array = np.ndarray[Any, Any]
 Loss = Callable[..., tuple[Any, Array]]
 
-# name -> parameter, what a target is
+# name -> parameter, kind of target
 ELEMENT: dict[str, tuple[dict[str, float], str]] = {
     "mse": ({}, "any"),
     "half_mse": ({}, "any"),
@@ -52,7 +52,7 @@ def pair(name: str, shape: Any, dtype: Any, seed: int = 0) -> tuple[Array, Array
 
 
 def by_definition(name: str, p: Array, y: Array) -> Array:
-    """Each loss as its docstring has it, in float64."""
+    """Each loss by the equation of its docstring, in float64."""
     d, m = p - y, y * p
     eps = ELEMENT[name][0].get("epsilon", 0.0)
     delta = ELEMENT[name][0].get("delta", 0.0)

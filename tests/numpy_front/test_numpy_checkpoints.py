@@ -1,5 +1,4 @@
-"""Saving and loading the optimizer objects of the NumPy front: state_dict through files, pickle, deepcopy; training
-goes on with the same bits."""
+"""Saving and loading NumPy optimizers: state_dict through files, pickle, deepcopy; training resumes bit-identically."""
 
 import copy
 import io
@@ -60,7 +59,7 @@ def test_a_checkpoint_continues_with_the_same_bits(rule: Any, through: Any, dtyp
 
 @every_rule
 def test_a_state_dict_is_a_copy_and_is_loaded_as_one(rule: Any) -> None:
-    """Neither later steps of the saved optimizer change it, nor those of one that loaded it."""
+    """The copy is independent of later steps of the saved and of the loading optimizer."""
     options = two_option_sets(rule)[1]
     a = some(0)
     first = optimizer(rule)(a, **options)
@@ -132,7 +131,7 @@ def test_pickling_and_deepcopy_continue_with_the_same_bits(rule: Any) -> None:
 
 
 def test_a_parameter_and_its_optimizer_pickle_together() -> None:
-    """One pickle of both keeps them tied: the loaded optimizer updates the loaded parameter."""
+    """Pickling both together keeps them connected: the loaded optimizer updates the loaded parameter."""
     param = np.ones(3)
     opt = fusedopt.SGD(param, lr=0.5)
     loaded_param, loaded = pickle.load(io.BytesIO(pickle.dumps((param, opt))))

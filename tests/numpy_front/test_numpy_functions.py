@@ -1,5 +1,5 @@
-"""The in-place functions as a caller meets them: what they return and leave alone, layouts, kinds of array, DLPack.
-What they refuse is in test_numpy_refusals; the numbers in test_reference and test_bits."""
+"""The in-place functions: return values, untouched arguments, layouts, kinds of array, DLPack. Refusals:
+test_numpy_refusals; values: test_reference and test_bits."""
 
 import inspect
 from pathlib import Path
@@ -34,7 +34,7 @@ every_rule = pytest.mark.parametrize("rule", RULES.values(), ids=label)
 
 
 class DLPack:
-    """Nothing but the two methods of the protocol, of whatever has them."""
+    """Only the two methods of the protocol, of any object."""
 
     def __init__(self, owner: Any) -> None:
         self.owner = owner
@@ -48,7 +48,7 @@ class DLPack:
 
 
 class OldDLPack(DLPack):
-    """An exporter from before DLPack 1.0: no keyword but `stream`."""
+    """An exporter older than DLPack 1.0: no keyword but `stream`."""
 
     def __dlpack__(self, stream: Any = None) -> Any:  # type: ignore[override]
         return self.owner.__dlpack__()
@@ -69,7 +69,7 @@ def test_returns_none_and_keeps_objects_and_gradient(rule: Any) -> None:
 
 @every_rule
 def test_step_and_first_are_asked_for_only_where_the_rule_needs_them(rule: Any) -> None:
-    """Where the number of the step makes no difference to the reference, the function has no such argument."""
+    """If the step count does not affect the reference, the function has no such argument."""
     options = moved(rule)
 
     def reached(step: int) -> float:
@@ -129,7 +129,7 @@ def test_a_read_only_gradient_is_fine() -> None:
 
 # ---- layouts
 
-LAYOUTS: dict[str, tuple[tuple[int, ...], Any]] = {  # the base's shape, and the view that is updated
+LAYOUTS: dict[str, tuple[tuple[int, ...], Any]] = {  # shape of the base, and the updated view
     "every second": ((40,), lambda a: a[1:-1:2]),
     "backwards": ((33,), lambda a: a[::-1]),
     "backwards by three": ((50,), lambda a: a[-2:3:-3]),
@@ -153,7 +153,7 @@ LAYOUTS: dict[str, tuple[tuple[int, ...], Any]] = {  # the base's shape, and the
 
 
 def laid_out(values: Array, layout: str) -> tuple[Array, Array]:
-    """A base full of sevens, and a view of it that holds the values."""
+    """A base array of sevens, and a view of it with the given values."""
     shape, view = LAYOUTS[layout]
     base = np.full(shape, 7, values.dtype)
     if layout == "fortran":
@@ -166,7 +166,7 @@ def laid_out(values: Array, layout: str) -> tuple[Array, Array]:
 
 
 def outside(base: Array, part: Array) -> Array:
-    """The elements of base that the view does not show."""
+    """The elements of the base outside the view."""
     kept = part.copy()
     part[...] = -1
     rest = base[base != -1].copy()
@@ -222,7 +222,7 @@ def test_strided_views_among_many_arrays() -> None:
 def test_a_large_strided_view_gives_the_same_bits_with_threads() -> None:
     rng = np.random.default_rng(0)
     base = rng.standard_normal((901, 1201)).astype(F32)
-    grad = rng.standard_normal((600, 900)).astype(F32).T  # another order of axes than the parameter
+    grad = rng.standard_normal((600, 900)).astype(F32).T  # another order of axes than the parameter's
     param = base[:900, 1::2]
     want = np.ascontiguousarray(param)
     hidden = base[:, 0::2].copy()
@@ -338,7 +338,7 @@ def test_dlpack_objects_and_arrays_in_one_call() -> None:
 
 
 def test_an_exporter_may_call_a_function_of_ours_itself() -> None:
-    """Python code runs while a call is prepared (also a finaliser or a signal handler): the calls must not meet."""
+    """Python code may run while a call is prepared (a finaliser, a signal handler): calls must not interfere."""
 
     class Busy(DLPack):
         def __dlpack__(self, **kwargs: Any) -> Any:

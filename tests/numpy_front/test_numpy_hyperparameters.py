@@ -1,4 +1,4 @@
-"""Options and step numbers that the in-place functions refuse, and numbers of other kinds that they take."""
+"""Options and step counts that the in-place functions refuse, and numeric types that they accept."""
 
 import inspect
 from typing import Any

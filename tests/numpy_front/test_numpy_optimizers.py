@@ -1,6 +1,5 @@
-"""The optimizer objects of the NumPy front: containers, groups, schedules, clipping, and that they train. That their
-numbers are those of the in-place functions is shown here; that those are right, in test_reference; saving and loading,
-in test_numpy_checkpoints."""
+"""NumPy optimizers: containers, groups, schedules, clipping, training. Their values are compared with the in-place
+functions, which test_reference checks; saving and loading: test_numpy_checkpoints."""
 
 import copy
 from typing import Any
@@ -94,7 +93,7 @@ def test_a_group_has_options_of_its_own() -> None:
 
 @every_rule
 def test_param_groups_are_read_at_every_step(rule: Any) -> None:
-    """A learning rate (and any other number) changed between steps counts from the next step on."""
+    """Options changed between steps apply from the next step on."""
     for name, value in moved(rule).items():
         if isinstance(value, bool) or (name == "dampening"):
             continue
@@ -104,7 +103,7 @@ def test_param_groups_are_read_at_every_step(rule: Any) -> None:
         first: Options = {}
         states = [new_state(rule, {name: value}, p.shape, F64) for p in want]
         if states[0].keys() != new_state(rule, first, (), F64).keys():
-            continue  # an option that brings states of its own
+            continue  # an option that adds states
         for step, options in ((1, first), (2, {name: value}), (3, {name: value})):
             if step == 2:
                 opt.param_groups[0][name] = value
@@ -286,7 +285,7 @@ def test_wrong_gradients_are_refused_before_anything_is_written(rule: Any) -> No
 
 
 def test_overlap_is_looked_for_at_every_step() -> None:
-    """Here the second gradient begins and ends where the first did, but meets the parameter in between."""
+    """The second gradient begins and ends where the first did, but overlaps the parameter in between."""
     view = np.lib.stride_tricks.as_strided
     base = np.ones(12)
     param, apart, meets = (

@@ -1,6 +1,6 @@
-"""What the in-place functions refuse: each with the right exception, a message that names the argument, and nothing
-written before. Every case is run on one array and as the last of three, where an early write would show. (Options: in
-test_numpy_hyperparameters.)"""
+"""What the in-place functions refuse: the exception, a message that names the argument, and nothing written before.
+Every case runs on one array and as the last of three, where an early write would be visible. Options:
+test_numpy_hyperparameters."""
 
 from collections.abc import Callable
 from itertools import pairwise
@@ -57,7 +57,7 @@ def refused(
     shape: Any = (4, 3),
     also: str = "",
 ) -> None:
-    """`bad` makes the wrong argument from a right problem; it may leave memory shared with the problem's arrays."""
+    """`bad` turns a valid problem into the wrong argument; it may share memory with the problem's arrays."""
     now = problem(rule, options, FORMATS["f64"], shape)
     wrong = put(now, name, bad(now))
     before = now.copy()
@@ -89,7 +89,7 @@ def misaligned(array: Array) -> Array:
 
 
 def odd_stride(array: Array) -> Array:
-    """A field of a packed record: starts aligned, but its stride is no multiple of the item."""
+    """A field of a packed record: aligned start, but the stride is not a multiple of the item size."""
     records = np.zeros(array.shape, np.dtype([("x", array.dtype), ("tag", np.uint8)]))
     records["x"] = array
     return records["x"]  # type: ignore[no-any-return]
@@ -168,7 +168,7 @@ def test_a_list_of_numbers_is_no_array() -> None:
 
 @every_rule
 def test_arguments_that_share_memory_are_refused(rule: Any) -> None:
-    """Any two of them: the same array, a part of it, or one shifted by an element."""
+    """Any two operands: the same array, a part of it, or shifted by one element."""
     options = two_option_sets(rule)[1]
     names = array_names(rule, options)
     for i, first in enumerate(names):
@@ -278,7 +278,7 @@ def test_an_array_beside_a_sequence_is_refused() -> None:
     for args in ((param, [grad]), ([param], grad)):
         with pytest.raises((TypeError, ValueError), match=r"\bgrad\b"):
             fusedopt.sgd_(*args)
-    two = np.ones((2, 3))  # an array is not a sequence of its rows
+    two = np.ones((2, 3))  # an array does not count as a sequence of rows
     with pytest.raises((TypeError, ValueError), match=r"\bgrad\b"):
         fusedopt.sgd_([np.zeros(3), np.zeros(3)], two)
     assert (param == 0).all()
@@ -298,7 +298,7 @@ def test_a_missing_state_is_named(rule: Any) -> None:
 
 @every_rule
 def test_a_state_that_the_options_do_not_use_is_refused(rule: Any) -> None:
-    """Else it would silently stay as it is."""
+    """Otherwise it would silently stay unchanged."""
     fullest = max((rule.states(filled(rule, options)) for options in option_sets(rule)), key=len)
     now = problem(rule, {}, FORMATS["f64"], 3)
     for name in set(fullest) - set(now.state):
@@ -310,7 +310,7 @@ def test_a_state_that_the_options_do_not_use_is_refused(rule: Any) -> None:
 
 
 class OnDevice:
-    """Says that it is somewhere else, and hands out a pointer all the same."""
+    """Reports another device, but returns a pointer all the same."""
 
     def __init__(self, device: tuple[int, int]) -> None:
         self.device = device
@@ -363,7 +363,7 @@ def test_torch_tensors_that_cannot_be_written_are_refused() -> None:
     torch = pytest.importorskip("torch")
     grad = np.ones(3, F32)
     for bad in (
-        torch.ones(3, requires_grad=True),  # writing behind autograd's back
+        torch.ones(3, requires_grad=True),  # writing without autograd's knowledge
         torch.ones(3, device="meta"),
         torch.ones(3, dtype=torch.int64),
         torch.ones(3, dtype=torch.complex64),

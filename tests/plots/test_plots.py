@@ -1,4 +1,4 @@
-"""Pictures of training and of trained models: what is drawn is what was given. How they look, a person must judge."""
+"""Plots of training and of trained models draw the given data. Their appearance is not tested."""
 
 from collections.abc import Callable
 from pathlib import Path

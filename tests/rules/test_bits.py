@@ -1,6 +1,7 @@
-"""The same bits for every instruction set, thread count, length, offset, split and batching; for every rule and format.
+"""Bit-identical results for every instruction set, thread count, length, offset, split and batching, for every rule and
+format.
 
-Arrays contain NaN, infinities, denormals and huge numbers. What the bits should be is the business of test_reference.
+Arrays contain NaN, infinities, denormals and huge values. test_reference checks the values.
 """
 
 from functools import lru_cache
@@ -50,7 +51,7 @@ def long_problem(rule: Any, fmt: str, options: tuple[tuple[str, Any], ...], n: i
 
 
 def same_problem_at(source: Problem, start: int, n: int, offset: int) -> Problem:
-    """A slice of a problem in memory of its own; every array starts at another offset from a cache line."""
+    """A slice of a problem in new memory; every array starts at another offset from a cache line."""
 
     def move(array: Array, shift: int) -> Array:
         if array.ndim == 0:
@@ -119,7 +120,7 @@ def test_every_option_set_gives_the_same_bits_on_every_isa(rule: Any) -> None:
                 assert_same_problem(got, want, f"{isa}, {fmt}, {label(options)}")
 
 
-LARGE = 2_000_003  # far above any size below which a step stays serial, and nobody's multiple
+LARGE = 2_000_003  # far above the size of a serial step, and not a multiple of any block
 
 
 @lru_cache(maxsize=1)
@@ -128,7 +129,7 @@ def noise() -> Array:
 
 
 def large_problem(rule: Any, fmt: str, options: Options, n: int) -> Problem:
-    """Made from the same noise each time: only the loop is tested here, so a state need only be non-negative."""
+    """From the same noise each time: only the loop is tested, so a state need only be non-negative."""
     param, grad, state_dtype = FORMATS[fmt]
     states = problem(rule, options, FORMATS["f64"], 1, warm=1).state
     for i, name in enumerate(states):
@@ -165,7 +166,7 @@ def test_large_arrays_in_every_format_and_isa_give_the_same_bits(fmt: str) -> No
             apply(rule, want.param, want.grad, want.state, want.step, options)
         for isa, threads in zip(fusedopt.isas(), (4, 2, 7), strict=False):
             if isa == "baseline" and (list(FORMATS).index(fmt) + number) % 3:
-                continue  # an FMA in software is slow: a third of the pairs
+                continue  # software FMA is slow: a third of the pairs
             got = source.copy()
             with engine(isa, threads):
                 apply(rule, got.param, got.grad, got.state, got.step, options)
@@ -173,7 +174,7 @@ def test_large_arrays_in_every_format_and_isa_give_the_same_bits(fmt: str) -> No
 
 
 def test_one_large_array_and_its_parts_in_one_call_give_the_same_bits() -> None:
-    """A split in the middle of an array, many arrays in a thread's share: neither shows."""
+    """Splits within an array, and many arrays per thread, have no effect."""
     rule = RULES["Adam"]
     source = large_problem(rule, "f32", {}, LARGE)
     want = source.copy()
@@ -194,7 +195,7 @@ def test_one_large_array_and_its_parts_in_one_call_give_the_same_bits() -> None:
 
 
 def test_clipping_is_the_same_for_every_isa_thread_count_and_alignment() -> None:
-    """The norm is a reduction: here the order of additions would show."""
+    """The norm is a reduction, where the order of additions would show."""
     rng = np.random.default_rng(0)
     for dtype in ("f32", "f64", "bf16", "f16"):
         if dtype not in FORMATS:

@@ -1,7 +1,8 @@
-"""Tests of the tests: deliberately wrong steps, which helpers.check_rule and the bit comparison have to catch.
+"""Tests of the tests: deliberately wrong steps, which helpers.check_rule and the bit comparison must catch.
 
-A wrong step is the reference rule with one mistake, computed in float64 and rounded to storage, so that nothing but the
-mistake can be what is caught; the same wrapper without a mistake passes."""
+A wrong step is the reference rule with one mistake, computed in float64 and rounded to storage, so that only the
+mistake can be caught. The same wrapper without a mistake passes.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -44,7 +45,7 @@ def exact(rule: Any) -> Step:
 
 
 def in_storage(rule: Any, step: Step) -> Apply:
-    """A step on float64 as one on arrays of any format."""
+    """Wraps a float64 step for arrays of any format."""
 
     def apply(param: Array, grad: Array, state: State, number: int, options: Options) -> None:
         wide_param = param.astype(F64)
@@ -72,7 +73,7 @@ def test_the_right_step_passes(rule: Any, fmt: str) -> None:
 
 @every_rule
 def test_every_ignored_option_is_caught(rule: Any) -> None:
-    """Weight decay, momentum, nesterov, maximize, amsgrad, ...: each once left at its default."""
+    """Each option (weight decay, momentum, nesterov, ...) once replaced by its default."""
     for name in moved(rule):
         if name == "lr":
             continue
@@ -104,7 +105,7 @@ def test_a_stale_lr_is_caught(rule: Any) -> None:
 
 @every_rule
 def test_a_wrong_step_number_is_caught(rule: Any) -> None:
-    """Missing bias correction (a step number far out), and a count that starts at zero or runs ahead."""
+    """Missing bias correction (a very large step count), and counts that start at zero or run ahead."""
     options = {"lr_decay": 0.01} if "lr_decay" in rule.defaults else {}
     if "step" not in rule.scalars:
         pytest.skip("the rule does not look at the step")
@@ -166,11 +167,11 @@ def test_an_element_taken_from_its_neighbour_is_caught(rule: Any) -> None:
     caught(rule, lambda p, g, s, n, o: exact(rule)(p, np.roll(g, 1), s, n, o), {})
 
 
-# ---- mistakes that only a rule of its own can make
+# ---- mistakes specific to a rule
 
 
 def adam(*, eps_inside: bool = False, eps_before_correction: bool = False, coupled: bool = True) -> Step:
-    """Adam by hand, right unless told otherwise."""
+    """A hand-written Adam with optional mistakes."""
 
     def step(p: Array, g: Array, s: State, n: int, o: Options) -> None:
         o = filled(RULES["Adam"], o)
@@ -227,7 +228,7 @@ def test_eps_inside_the_root_is_caught_in_rmsprop_and_adagrad() -> None:
 
 
 def test_dampening_in_the_first_step_of_sgd_is_caught() -> None:
-    """torch's first step takes the gradient whole."""
+    """The first step must copy the gradient without dampening."""
 
     def dampens(p: Array, g: Array, s: State, n: int, o: Options) -> None:
         o = filled(RULES["SGD"], o)
@@ -285,7 +286,7 @@ def test_distances_in_ulps_are_measured() -> None:
 
 
 def test_there_is_a_case_for_every_rule_and_option() -> None:
-    """Nothing falls through the helpers: every option of every rule is moved in some set."""
+    """Every option of every rule has another value in some option set."""
     seen = {(rule.name, name) for rule, options in rule_options() for name in options}
     for rule in RULES.values():
         assert {(rule.name, name) for name in moved(rule)} <= seen

@@ -1,6 +1,5 @@
-"""Properties over random shapes, strides, formats, options and values (NaN, infinities, denormals, zeros, huge
-numbers): one call equals a call per element, whatever the layout, the split and the batch; finite results equal the
-reference."""
+"""Properties over random shapes, strides, formats, options and values (NaN, infinities, denormals, zeros, huge values):
+one call equals one call per element, for every layout, split and batch; finite results equal the reference."""
 
 from typing import Any
 
@@ -54,7 +53,7 @@ def values(n: int, dtype: np.dtype[Any], elements: st.SearchStrategy[float] = EV
 
 @st.composite
 def options_of(draw: st.DrawFn, rule: Any) -> Options:
-    """Any valid value for any option, by the kind of its default."""
+    """Any valid value of an option, by the type of its default."""
     chosen = dict(draw(st.sampled_from(option_sets(rule))))
     for name in ("lr", "weight_decay", "eps", "betas"):
         if name in rule.defaults and draw(st.booleans()):
@@ -82,7 +81,7 @@ def problems(draw: st.DrawFn, shape: tuple[int, ...] | None = None) -> tuple[Any
 
 @st.composite
 def relaid(draw: st.DrawFn, array: Array) -> tuple[Array, Array]:
-    """The same values in another layout, and the base they lie in: axes permuted, reversed, spread, off alignment."""
+    """The same values in another layout (axes permuted, reversed, strided, misaligned), and their base array."""
     order = draw(st.permutations(range(array.ndim)))
     gaps = draw(st.lists(st.integers(1, 3), min_size=array.ndim, max_size=array.ndim))
     flips = draw(st.lists(st.booleans(), min_size=array.ndim, max_size=array.ndim))
@@ -97,7 +96,7 @@ def relaid(draw: st.DrawFn, array: Array) -> tuple[Array, Array]:
 
 
 def one_by_one(rule: Any, options: Options, whole: Problem) -> Problem:
-    """The step made with n = 1, element after element, on the oldest code path."""
+    """The step with n = 1, element by element, on the baseline."""
     after = whole.copy()
     with engine("baseline", 1):
         for at in np.ndindex(whole.param.shape):
@@ -176,7 +175,7 @@ def test_the_split_into_arrays_does_not_matter(case: tuple[Any, Options, Problem
 
 @st.composite
 def tame_problems(draw: st.DrawFn) -> tuple[Any, Options, Problem]:
-    """A state that steps can reach, from gradients of moderate size: here the reference says what is right."""
+    """A reachable state, from gradients of moderate size, for which the reference is accurate."""
     rule = draw(RULE)
     options = draw(st.sampled_from(option_sets(rule)))
     fmt = FORMATS[draw(st.sampled_from(list(FORMATS)))]
@@ -191,7 +190,7 @@ def tame_problems(draw: st.DrawFn) -> tuple[Any, Options, Problem]:
     return rule, options, Problem(param.astype(fmt.param), draw(values(n, fmt.grad, TAME)), stored, steps + 1)
 
 
-# Where a rule is not continuous, rounding decides: the sign of a sum that cancels, a variance that is zero in exact
+# At discontinuities of a rule rounding decides: the sign of a sum that cancels, a variance that is zero in exact
 # arithmetic. The bits of such steps are compared above, and the reference in test_reference.
 def continuous(rule: Any, options: Options) -> bool:
     return rule.name != "Lion" and not options.get("centered", False)
@@ -208,7 +207,7 @@ def test_finite_steps_agree_with_the_reference(case: tuple[Any, Options, Problem
 @given(problems(shape=(5,)), st.integers(2, 9))
 @settings(max_examples=100)
 def test_equal_elements_stay_equal(case: tuple[Any, Options, Problem], repeat: int) -> None:
-    """No element sees its place: a periodic input gives a periodic output."""
+    """Results do not depend on the position of an element: a periodic input gives a periodic output."""
     rule, options, one = case
     tiled = Problem(
         np.tile(one.param, repeat),

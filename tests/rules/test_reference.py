@@ -1,5 +1,5 @@
-"""Every rule, option set and format against its float64 reference: single steps tightly, 20 free steps loosely, steps
-that eps decides, denormals, NaN and infinity. What is compared and how tightly: helpers.check_step."""
+"""Every rule, option set and format against its float64 reference: single steps with tight, 20 free steps with loose
+tolerances; steps dominated by eps, denormals, NaN and infinity. Tolerances: helpers.check_step."""
 
 from typing import Any
 
@@ -49,7 +49,7 @@ def test_twenty_steps_agree_with_the_float64_reference(rule: Any, options: Optio
         apply(rule, param, grad, state, step, options)
         rule.reference(want, grad.astype(F64), want_state, step, **filled(rule, options))
     moved = np.abs(want - start).max()
-    assert moved > 1e-4  # it did go somewhere
+    assert moved > 1e-4  # the parameters have moved
     np.testing.assert_allclose(param, want, rtol=0, atol=(20 * np.finfo(dtype).eps) * (1 + moved) * 8)
 
 
@@ -66,7 +66,7 @@ EPS_RULES = [rule for rule in RULES.values() if "eps" in rule.defaults]
 @pytest.mark.parametrize("value", [0.0, 1e-20, 1e-30])
 @pytest.mark.parametrize("rule", EPS_RULES, ids=label)
 def test_steps_decided_by_eps_agree_in_float64(rule: Any, value: float) -> None:
-    """g far below eps, near it, and g = 0 with the smallest eps: eps in the wrong place is off by many orders."""
+    """g far below eps, near it, and g = 0 with the smallest eps: a misplaced eps is off by orders of magnitude."""
     for options in option_sets(rule):
         for eps in (1e-30, 1e-20, 1e-10):
             chosen = {**options, "eps": eps, "weight_decay": 0.0}
@@ -125,7 +125,7 @@ def test_denormals_of_float16_and_bfloat16_are_read_and_written() -> None:
 @pytest.mark.parametrize("isa", fusedopt.isas())
 @pytest.mark.parametrize("fmt", [f for f in ("f16", "bf16") if f in FORMATS])
 def test_every_16_bit_pattern_survives_a_step_that_changes_nothing(fmt: str, isa: str) -> None:
-    """Load and store, exhaustively. (-0 included: -0 - 0 is -0; a NaN may change its payload but stays one.)"""
+    """Load and store of all values. (-0 included, since -0 - 0 is -0; a NaN may change its payload.)"""
     fusedopt.set_isa(isa)
     dtype = FORMATS[fmt].param
     every = np.arange(65536, dtype=np.uint16)
@@ -140,7 +140,7 @@ def test_every_16_bit_pattern_survives_a_step_that_changes_nothing(fmt: str, isa
 @pytest.mark.parametrize("isa", fusedopt.isas())
 @pytest.mark.parametrize("fmt", [f for f in ("f16", "bf16") if f in FORMATS])
 def test_stores_round_to_nearest_even(fmt: str, isa: str) -> None:
-    """All numbers, halves between neighbours, and a little above and below; overflow to infinity."""
+    """All values, midpoints between neighbours, and values slightly above and below; overflow to infinity."""
     fusedopt.set_isa(isa)
     dtype = FORMATS[fmt].param
     positive = np.arange(0x7F80 if fmt == "bf16" else 0x7C00, dtype=np.uint16).view(dtype)
@@ -151,7 +151,7 @@ def test_stores_round_to_nearest_even(fmt: str, isa: str) -> None:
     middle = middle.astype(F32)
     values = np.concatenate([middle, np.nextafter(middle, F32.type(0)), np.nextafter(middle, F32.type(3.4e38))])
     values = np.concatenate([values, -values])
-    # The first step of a momentum buffer stored in 16 bits: it takes the float32 gradient as it is.
+    # The first step of a 16-bit momentum buffer stores the float32 gradient.
     param, state = np.zeros(values.size, F32), np.zeros(values.size, dtype)
     fusedopt.sgd_(param, values, state, lr=0.0, momentum=0.5, first=True)
     with np.errstate(over="ignore"):
@@ -169,10 +169,10 @@ def test_nan_and_infinity_flow_as_in_the_reference(rule: Any, fmt: str) -> None:
             with np.errstate(invalid="ignore"):
                 now = check_step(fused(rule), rule, options, now._replace(grad=bad))
             spoilt = ~np.isfinite(now.param.astype(F64))
-            for step in (2, 3):  # inf - inf or not: torch's order of operations decides; but it does not come back
+            for step in (2, 3):  # inf - inf depends on torch's order of operations, but the result stays non-finite
                 apply(rule, now.param, bad, now.state, step, options)
                 assert (~np.isfinite(now.param.astype(F64)) >= spoilt).all()
-            assert np.isfinite(now.param[[0, *range(4, n)]].astype(F64)).all()  # neighbours are not touched
+            assert np.isfinite(now.param[[0, *range(4, n)]].astype(F64)).all()  # neighbours are not affected
 
 
 @pytest.mark.parametrize("rule", RULES.values(), ids=label)
@@ -200,7 +200,7 @@ def test_eps_does_not_vanish_in_float16(rule: Any) -> None:
 
 @pytest.mark.parametrize("rule", RULES.values(), ids=label)
 def test_a_late_step_is_right(rule: Any) -> None:
-    """Powers of beta and bias corrections far out: step 1000, and beyond what an int16 or a float32 can count."""
+    """Powers of beta and bias corrections at step 1000, and beyond the range of int16 or float32 counts."""
     for options in two_option_sets(rule):
         for step in (1000, 70_000, 2**24 + 1):
             now = problem(rule, options, FORMATS["f64"], 9)

@@ -1,5 +1,5 @@
-"""Schedules: values against torch's schedulers and their equations, composition, what they refuse; as they drive the
-optimizers of NumPy (here) and of torch."""
+"""Schedules: values against torch's schedulers and against their equations, composition, refusals; with NumPy and torch
+optimizers."""
 
 import copy
 import io
@@ -62,7 +62,7 @@ every_schedule = pytest.mark.parametrize("schedule", PURE, ids=lambda s: type(s)
 
 
 def of_torch(make: Callable[[Any, Any], Any], steps: int, lr: float = 0.1, **options: Any) -> list[dict[str, Any]]:
-    """The groups of a torch optimizer, step by step."""
+    """The groups of a torch optimizer, by step."""
     torch = pytest.importorskip("torch")
     opt = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=lr, momentum=0.9, **options)
     with warnings.catch_warnings():
@@ -299,7 +299,7 @@ def test_learning_rate_momentum_and_weight_decay_of_numpy_follow_schedules() -> 
         for t in range(10):
             grad = np.random.default_rng(t).standard_normal(50).astype(np.float32)
             opt.step(grad)
-            by_hand = fixed(other, t)  # a new optimizer with the numbers of this step, and the state so far
+            by_hand = fixed(other, t)  # a new optimizer with the values of this step and the current state
             if state:
                 by_hand.state[:] = state
             by_hand.step(grad)

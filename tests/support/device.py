@@ -1,6 +1,6 @@
-"""The simulated device: the kernels of a GPU as host code, over threads that are fibres. No tests here.
+"""The simulated device: CUDA kernels as host code, with fibres as threads. No tests here.
 
-While it is open, torch tensors on the CPU count as tensors on the device.
+While it is open, CPU tensors count as tensors on the device.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ CHUNK = 16384  # elements of a block of threads: kChunk in cpp/device/device.h
 
 @contextmanager
 def opened(path: Path = LIBRARY) -> Iterator[None]:
-    """The library is what ``_core`` looks for its device's kernels in."""
+    """Opens the simulated library as the library of device kernels."""
     _core.set_device_library(str(path))
     try:
         _core.device_refusal("cuda")  # opens it
@@ -51,7 +51,7 @@ def _meanwhile(mode: str) -> Iterator[None]:
 
 
 def capture() -> AbstractContextManager[None]:
-    """What is launched now runs at each ``replay``, and not before."""
+    """Records launches, which then run at each ``replay``."""
     return _meanwhile("capturing")
 
 
@@ -60,7 +60,7 @@ def replay() -> None:
 
 
 def failing() -> AbstractContextManager[None]:
-    """Nothing can be launched or copied."""
+    """Launches and copies fail."""
     return _meanwhile("failing")
 
 
@@ -70,12 +70,12 @@ def full() -> AbstractContextManager[None]:
 
 
 def some_freed() -> None:
-    """Within ``full``: no longer."""
+    """Within ``full``: memory is available again."""
     _simulate(_modes - {"full"})
 
 
 def asked() -> list[str]:
-    """What the device has been asked for since the last call: launches and waits by stream, memory, contexts."""
+    """Calls since the last query: launches and synchronisations by stream, memory, contexts."""
     log = ctypes.CDLL(str(LIBRARY)).fusedopt_log
     log.restype = ctypes.c_char_p
     lines: str = log().decode()
@@ -84,7 +84,7 @@ def asked() -> list[str]:
 
 @contextmanager
 def placed(devices: dict[torch.Tensor, int]) -> Iterator[None]:
-    """These tensors lie on other devices than 0, or on the host (-1)."""
+    """Assigns tensors to devices other than 0, or to the host (-1)."""
     place = ctypes.CDLL(str(LIBRARY)).fusedopt_place
     place.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int]
     place(None, 0, 0)

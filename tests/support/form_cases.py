@@ -1,5 +1,5 @@
-"""What the tests of forms share: every form of every rule, from the core's own list; how to train one with NumPy's
-front end, and comparisons of all that it keeps. No tests here."""
+"""Shared by the tests of forms: every form of every rule, from the list of the core; training with NumPy; comparisons
+of parameters and states. No tests here."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Case:
 
     @property
     def options(self) -> Options:
-        """The rule's options that choose the variant, and ours that choose the form."""
+        """The rule's options that select the variant, and those that select the form."""
         out: Options = {name: 0.9 if name == "momentum" else True for name in self.variant}
         if "eps" in self.rule.defaults:
             out["eps"] = 1e-4
@@ -61,7 +61,7 @@ def _cases() -> Iterator[Case]:
         for variant, kernel in rule.variants.items():
             for param, grad, state, master, noisy, noisy_state in _core.formats()[kernel]:
                 case = Case(rule, variant, param, grad, forms.Form(state, master or None, noisy, noisy_state))
-                # No options ask for 16-bit states rounded to nearest: torch's default, and the in-place functions.
+                # No options select 16-bit states rounded to nearest: torch's default, and that of the functions.
                 options = {**forms.OPTIONS, **case.kept}
                 if forms.form_of(param, options, "") == case.form and str(case) not in seen:
                     seen.add(str(case))
@@ -72,7 +72,7 @@ CASES = list(_cases())
 
 
 def one_of_each_form(only_random: bool = False) -> list[Case]:
-    """For every form the richest case of a rule that has it, a different rule for each where that is possible."""
+    """For every form the case with the most states, of a different rule for each if possible."""
     out: dict[tuple[Any, ...], Case] = {}
     names = list(RULES)
     keys = list(dict.fromkeys((c.param, c.grad, c.form) for c in CASES))
@@ -93,14 +93,14 @@ def optimizer(case: Case, params: Any, **more: Any) -> Any:
 
 
 def data(shape: Any, dtype: str, seed: int, spread: float = 2.0) -> Array:
-    """Normal numbers whose size varies over some decades."""
+    """Normally distributed values with magnitudes over several decades."""
     rng = np.random.default_rng(seed)
     x = rng.standard_normal(shape) * 10.0 ** (spread * (rng.random(shape) - 1))
     return np.asarray(x).astype(numpy_dtype(dtype))
 
 
 def gradients(case: Case, shapes: Sequence[Any], steps: int = 3, specials: bool = True) -> list[list[Array]]:
-    """Gradients of some steps; every third array has non-finite, huge and tiny elements in its last step."""
+    """Gradients of several steps; every third array has non-finite, huge and tiny elements in its last step."""
     out = [[data(s, case.grad, 100 * k + i) for i, s in enumerate(shapes)] for k in range(steps)]
     rng = np.random.default_rng(9)
     for g in out[-1][:: 3 if specials else 10**9] if specials else []:
@@ -117,7 +117,7 @@ def train(opt: Any, grads: list[list[Array]]) -> None:
 
 
 def kept(opt: Any) -> list[dict[str, Any]]:
-    """All that there is of every parameter: itself and its state, not copied."""
+    """Every parameter and its state, not copied."""
     params = [p for group in opt.param_groups for p in group["params"]]
     return [{"param": p, **state} for p, state in zip(params, opt.state, strict=True)]
 
@@ -127,7 +127,7 @@ def copied(opt: Any) -> list[dict[str, Any]]:
 
 
 def assert_same(got: Sequence[dict[str, Any]], want: Sequence[dict[str, Any]], what: str = "") -> None:
-    """The same bits in everything that is kept."""
+    """Bit-identical parameters and states."""
     assert len(got) == len(want)
     for i, (a, b) in enumerate(zip(got, want, strict=True)):
         assert a.keys() == b.keys(), f"{what} {i}: {sorted(a)} against {sorted(b)}"
@@ -139,7 +139,7 @@ def assert_same(got: Sequence[dict[str, Any]], want: Sequence[dict[str, Any]], w
 
 
 def join(param: Array, master: Array | None) -> Array:
-    """The float32 that a parameter and what is kept beside it stand for."""
+    """The float32 value of a parameter and its residual."""
     if master is None:
         return param.astype(np.float32)
     if param.dtype != BF16:
@@ -148,6 +148,6 @@ def join(param: Array, master: Array | None) -> Array:
 
 
 def round_away(x: Array) -> Array:
-    """float32 rounded to bf16, half away from zero, as a split master rounds it."""
+    """float32 rounded to bf16, ties away from zero, as for a split master."""
     b = np.where(np.isnan(x), np.float32(np.nan), x).view(np.uint32)
     return ((b + np.uint32(0x8000)) >> np.uint32(16)).astype(np.uint16).view(BF16)

@@ -1,4 +1,4 @@
-"""What the torch tests of forms share: parameters, gradients and optimizers of a case, a comparison. No tests here."""
+"""Shared by the torch tests of forms: parameters, gradients and optimizers of a case, a comparison. No tests here."""
 
 from typing import Any
 

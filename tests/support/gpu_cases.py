@@ -1,5 +1,4 @@
-"""What the tests on a GPU share: whether there is one, numbers of every kind, runs on the CPU and on the GPU, their
-comparison to the bit. No tests here."""
+"""Shared by the tests on a GPU: availability, test values, runs on CPU and GPU, bit comparison. No tests here."""
 
 from __future__ import annotations
 
@@ -31,7 +30,7 @@ WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class Plain(Case):
-    """A rule as torch has it: one dtype throughout, states of 16 bits rounded to nearest."""
+    """A rule in torch's form: one dtype throughout, 16-bit states rounded to nearest."""
 
     @property
     def kept(self) -> Options:
@@ -54,13 +53,13 @@ def _numbers(n: int, dtype: str, seed: int) -> torch.Tensor:
 
 
 def numbers(n: int, dtype: str = "float32", seed: int = 0) -> torch.Tensor:
-    """Normal numbers whose size varies over two decades; long ones repeat. On the CPU, and shared: write to none."""
+    """Normal values with magnitudes over two decades; long arrays repeat. On the CPU, shared, read-only."""
     return _numbers(n, dtype, seed) if n <= BASE else _numbers(BASE, dtype, seed).repeat(n // BASE + 1)[:n]
 
 
 @cache
 def patterns(n: int, dtype: str) -> torch.Tensor:
-    """Bits as numbers: all there are of 16 bits, of more some at random behind NaN, infinities, zeros, denormals."""
+    """Bit patterns as values: all for 16 bits, else random ones after NaN, infinities, zeros and denormals."""
     size = DTYPES[dtype].itemsize
     if size == 2:
         return torch.arange(n).to(torch.int16).view(DTYPES[dtype])
@@ -70,7 +69,7 @@ def patterns(n: int, dtype: str) -> torch.Tensor:
 
 
 def gradient(n: int, dtype: str, step: int, place: int) -> torch.Tensor:
-    """Zeros, denormals or any bits for some tensors in some of the first steps, else numbers."""
+    """Zeros, denormals or random bits for some tensors in the first steps, else normal values."""
     usual = numbers(n, dtype, 100 * step + place)
     if step == 0 and place % 3 == 0:
         return torch.zeros_like(usual)
@@ -84,7 +83,7 @@ def parameters(case: Case, device: str, lengths: Sequence[int] = LENGTHS) -> lis
 
 
 def stepped(opt: Any, case: Case, steps: Sequence[int]) -> None:
-    """These steps of the case's run; every gradient is a new tensor."""
+    """The given steps of a case; every gradient is a new tensor."""
     for k in steps:
         for i, p in enumerate(all_params(opt)):
             p.grad = gradient(p.numel(), case.grad, k, i).view(p.shape).to(p.device, copy=True)
@@ -103,7 +102,7 @@ def start(device: str, lengths: Sequence[int] = (5, 64, 20_000)) -> list[torch.n
 
 
 def rows(steps: int, device: str, lengths: Sequence[int] = (5, 64, 20_000)) -> list[list[torch.Tensor]]:
-    """Gradients for them, made beforehand."""
+    """Gradients for them, created in advance."""
     return [[numbers(n, seed=50 * k + i).to(device, copy=True) for i, n in enumerate(lengths)] for k in range(steps)]
 
 
@@ -113,12 +112,12 @@ def give(params: Sequence[torch.Tensor], grads: Sequence[torch.Tensor]) -> None:
 
 
 def both(run: Callable[[str], Any]) -> tuple[Any, Any]:
-    """What the run gives on the CPU and on the GPU."""
+    """The results of the run on the CPU and on the GPU."""
     return run("cpu"), run(DEVICE)
 
 
 def kept(opt: Any) -> dict[str, torch.Tensor]:
-    """Every parameter and all its state, end to end by name and dtype, on the CPU."""
+    """All parameters and states on the CPU, concatenated by name and dtype."""
     parts: dict[str, list[torch.Tensor]] = defaultdict(list)
     for p in all_params(opt):
         for name, t in {"param": p.detach(), **opt.state.get(p, {})}.items():
@@ -129,7 +128,7 @@ def kept(opt: Any) -> dict[str, torch.Tensor]:
 
 
 def differing(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Where the bits differ; any NaN is like any other, as payloads differ between machines."""
+    """Indices of different bits; any NaN equals any other, as payloads differ between machines."""
     word = WORDS[a.element_size()]
     wrong = a.view(word) != b.view(word)
     return wrong & ~(a.isnan() & b.isnan()) if a.is_floating_point() else wrong
@@ -145,7 +144,7 @@ def assert_same_bits(a: torch.Tensor, b: torch.Tensor, what: str = "") -> None:
 
 
 def assert_same(there: Any, here: Any) -> None:
-    """Two optimizers have the same bits in all they keep, and neither has left a tensor to torch's own step."""
+    """Two optimizers have bit-identical parameters and states, and no tensor took torch's own step."""
     for opt in (there, here):
         assert opt._plan is not None
         assert not opt._foreign

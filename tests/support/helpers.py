@@ -1,5 +1,5 @@
-"""What the NumPy-side tests share: formats, option sets derived from RULES, calls by rule, and the two comparisons
-(bits, and distance from the float64 reference in ulps). No tests here, and no second statement of any rule."""
+"""Shared by the NumPy tests: formats, option sets derived from RULES, calls by rule, and the two comparisons (bits, and
+distance from the float64 reference in ulps). No tests here."""
 
 import inspect
 import itertools
@@ -75,7 +75,7 @@ def function(rule: Any) -> Callable[..., None]:
 
 
 def moved(rule: Any) -> Options:
-    """Every option of the function form that can be moved, with its second value."""
+    """The second value of every option of the in-place function."""
     accepted = inspect.signature(function(rule)).parameters
     out = {}
     for name, default in rule.defaults.items():
@@ -86,7 +86,7 @@ def moved(rule: Any) -> Options:
 
 
 def option_sets(rule: Any) -> list[Options]:
-    """The defaults, each option moved alone, and as many at once as the rule allows."""
+    """The defaults, each option changed alone, and as many at once as the rule allows."""
     second = moved(rule)
     alone = [{**NEEDS.get(name, {}), name: value} for name, value in second.items()]
     together = [dict(second)]
@@ -97,7 +97,7 @@ def option_sets(rule: Any) -> list[Options]:
 
 
 def two_option_sets(rule: Any) -> list[Options]:
-    """The defaults and the fullest set: where only the loop is tested, not the rule."""
+    """The defaults and the largest set, for tests of the loop and not of the rule."""
     sets = option_sets(rule)
     return [sets[0], sets[-1]]
 
@@ -131,7 +131,7 @@ def normal(rng: np.random.Generator, shape: Any, dtype: np.dtype[Any], scale: fl
 
 
 def new_state(rule: Any, options: Options, shape: Any, dtype: Any) -> State:
-    """Zero array states and, for the rules that have one, the product that starts at 1."""
+    """Zero array states, and the product that starts at 1 for rules that have one."""
     state = {name: np.zeros(shape, dtype) for name in rule.states(filled(rule, options))}
     for name in rule.scalars:
         if name != "step":
@@ -164,7 +164,7 @@ class Problem(NamedTuple):
 
 
 def problem(rule: Any, options: Options, fmt: Format, shape: Any, seed: int = 0, warm: int = 3) -> Problem:
-    """Random parameter and gradient, and a state that `warm` reference steps have reached (so it is a possible one)."""
+    """Random parameter and gradient, and a state after `warm` reference steps, so that it is reachable."""
     rng = np.random.default_rng(seed)
     param = normal(rng, shape, F64)
     state = new_state(rule, options, shape, F64)
@@ -190,7 +190,7 @@ def with_specials(array: Array, rng: np.random.Generator, share: float = 0.05) -
 
 
 def apply(rule: Any, param: Any, grad: Any, state: Mapping[str, Any], step: int, options: Options) -> None:
-    """The in-place function of the rule, on one array or on equally long sequences."""
+    """The rule's in-place function, on one array or on sequences of equal length."""
     accepted = inspect.signature(function(rule)).parameters
     extra: Options = {}
     if "step" in accepted:
@@ -249,7 +249,7 @@ def bits(array: Array) -> Array:
 
 
 def assert_same_bits(got: Array, want: Array, what: str = "") -> None:
-    """Equal in every bit, -0 and +0 told apart; any NaN equals any other, as payloads differ between machines."""
+    """Equal bits, -0 and +0 distinguished; any NaN equals any other, as payloads differ between machines."""
     assert got.dtype == want.dtype, f"{what}: {got.dtype} is not {want.dtype}"
     assert got.shape == want.shape, f"{what}: {got.shape} is not {want.shape}"
     differ = (bits(got) != bits(want)) & ~(np.isnan(got) & np.isnan(want))
@@ -278,14 +278,14 @@ def _digits(dtype: np.dtype[Any]) -> tuple[int, int]:
 
 
 def ulp(x: Array, dtype: np.dtype[Any]) -> Array:
-    """The distance of neighbours of |x| in a format, in float64; that of the denormals below the smallest normal."""
+    """The distance between neighbours at |x| in a format, in float64; below the smallest normal, that of denormals."""
     digits, smallest = _digits(dtype)
     exponent = np.where(x == 0, smallest, np.frexp(np.where(np.isfinite(x), x, 1.0))[1])
     return np.ldexp(1.0, np.maximum(exponent, smallest) - digits)
 
 
 def assert_near(got: Array, want: Array, scale: Array, computed: np.dtype[Any], ulps: float, what: str) -> None:
-    """`got` is `want` (float64), apart from `ulps` of the arithmetic at `scale` and one rounding to storage."""
+    """`got` equals `want` (float64) to within `ulps` of the arithmetic at `scale` plus one rounding to storage."""
     stored = got.dtype
     with np.errstate(over="ignore"):  # beyond the format's range both have to be infinite
         want_stored, value = want.astype(stored).astype(F64), got.astype(F64)
@@ -306,10 +306,11 @@ def assert_near(got: Array, want: Array, scale: Array, computed: np.dtype[Any], 
 def check_step(
     step_function: Apply, rule: Any, options: Options, before: Problem, ulps: float = 4, what: str = ""
 ) -> Problem:
-    """Make the step with `step_function` and compare all it wrote with the float64 reference; the problem after it.
+    """Makes the step with `step_function`, compares all results with the float64 reference, and returns the next
+    problem.
 
-    The measure is the ulp of the larger of parameter and update (for a state: of its old and new value), and never
-    less than an ulp of the largest update of the array: where terms cancel, only the terms are accurate.
+    Distances are in ulps of the larger of parameter and update (for a state: of its old and new value), but at least of
+    the largest update of the array: if terms cancel, only the terms are accurate.
     """
     after = before.copy()
     step_function(after.param, after.grad, after.state, after.step, options)
@@ -335,8 +336,8 @@ def check_step(
 
 
 def check_rule(step_function: Apply, rule: Any, fmt: Format, options: Options, ulps: float = 4) -> None:
-    """What every step function has to pass (and every wrong one in test_mutants has to fail at): first and later steps
-    along a trajectory with a changing lr, odd lengths, and gradients from zero to large."""
+    """Checks that every step function must pass, and every mutant of test_mutants must fail: first and later steps of a
+    trajectory with a changing lr, odd lengths, and gradients from zero to large."""
     # The square of 1e-3 underflows in a float16 state: rounding then decides the step, and not the rule.
     scales = (1.0, 30.0) if fmt.state == F16 else (1.0, 30.0, 1e-3)
     for size, scale in itertools.product((1, 7, 67), scales):
@@ -350,7 +351,7 @@ def check_rule(step_function: Apply, rule: Any, fmt: Format, options: Options, u
 
 
 def check_eps(step_function: Apply, rule: Any, fmt: Format, options: Options, ulps: float = 4) -> None:
-    """Steps that eps decides: a gradient of zero, and one far smaller than eps."""
+    """Steps dominated by eps: a zero gradient, and one far smaller than eps."""
     if "eps" not in rule.defaults:
         return
     for value, eps in ((0.0, rule.defaults["eps"]), (1e-7, 1e-3), (1e-5, 1e-4)):

@@ -1,5 +1,5 @@
-"""A pytest plugin: ``--integrations`` writes docs/integrations-table.md from the outcomes of the tests that are marked
-``integration(place, what, *packages)``; rows of tests that were not selected stay as they are. conftest.py loads it."""
+"""A pytest plugin: ``--integrations`` writes docs/integrations-table.md from the outcomes of the tests marked
+``integration(place, what, *packages)``. Rows of tests that were not selected are kept. conftest.py loads it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Row = tuple[str, str]
 
 
 def marked_rows() -> list[Row]:
-    """(place, what) of every marker in the tests' sources, in the order of files and lines."""
+    """(place, what) of every marker in the sources, in order of files and lines."""
     rows: list[Row] = []
     for path in sorted(TESTS.rglob("test_*.py"), key=lambda path: path.name):
         for node in ast.walk(ast.parse(path.read_text())):
@@ -38,7 +38,7 @@ def table_rows(text: str) -> list[tuple[str, ...]]:
 
 
 class Outcomes:
-    """Gathers what became of every marked test."""
+    """Collects the outcomes of all marked tests."""
 
     def __init__(self) -> None:
         self.rows: dict[Row, dict[str, Any]] = {}
@@ -88,7 +88,7 @@ class Outcomes:
 
 
 def outcome(entry: dict[str, Any]) -> str:
-    """One cell: works, fails, or why it did not run."""
+    """One cell: works, fails, or the reason for a skip."""
     if entry["failed"]:
         return f"**fails** ({entry['failed']} of {entry['failed'] + entry['passed']})"
     if entry["passed"]:
@@ -97,7 +97,7 @@ def outcome(entry: dict[str, Any]) -> str:
 
 
 def installed(packages: list[str]) -> str:
-    """Names and versions of the packages that the test used beside torch."""
+    """Names and versions of the packages that the test used besides torch."""
     found = []
     for package in packages or ["torch"]:
         try:

@@ -1,7 +1,7 @@
-"""What the torch tests train: classes, option sets, parameters and gradients. The comparisons are in torch_compare.
+"""Shared by the torch tests: classes, option sets, parameters and gradients. Comparisons: torch_compare.
 
-Option sets come from three places: made from every rule's own defaults (so a new rule has some at once), written here
-where a rule has more to say, and PyTorch's `optim_db` where its test requirements are installed.
+Option sets come from three sources: every rule's defaults (so a new rule has some), sets defined here, and PyTorch's
+`optim_db` if its test requirements are installed.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ FLOATS = (torch.float32, torch.float64, *SIXTEEN)
 
 Grads = list[list[torch.Tensor | None]]
 
-# Tensors among the options are float64: torch's plain loop computes with them, and float32 ones cost it digits.
+# Tensor options are float64, since torch's plain loop loses digits with float32 ones.
 MORE: dict[str, list[dict[str, Any]]] = {
     "SGD": [
         {"momentum": 0.9},
@@ -70,7 +70,7 @@ MORE: dict[str, list[dict[str, Any]]] = {
 
 
 class PlainLion(torch.optim.Optimizer):
-    """Lion as its paper has it, one tensor after another: torch has none to compare with."""
+    """Lion by its paper, one tensor after another, since torch has none."""
 
     def __init__(
         self,
@@ -99,7 +99,7 @@ class PlainLion(torch.optim.Optimizer):
 
 
 def plain(name: str, params: Any, **options: Any) -> torch.optim.Optimizer:
-    """torch's plain loop over the tensors: what every comparison is made against."""
+    """torch's plain loop over the tensors, the baseline of every comparison."""
     if name not in IN_TORCH:
         return {"Lion": PlainLion}[name](params, **options)
     optimizer: torch.optim.Optimizer = getattr(torch.optim, name)(params, foreach=False, **options)
@@ -170,7 +170,7 @@ def cases(names: Sequence[str] = NAMES) -> list[Any]:
 
 
 def some_cases(names: Sequence[str] = NAMES) -> list[Any]:
-    """One rich option set per class, for tests in which the options do not matter much."""
+    """One option set per class with many options, for tests that do not depend on the options."""
     rich = {
         "SGD": {"momentum": 0.9, "weight_decay": 0.1},
         "RMSprop": {"momentum": 0.5, "centered": True, "eps": 1e-3},
@@ -179,9 +179,9 @@ def some_cases(names: Sequence[str] = NAMES) -> list[Any]:
     return [pytest.param(name, rich.get(name, {}), id=name) for name in names]
 
 
-# The shapes of every parameter list: a scalar, nothing, one, less than a vector, odd tails, more than a block.
+# The shapes of every parameter list: scalar, empty, one element, less than a vector, odd tails, more than a block.
 SHAPES: tuple[tuple[int, ...], ...] = ((), (1,), (7,), (0,), (3, 5), (4, 0), (2, 3, 4), (257,), (33, 31))
-FROZEN, LATE = 2, 4  # places of a parameter that never has a gradient, and of one that has none in the first two steps
+FROZEN, LATE = 2, 4  # indices of a parameter without gradients, and of one without gradients in the first two steps
 
 
 def generator(seed: int) -> torch.Generator:
@@ -189,7 +189,7 @@ def generator(seed: int) -> torch.Generator:
 
 
 def values(shape: Sequence[int], dtype: torch.dtype, gen: torch.Generator, spread: float = 2.0) -> torch.Tensor:
-    """Normal values whose size varies over `spread` decades: a wrong eps or order of operations shows."""
+    """Normal values with magnitudes over `spread` decades, to reveal a wrong eps or order of operations."""
     scale = 10.0 ** (spread * (torch.rand(shape, generator=gen, dtype=torch.float64) - 1.0))
     return (torch.randn(shape, generator=gen, dtype=torch.float64) * scale).to(dtype)
 
@@ -208,7 +208,7 @@ def gradients(
     seed: int = 1,
     missing: bool = True,
 ) -> Grads:
-    """Gradients per step and parameter, None for frozen, late and sometimes missing ones."""
+    """Gradients by step and parameter; None for frozen, late and occasionally missing ones."""
     gen, out = generator(seed), []
     for step in range(steps):
         row: list[torch.Tensor | None] = [values(s, torch.float64, gen).to(dtype) for s in shapes]

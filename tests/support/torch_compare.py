@@ -1,6 +1,6 @@
-"""How the torch tests compare two optimizers: bits, distances, errors against float64. What they train: torch_cases.
+"""Comparisons of two optimizers in the torch tests: bits, distances, errors against float64. Cases: torch_cases.
 
-Every helper raises AssertionError; test_torch_mutants.py feeds wrong rules to the very same helpers.
+Every helper raises AssertionError; test_torch_mutants.py applies them to wrong rules.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def all_params(opt: Any) -> list[torch.Tensor]:
 
 
 def train(opt: Any, grads: Grads, params: Sequence[torch.Tensor] | None = None) -> None:
-    """One step per row of gradients; each gradient must come out as it went in."""
+    """One step per row of gradients; checks that no gradient changes."""
     params = all_params(opt) if params is None else params
     for row in grads:
         for p, g in zip(params, row, strict=True):
@@ -41,14 +41,14 @@ def train(opt: Any, grads: Grads, params: Sequence[torch.Tensor] | None = None) 
 
 
 def same(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
-    """Equal in type, shape and value, NaN equal to NaN; the sign of zero is not looked at."""
+    """Equal dtype, shape and values; NaN equals NaN, and the sign of zero is ignored."""
     if a is None or b is None:
         return a is b
     return a.dtype == b.dtype and a.shape == b.shape and bool(torch.isclose(a, b, rtol=0, atol=0, equal_nan=True).all())
 
 
 def snapshot(opt: Any, params: Sequence[torch.Tensor] | None = None) -> Snapshot:
-    """Copies of every parameter and state tensor, under names like `3.exp_avg`."""
+    """Copies of all parameters and states, under names like `3.exp_avg`."""
     out: Snapshot = {}
     for i, p in enumerate(all_params(opt) if params is None else params):
         out[f"{i}.param"] = p.detach().clone()
@@ -95,7 +95,7 @@ def distances(a: Snapshot, b: Snapshot) -> dict[str, float]:
 
 
 def largest(a: Snapshot) -> dict[str, torch.Tensor]:
-    """The largest magnitude per kind of tensor, in the tensor's own type."""
+    """The largest magnitude per kind of tensor, in its dtype."""
     out: dict[str, torch.Tensor] = {}
     for key, value in a.items():
         kind = key.split(".", 1)[1]
@@ -106,14 +106,14 @@ def largest(a: Snapshot) -> dict[str, torch.Tensor]:
 
 
 def ulp(x: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
-    """The distance from |x| to the next larger number of the type, in float64."""
+    """The distance from |x| to the next larger value of the dtype, in float64."""
     info = torch.finfo(dtype or x.dtype)
     _, exponent = torch.frexp(x.detach().double().abs().clamp_min(info.tiny))
     return info.eps * torch.ldexp(torch.ones_like(exponent, dtype=torch.float64), exponent - 1)
 
 
 def kinds(opt: Any) -> set[torch.dtype]:
-    """The types of the array states (`step` and `mu_product` are scalars)."""
+    """The dtypes of the array states (`step` and `mu_product` are scalars)."""
     return {
         v.dtype
         for s in opt.state.values()
@@ -137,7 +137,7 @@ def trained(
 def check_equals_plain(
     name: str, options: dict[str, Any], dtype: torch.dtype, make: Make = ours, steps: int = 6
 ) -> None:
-    """The same bits as torch's plain loop, in parameters and state, after some steps."""
+    """Bit-identical to torch's plain loop, in parameters and state, after several steps."""
     grads = gradients(steps, dtype)
     assert_same_bits(trained(make, name, options, dtype, grads), trained(plain, name, options, dtype, grads))
 
@@ -149,7 +149,7 @@ def fused(name: str, params: Any, **options: Any) -> Any:
 def check_within_torchs_spread(
     name: str, options: dict[str, Any], dtype: torch.dtype, make: Make = ours, steps: int = 6, shapes: Any = None
 ) -> None:
-    """Not farther from torch's plain loop than torch's own fused path is (or one ulp of the largest element)."""
+    """At most as far from torch's plain loop as torch's fused step is (or one ulp of the largest element)."""
     grads = gradients(steps, dtype, **({} if shapes is None else {"shapes": shapes}))
     us, loop, them = (trained(m, name, options, dtype, grads, shapes) for m in (make, plain, fused))
     ours_off, theirs_off, top = distances(us, loop), distances(them, loop), largest(loop)
@@ -166,7 +166,7 @@ def check_as_exact_as_plain(
     shapes: Any = None,
     slack: float = 1.0,
 ) -> None:
-    """In float32: as near to the float64 trajectory as torch's plain loop, to within `slack` ulps of the largest."""
+    """In float32: as close to the float64 trajectory as torch's plain loop, to within `slack` ulps of the largest."""
     grads = gradients(steps, torch.float32, **({} if shapes is None else {"shapes": shapes}))
     wide: Grads = [[None if g is None else g.double() for g in row] for row in grads]
     us, loop = (trained(m, name, options, torch.float32, grads, shapes) for m in (make, plain))
@@ -194,7 +194,7 @@ def _shapes(shapes: Any) -> dict[str, Any]:
 
 
 def numeric_options(name: str, group: dict[str, Any]) -> dict[str, Any]:
-    """The options that the rule's reference takes, as plain numbers."""
+    """The options of the rule's reference, as numbers."""
 
     def number(value: Any) -> Any:
         if isinstance(value, tuple | list):
@@ -207,7 +207,7 @@ def numeric_options(name: str, group: dict[str, Any]) -> dict[str, Any]:
 def reference_step(
     name: str, group: dict[str, Any], param: torch.Tensor, grad: torch.Tensor, state: dict[str, torch.Tensor]
 ) -> dict[str, np.ndarray]:
-    """One step of the rule's float64 reference from these values; the parameter comes back under `param`."""
+    """One step of the rule's float64 reference from these values; the parameter is returned as `param`."""
     rule, options = RULES[name], numeric_options(name, group)
     wide = {k: v.detach().double().numpy().copy() for k, v in state.items() if v is not None}
     if "step" in rule.scalars:
@@ -234,12 +234,12 @@ def check_one_step(
     make: Make = ours,
     shapes: Any = ((), (4099,), (3, 5)),
 ) -> None:
-    """One step from the same state: not an ulp worse against the float64 reference than torch's own step.
+    """One step from the same state: at most one ulp farther from the float64 reference than torch's own step.
 
-    The ulp is that of the larger of parameter and update (of a state: of its old and new value); the worst error of
-    all elements is compared with torch's worst, and element by element 6% may be worse: a handful of correct roundings
-    make two ulps now and then where torch, whose sqrt is not correctly rounded on every CPU, happens to hit the number.
-    In float64 the reference itself is some ulps from the truth, so there it is four.
+    Ulps are those of the larger of parameter and update (of a state: of its old and new value). The maximum error is
+    compared with torch's; in addition 6% of the elements may be worse, since a few correct roundings differ by two ulps
+    where torch, whose sqrt is not correctly rounded on every CPU, happens to be exact. In float64 the reference itself
+    is inexact, so the tolerance is four ulps.
     """
     params = parameters(torch.float64, shapes)
     first = plain(name, params, **options)
@@ -280,7 +280,7 @@ def check_one_step(
 
 
 def assert_neighbour(got: torch.Tensor, exact: torch.Tensor, what: str = "") -> None:
-    """``got``, in 16 bits, is one of the two numbers of its type around ``exact``, and ``exact`` if that is one."""
+    """``got``, in 16 bits, is one of the two neighbours of ``exact``, or ``exact`` if it is representable."""
     near = exact.to(got.dtype)
     inner = torch.where(near.abs() > exact.abs(), near.view(torch.int16) - 1, near.view(torch.int16))  # towards zero
     whole = inner.view(got.dtype).to(exact.dtype) == exact
@@ -295,7 +295,7 @@ def assert_neighbour(got: torch.Tensor, exact: torch.Tensor, what: str = "") -> 
 
 
 def _narrow(state_dict: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
-    """A copy of the state in another type, as if it had been trained in that; `step` stays float32."""
+    """A copy of the state in another dtype; `step` stays float32."""
     state = {
         i: {k: v.to(torch.float32 if k in ("step", "mu_product") else dtype, copy=True) for k, v in s.items()}
         for i, s in state_dict["state"].items()
@@ -306,7 +306,7 @@ def _narrow(state_dict: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
 def _errors(
     key: str, us: torch.Tensor, them: torch.Tensor, truth: torch.Tensor, old: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Our errors and torch's, in ulps of the larger of value and update."""
+    """The errors of both, in ulps of the larger of value and update."""
     assert (us.dtype, us.shape) == (them.dtype, them.shape), f"{key}: {us.dtype} {tuple(us.shape)}"
     was = torch.zeros_like(truth) if old is None else old.double()
     unit = ulp(torch.stack([was.abs(), (truth - was).abs(), truth.abs()]).amax(0), us.dtype)
@@ -317,8 +317,8 @@ def _errors(
 
 
 def check_steps_round_once(name: str, opt: Any, grads: Grads) -> None:
-    """Every step in a 16-bit format is the float32 step from the values that it had, rounded once when it is stored:
-    to nearest, or, for a state with a stream of random numbers, to one of the two neighbours."""
+    """Every step in a 16-bit format is the float32 step from the same values, rounded once when stored: to nearest, or,
+    for a state with a sequence of random numbers, to one of the two neighbours."""
     params = all_params(opt)
     for row in grads:
         before = snapshot(opt, params)
@@ -358,7 +358,7 @@ def check_steps_round_once(name: str, opt: Any, grads: Grads) -> None:
 
 @contextmanager
 def falling_back_is_fine() -> Iterator[None]:
-    """For tests about values: whether the fused path or torch's computed them is left open."""
+    """For tests of values, where either path may have computed them."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FallbackWarning)
         yield
@@ -377,7 +377,7 @@ def count_fallbacks(expected: int) -> Iterator[None]:
 
 
 def outcome(action: Callable[[], Any]) -> tuple[type[BaseException] | None, Any]:
-    """(None, result) or (type of the exception, None): two ways can then be compared."""
+    """(None, result) or (type of the exception, None), to compare two calls."""
     try:
         with falling_back_is_fine():
             return None, action()
@@ -386,7 +386,7 @@ def outcome(action: Callable[[], Any]) -> tuple[type[BaseException] | None, Any]
 
 
 def run_apart(script: str, timeout: float = 60) -> str:
-    """In a process of its own, so that a hang or a crash is a failed test and not the end of the run."""
+    """Runs in a separate process, so that a hang or crash fails only this test."""
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, timeout=timeout, check=False
     )

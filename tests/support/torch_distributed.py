@@ -1,7 +1,7 @@
-"""Two gloo processes that stand in for a cluster, and what they run for test_torch_distributed.py. No tests here.
+"""Two gloo processes for test_torch_distributed.py, and the cases that they run. No tests here.
 
-The processes start once for all tests. A case is a function of this file; it runs in both at the same time, and what it
-returns in each, or the text of what it raised, comes back.
+The processes start once for all tests. A case is a function of this file; it runs in both at the same time and returns
+its result, or the text of its exception, from each.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ Options = dict[str, Any]
 
 
 class Cluster:
-    """The parent's side: starts the processes, sends them cases."""
+    """The parent process: starts the processes and sends them cases."""
 
     def __init__(self) -> None:
         context = mp.get_context("spawn")
@@ -89,7 +89,7 @@ def _serve(rank: int, folder: str, pipe: Connection) -> None:
 
 
 class Net(torch.nn.Module):
-    """Odd sizes, so that shards are uneven, and single elements, so that some are empty."""
+    """Odd sizes, so that shards are uneven; single elements, so that some shards are empty."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -107,7 +107,7 @@ def net(dtype: torch.dtype = torch.float32) -> Net:
 
 
 def batch(rank: int | None, step: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """The rank's half of a batch, or with None the whole."""
+    """The rank's half of a batch; with None the whole batch."""
     whole = torch.randn(8, 6, generator=torch.Generator().manual_seed(100 + step), dtype=torch.float64).to(dtype)
     return whole if rank is None else whole.chunk(RANKS)[rank]
 
@@ -144,7 +144,7 @@ def train_alone(name: str, options: Options, steps: int) -> dict[str, torch.Tens
 
 
 class Twin:
-    """A copy of a sharded model in one piece, given the very gradients of the sharded one."""
+    """An unsharded copy of a sharded model, with the gradients of the sharded one."""
 
     def __init__(self, name: str, options: Options, params: list[torch.Tensor]) -> None:
         self.params = [torch.nn.Parameter(full(p)) for p in params]
@@ -200,7 +200,7 @@ def fsdp(name: str, options: Options, rtol: float) -> dict[str, torch.Tensor]:
 
 
 def fsdp_like_torch(name: str) -> None:
-    """Our classes and torch's, both on DTensors; a scheduler, a frozen parameter, groups."""
+    """fusedopt's classes and torch's on DTensors; a scheduler, a frozen parameter, groups."""
     results = []
     for module in (optim, torch.optim):
         model = net()
@@ -223,7 +223,7 @@ def fsdp_like_torch(name: str) -> None:
 
 
 def fsdp_scaler(name: str) -> None:
-    """GradScaler over DTensors: one step is skipped on both processes, though only one of them overflows."""
+    """GradScaler with DTensors: one step is skipped on both processes, though only one overflows."""
     model = net()
     fully_shard(model)
     opt = getattr(optim, name)(model.parameters(), lr=0.01)
@@ -287,7 +287,7 @@ def tensor_parallel(name: str, options: Options, rtol: float) -> dict[str, torch
 
 
 def checkpoint(name: str, source: str | None, target: str, steps: int) -> dict[str, torch.Tensor]:
-    """Loads where there is something to load, trains, saves; sharded among processes, or whole in one without any."""
+    """Loads if a checkpoint exists, trains, saves; sharded over processes, or in a single process."""
     alone = not dist.is_initialized()
     model = net()
     if not alone:
@@ -310,7 +310,7 @@ def checkpoint(name: str, source: str | None, target: str, steps: int) -> dict[s
 
 
 def reports(path: str) -> str:
-    """What ``fusedopt run`` says of a sharded optimizer."""
+    """The report of ``fusedopt run`` for a sharded optimizer."""
     from fusedopt.cli.run import Recorder
 
     model = net()

@@ -1,9 +1,8 @@
-"""Pickles and checkpoints that a release leaves behind, from one program, so that later versions can show that they
-still load them, and with the same bits as when they make them themselves.
+"""Writes pickles and checkpoints of the installed version, to check that later versions load them bit-identically.
 
     python tests/support/written.py tests/house/written_by_0.1.0
 
-writes those of the installed version. Arrays are small and hold multiples of 1/64 up to 1, with 16 bits exact.
+Arrays are small and contain multiples of 1/64 up to 1, which are exact in 16 bits.
 """
 
 from __future__ import annotations
@@ -43,7 +42,7 @@ CASES: dict[str, tuple[str, str, Options]] = {
     "Adam, float16, master": ("Adam", "float16", {"master": "float32", "state_dtype": "float32"}),
     "Lion, bfloat16, rounded": ("Lion", "bfloat16", {"stochastic_rounding": True, "seed": 7}),
 }
-"""By label: the class, the parameter's dtype, options of the class."""
+"""Label -> class, dtype of the parameter, options."""
 
 
 def values(n: int, seed: int) -> np.ndarray[Any, Any]:
@@ -63,7 +62,7 @@ def numpy_optimizers() -> dict[str, Any]:
     """Every case after two steps, and one whose learning rate is a schedule."""
     made: dict[str, Any] = {}
     for label, (name, dtype, options) in CASES.items():
-        if dtype != "bfloat16":  # NumPy has none of its own: its pickle would name ml_dtypes
+        if dtype != "bfloat16":  # not a NumPy dtype: its pickle would name ml_dtypes
             made[label] = getattr(fusedopt, name)([values(N, 0).astype(dtype)], **options)
     made["AdamW, schedule"] = fusedopt.AdamW([values(N, 0)], lr=Cosine(0.1, 10))
     for opt in made.values():
@@ -109,7 +108,7 @@ def torch_optimizers() -> dict[str, Any]:
 
 
 def offload() -> Any:
-    """After two steps; it has state dicts alone, no pickles."""
+    """After two steps; contains only state dicts, no pickles."""
     import fusedopt.torch as optim
 
     made = optim.Offload([torch_parameter("bfloat16")], optim.AdamW, lr=0.01)
@@ -118,7 +117,7 @@ def offload() -> Any:
 
 
 def scheduler() -> Any:
-    """After two steps of its optimizer, which it holds."""
+    """After two steps of the optimizer that it holds."""
     import fusedopt.torch as optim
 
     made = optim.ScheduledLR(optim.SGD([torch_parameter("float32")], momentum=0.9), lr=Cosine(0.1, 10))
@@ -190,7 +189,7 @@ def estimators() -> dict[str, Any]:
 
 
 def network(epochs: int, checkpoint: str | None = None) -> Any:
-    """A network whose fit resumes from a checkpoint where there is one."""
+    """A network whose fit resumes from a checkpoint if there is one."""
     from fusedopt.estimators import MLPClassifier
 
     return MLPClassifier((4,), batch_size=10, random_state=0, max_iter=epochs, tol=None, checkpoint=checkpoint)
@@ -199,7 +198,7 @@ def network(epochs: int, checkpoint: str | None = None) -> Any:
 def write_estimators() -> None:
     x, y = data()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # they were told to stop early
+        warnings.simplefilter("ignore")  # they stop early on purpose
         fitted = {name: one.fit(x, y) for name, one in estimators().items()}
         network(2, "network.ckpt").fit(x, y)
     answers = {name: one.predict(x) for name, one in fitted.items()}

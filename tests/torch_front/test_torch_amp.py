@@ -15,7 +15,7 @@ SHAPES = [(3, 5), (257,), (), (0,), (40, 30)]
 
 
 def clipped_by_torch(opt: Any, grads: list[Any], max_norm: float) -> list[torch.Tensor]:
-    """Train with torch's own clipping before every step; the norms it found."""
+    """Trains with torch's own clipping before every step; returns the norms."""
     params, norms = all_params(opt), []
     for row in grads:
         for p, g in zip(params, row, strict=True):
@@ -71,7 +71,7 @@ def test_a_norm_below_the_limit_changes_not_a_bit(name: str, options: Options, d
 
 @pytest.mark.parametrize("dtype", [torch.float32, *SIXTEEN], ids=str)
 def test_the_norm_is_exact_enough_and_does_not_overflow(dtype: torch.dtype) -> None:
-    """f16 gradients of 300 have squares beyond f16; a million small ones drown in a running float32 sum."""
+    """f16 gradients of 300 have squares beyond f16; a running float32 sum of a million small ones loses them."""
     for fill, n in ((300.0, 4096), (1e-3, 1_000_003)):
         p = torch.nn.Parameter(torch.zeros(n, dtype=dtype))
         p.grad = torch.full_like(p, fill)
@@ -141,7 +141,7 @@ def test_grads_of_all_types_count_in_one_norm() -> None:
 
 
 def scaled_step(scaler: Any, opt: Any, row: list[Any]) -> None:
-    """What scaler.scale(loss).backward(); scaler.step(opt); scaler.update() do, with these gradients."""
+    """Equivalent to scaler.scale(loss).backward(); scaler.step(opt); scaler.update() with these gradients."""
     scaler.scale(torch.zeros(()))  # its scale is made on first use
     scale = scaler.get_scale()
     for p, g in zip(all_params(opt), row, strict=True):
@@ -156,7 +156,7 @@ def scaled_step(scaler: Any, opt: Any, row: list[Any]) -> None:
 @pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
 @pytest.mark.parametrize(("name", "options"), some_cases())
 def test_grad_scaler_gives_the_values_of_unscaled_training(name: str, options: Options, fused: bool) -> None:
-    """The scale is a power of two, so not a bit may differ."""
+    """The scale is a power of two, so results must be bit-identical."""
     if fused and name not in FUSED:
         pytest.skip(f"{name} has no fused=")
     extra = {"fused": True} if fused else {}
@@ -182,7 +182,7 @@ def test_grad_scaler_gives_the_values_of_unscaled_training(name: str, options: O
 def test_a_skipped_step_leaves_everything_untouched(
     name: str, options: Options, fused: bool, when: int, bad: float
 ) -> None:
-    """Also in the first step, where torch's fused SGD leaves an uninitialised momentum buffer."""
+    """Also in the first step, where torch's fused SGD leaves the momentum buffer uninitialised."""
     if fused and name not in FUSED:
         pytest.skip(f"{name} has no fused=")
     extra = {"fused": True} if fused else {}
@@ -246,7 +246,7 @@ def test_clipping_sees_unscaled_gradients(name: str, unscale_first: bool) -> Non
 
 @pytest.mark.parametrize("name", FUSED)
 def test_the_attributes_of_the_protocol_work_by_themselves(name: str) -> None:
-    """As a user's own scaler sets them: scale without found_inf, found_inf without scale, other types of tensor."""
+    """Attributes set by a user's own scaler: scale without found_inf, found_inf without scale, other dtypes."""
     p, q = simple(), simple()
     opt, want = ours(name, [p], fused=True), ours(name, [q])
     p.grad = p.grad * 4
@@ -285,7 +285,7 @@ def test_a_scale_that_is_no_power_of_two(name: str) -> None:
 @pytest.mark.parametrize("dtype", SIXTEEN, ids=str)
 @pytest.mark.parametrize("name", FUSED)
 def test_sixteen_bit_gradients_are_unscaled_in_registers(name: str, dtype: torch.dtype) -> None:
-    """An f16 gradient of 1e-3 over a scale of 65536 is nothing in f16, and something in the step."""
+    """An f16 gradient of 1e-3 over a scale of 65536 underflows in f16, but not in the step."""
     p = torch.nn.Parameter(torch.zeros(33, dtype=torch.float16 if dtype == torch.float16 else dtype))
     q = torch.nn.Parameter(torch.zeros(33))
     p.grad, q.grad = torch.full_like(p, 1e-3), torch.full_like(q, float(torch.tensor(1e-3, dtype=dtype)) / 65536)

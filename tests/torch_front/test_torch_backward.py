@@ -1,4 +1,4 @@
-"""step_in_backward: the same values as an ordinary optimizer, gradients freed one by one, loops unchanged."""
+"""step_in_backward: the values of an ordinary optimizer, gradients freed one by one, unchanged training loops."""
 
 from collections.abc import Callable
 from copy import deepcopy
@@ -140,7 +140,7 @@ def test_a_closure_is_called_and_its_loss_returned() -> None:
 
 
 class Watch:
-    """The bytes of all gradients that are alive, each time one becomes complete."""
+    """The bytes of all live gradients, recorded when each becomes complete."""
 
     def __init__(self, model: Any) -> None:
         self.params = list(model.parameters())

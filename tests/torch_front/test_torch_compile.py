@@ -121,7 +121,7 @@ print("same")
     "`torch.compile(fullgraph=True)`", "forward, backward and step in one graph, inductor included"
 )
 def test_a_whole_iteration_is_one_graph() -> None:
-    """In a process of its own: torch 2.13's switch for ``backward()`` breaks graphs that are compiled after it."""
+    """In a separate process: torch 2.13's switch for ``backward()`` breaks graphs that are compiled after it."""
     out = subprocess.run(
         [sys.executable, "-c", WHOLE],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(HERE)},

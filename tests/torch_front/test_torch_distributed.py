@@ -1,7 +1,7 @@
-"""DDP, FSDP2, ZeRO, tensor parallelism, distributed checkpoints: two real processes beside one.
+"""DDP, FSDP2, ZeRO, tensor parallelism, distributed checkpoints: two processes compared with one.
 
-Where the distributed run sees the very gradients of the single one, all values must be the same bits; where a sum over
-processes was made in another order, 1e-5 relative.
+With the same gradients as in the single process all values must be bit-identical. If a sum over processes is taken in
+another order, the tolerance is 1e-5 relative.
 """
 
 from collections.abc import Iterator

@@ -1,7 +1,7 @@
-"""`fusedopt.torch` in torch's place: constructors, groups, copies, names.
+"""`fusedopt.torch` in place of `torch.optim`: constructors, groups, copies, names.
 
-Hooks, schedulers and autograd are in test_torch_hooks.py, state dicts and moving storage in test_torch_state.py,
-clipping and GradScaler in test_torch_amp.py.
+Hooks, schedulers and autograd: test_torch_hooks.py; state dicts: test_torch_state.py; moving storage:
+test_torch_moves.py; clipping and GradScaler: test_torch_amp.py.
 """
 
 import copy

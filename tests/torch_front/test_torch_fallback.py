@@ -1,4 +1,4 @@
-"""What the kernels do not do, and layouts out of the ordinary: right or refused, never silently wrong, said once."""
+"""Fallbacks and unusual layouts: results are right or refused, never silently wrong, with one warning."""
 
 import warnings
 from collections.abc import Callable
@@ -22,7 +22,7 @@ Options = dict[str, Any]
 
 
 class Tagged(torch.Tensor):
-    """A subclass of Tensor: what its operations do is its own affair."""
+    """A subclass of Tensor, whose operations may do anything."""
 
 
 def sparse(p: torch.Tensor) -> torch.Tensor:
@@ -111,7 +111,7 @@ def test_foreign_tensors_with_an_option_of_ours_are_refused_before_anything_is_w
         except ValueError as error:  # a refusal in the constructor is as good
             assert next(iter(extra)) in str(error)  # noqa: PT017
             return
-        for _ in range(3):  # a refusal must not wear off
+        for _ in range(3):  # later calls must be refused, too
             with pytest.raises(RuntimeError, match=next(iter(extra))):
                 opt.step()
     assert torch.equal(odd.detach(), before[0])
@@ -121,7 +121,7 @@ def test_foreign_tensors_with_an_option_of_ours_are_refused_before_anything_is_w
 @pytest.mark.parametrize("earlier", [0, 2])
 @pytest.mark.parametrize("name", TORCH_FUSED)
 def test_foreign_tensors_with_scaled_gradients_are_refused(name: str, earlier: int) -> None:
-    """Also after steps without a scale, which were fine."""
+    """Also after successful steps without a scale."""
     odd, normal = built("subclass gradient"), simple(9, torch.float64)
     opt = ours(name, [normal, odd], fused=True)
     with falling_back_is_fine():
@@ -288,7 +288,7 @@ VIEWS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 @pytest.mark.parametrize("view", VIEWS)
 @pytest.mark.parametrize(("name", "options"), some_cases())
 def test_nothing_outside_a_strided_parameter_is_written(name: str, options: Options, view: str) -> None:
-    """torch's fused path writes beside it."""
+    """torch's fused path writes outside the tensor."""
     base = torch.randn(24, 25, generator=torch.Generator().manual_seed(0))
     outside = base.clone()
     p = VIEWS[view](base).detach().requires_grad_()
@@ -373,7 +373,7 @@ def test_parameters_that_share_memory_are_right_or_refused(name: str, options: O
 
 @pytest.mark.parametrize(("name", "options"), some_cases())
 def test_a_gradient_that_is_the_parameters_own_memory_is_right_or_refused(name: str, options: Options) -> None:
-    """Right is: as with a copy of it, or as torch has it."""
+    """Correct means: as with a copy of it, or as in torch."""
     aliases = {
         "itself": (lambda b: b[:800], lambda b: b[:800]),
         "shifted": (lambda b: b[:800], lambda b: b[1:801]),

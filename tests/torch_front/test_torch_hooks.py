@@ -1,4 +1,4 @@
-"""`fusedopt.torch` among what surrounds a step: closures, hooks, schedulers, autograd, the profiler."""
+"""`fusedopt.torch` with closures, hooks, schedulers, autograd, the profiler."""
 
 from collections.abc import Callable
 from typing import Any

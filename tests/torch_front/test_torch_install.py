@@ -1,4 +1,4 @@
-"""`install` and `convert`: our classes in torch.optim's place, and live optimizers that change sides."""
+"""`install` and `convert`: fusedopt's classes in place of torch.optim's, and conversion of live optimizers."""
 
 import copy
 import pickle
@@ -124,7 +124,7 @@ def test_a_converted_optimizer_is_ours_bit_for_bit(name: str, options: Options) 
 
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_schedulers_and_hooks_follow(when: str) -> None:
-    """A scheduler has wrapped ``opt.step`` on the object: what it wrapped must not go on running."""
+    """A scheduler has wrapped ``opt.step`` of the instance: the wrapped method must not keep running."""
     grads, mine, theirs = gradients(6, torch.float64), parameters(torch.float64), parameters(torch.float64)
     calls: list[str] = []
 

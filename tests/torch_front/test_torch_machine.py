@@ -1,4 +1,4 @@
-"""A state machine: whatever a user does to an optimizer, in any order, ours and torch's plain loop stay together."""
+"""A state machine: after any sequence of a user's operations, fusedopt and torch's plain loop agree."""
 
 import copy
 import io
@@ -33,7 +33,7 @@ QUICK = settings(
 
 
 class Training(RuleBasedStateMachine):
-    """Two optimizers over equal parameters, ours and torch's; every rule is done to both."""
+    """Two optimizers over equal parameters, fusedopt's and torch's; every rule applies to both."""
 
     name = "SGD"
 
@@ -130,12 +130,12 @@ class Training(RuleBasedStateMachine):
 
     @rule(through_file=st.booleans())
     def save_and_load(self, through_file: bool) -> None:
-        """Each into a new optimizer of its own kind, over the same parameters."""
+        """Loads each into a new optimizer of its own kind, over the same parameters."""
         self.pair = [self.loaded(make, o, o, through_file) for make, o in zip((ours, plain), self.pair, strict=True)]
 
     @rule()
     def exchange(self) -> None:
-        """Each into a new optimizer of the other kind: ours trains on from torch's state, and torch from ours."""
+        """Loads each into a new optimizer of the other kind."""
         mine, theirs = self.pair
         self.pair = [self.loaded(ours, mine, theirs, True), self.loaded(plain, theirs, mine, True)]
 
@@ -175,7 +175,7 @@ def test_any_sequence_of_actions_ends_where_torch_ends(name: str) -> None:
 
 
 def test_the_machine_notices_a_wrong_optimizer(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Here: one that takes the learning rate of the constructor for ever."""
+    """A scheduler that uses the learning rate of the constructor only."""
 
     class Stale(torch.optim.Adam):
         def step(self, closure: Any = None) -> Any:

@@ -1,4 +1,4 @@
-"""What a step reads and writes belongs to the tensors as they are now: moved, freed, shared or missing memory."""
+"""A step reads and writes tensors as they are now: moved, freed, shared, or without memory."""
 
 import platform
 import re
@@ -48,7 +48,7 @@ def _share(value: torch.Tensor) -> None:
 @pytest.mark.parametrize("event", [_grow, _grow_storage, _set_data, _set, _swap, _share])
 @pytest.mark.parametrize(("name", "options"), some_cases())
 def test_state_that_moves_loses_no_update(name: str, options: Options, event: Event) -> None:
-    """Whatever moves the memory of small states, the next step finds it, and writes to none that was freed."""
+    """If the memory of small states moves, the next step uses the new memory and does not write to freed memory."""
     grads, still, moving = gradients(20), parameters(), parameters()
     want, opt = ours(name, still, **options), ours(name, moving, **options)
     train(want, grads, still)
@@ -171,7 +171,7 @@ def test_a_checkpoint_of_another_dtype_is_cast_as_by_torch(
 
 
 def test_one_optimizer_stepped_from_several_threads() -> None:
-    """Each step is done or refused, and as many updates are in the parameters as steps succeeded."""
+    """Each step completes or is refused, and the parameters have as many updates as steps succeeded."""
     out = run_apart(
         """
         import sys, threading, warnings
@@ -209,7 +209,7 @@ def test_one_optimizer_stepped_from_several_threads() -> None:
 
 
 def test_a_step_inside_a_step_is_refused() -> None:
-    """Python code that runs inside the step, here a learning rate, cannot start another."""
+    """Python code that runs during a step, such as a learning-rate function, cannot start another."""
 
     class Rate:
         def __float__(self) -> float:
@@ -233,7 +233,7 @@ def test_a_step_inside_a_step_is_refused() -> None:
     reason="reads x86-64 code by objdump",
 )
 def test_the_prefetches_are_in_the_code() -> None:
-    """GCC has removed calls of a function that only prefetches."""
+    """GCC has been seen to remove calls of a function that only prefetches."""
     code = subprocess.run(
         ["objdump", "-d", "--no-show-raw-insn", _core.__file__], capture_output=True, text=True, check=True
     ).stdout

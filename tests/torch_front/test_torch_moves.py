@@ -1,4 +1,4 @@
-"""Tensors that move, or are replaced, between the steps of `fusedopt.torch`."""
+"""Tensors of `fusedopt.torch` optimizers that move, or are replaced, between steps."""
 
 from collections.abc import Callable
 from typing import Any
@@ -228,7 +228,7 @@ def test_a_parameter_that_changes_shape_needs_new_state(name: str, options: Opti
 
 @with_adam_and_sgd
 def test_many_optimizers_come_and_go_without_mixing_up_memory(name: str, options: Options) -> None:
-    """Storage freed by one is often given to the next: pointers kept past their tensors' life would show."""
+    """Freed storage is often reused: stale pointers would show."""
     want = None
     for _ in range(50):
         params = parameters(shapes=[(64,), (64,)])

@@ -1,6 +1,6 @@
-"""Tests of the tests: wrong optimizers go through the very helpers that judge ours, and must be found out.
+"""Tests of the tests: wrong optimizers, which the comparison helpers must reject.
 
-Each mutant is torch's own loop with one mistake. A helper that lets one pass is a defect of the tests.
+Each mutant is torch's own loop with one mistake. A helper that accepts one is a defect of the tests.
 """
 
 from collections.abc import Callable
@@ -31,7 +31,7 @@ Options = dict[str, Any]
 
 
 def mutant(before: Callable[[Any], None] = lambda o: None, after: Callable[[Any], None] = lambda o: None) -> Make:
-    """A maker of torch's plain optimizer with something done before and after its step."""
+    """A factory of torch's plain optimizer with code before and after its step."""
 
     def make(name: str, params: Any, **options: Any) -> Any:
         opt = plain(name, params, **options)
@@ -50,7 +50,7 @@ def mutant(before: Callable[[Any], None] = lambda o: None, after: Callable[[Any]
 
 
 def ignored(key: str, value: Any) -> Make:
-    """The option is accepted, kept, and not used."""
+    """The option is accepted and stored, but ignored."""
 
     def make(name: str, params: Any, **options: Any) -> Any:
         return plain(name, params, **{**options, key: value})
@@ -64,7 +64,7 @@ def stale_lr(name: str, params: Any, **options: Any) -> Any:
 
 
 def _eps_in_root(opt: Any) -> None:
-    """Undoes torch's update and does it again with eps where it does not belong."""
+    """Undoes torch's update and repeats it with a misplaced eps."""
     for group in opt.param_groups:
         for p in group["params"]:
             if p.grad is None:
@@ -87,7 +87,7 @@ def _no_bias_correction(opt: Any) -> None:
 
 
 def _tail_off_by_one(opt: Any) -> None:
-    """The last element of what is no whole vector stays as it was."""
+    """The last element of a partial vector is not updated."""
     for p in all_params(opt):
         if p.numel() % 8 and p.grad is not None:
             p.grad.flatten()[-1] = 0.0
@@ -210,7 +210,7 @@ def test_a_stale_learning_rate_is_found() -> None:
 
 @pytest.mark.parametrize("name", TORCH_FUSED)
 def test_options_of_the_cases_matter(name: str) -> None:
-    """Every option set ends elsewhere than the defaults: so the comparisons of it say something."""
+    """The results of every option set differ from those of the defaults."""
     grads = gradients(6, torch.float64)
     default = trained(plain, name, {}, torch.float64, grads)
     for case in cases([name]):

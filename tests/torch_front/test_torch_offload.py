@@ -1,5 +1,5 @@
-"""`Offload` on a stand-in: the parameters' device is the CPU, too, so copies are copies and every value can be checked.
-What a real accelerator adds (its allocator's pinned memory, its streams) is not run here."""
+"""`Offload` with the CPU in place of the accelerator, so that copies are copies and every value can be checked. Pinned
+memory and streams of an accelerator are not tested."""
 
 import contextlib
 import importlib.util
@@ -141,7 +141,7 @@ def test_what_is_refused() -> None:
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", ["AdamW", "Lion"])
 def test_torchao_offloads_to_ours(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """torchao asks for CUDA; here its streams are stubs and its page-locked memory is common memory."""
+    """torchao requires CUDA; here its streams are stubs and its pinned memory is ordinary memory."""
     torchao = pytest.importorskip("torchao.optim", exc_type=ImportError)
     module = pytest.importorskip("torchao.optim.cpu_offload", exc_type=ImportError)
 
@@ -212,7 +212,7 @@ print("same", file=sys.stderr)
     "DeepSpeed ZeRO-Offload", "ours as client optimizer, ZeRO 2, bf16, its CPU accelerator", "deepspeed"
 )
 def test_deepspeed_takes_ours_as_client_optimizer(tmp_path: Path) -> None:
-    """In a process of its own; the first time DeepSpeed compiles its communication, for a minute or two."""
+    """In a separate process; at first use DeepSpeed compiles its communication for a minute or two."""
     if importlib.util.find_spec("deepspeed") is None:
         pytest.skip("deepspeed is not installed")
     one = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}

@@ -1,4 +1,4 @@
-"""A torch without DLPack's exchange API (before 2.10): tensors read by their attributes, to the same bits."""
+"""torch before 2.10, without DLPack's exchange API: tensors are read by their attributes; results are bit-identical."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""State dicts of `fusedopt.torch`: exchange with torch, the state's type. What moves: test_torch_moves.py."""
+"""State dicts of `fusedopt.torch`: exchange with torch, dtype of the state. Moving tensors: test_torch_moves.py."""
 
 import copy
 import io
@@ -24,7 +24,7 @@ with_adam_and_sgd = pytest.mark.parametrize(("name", "options"), some_cases(["SG
 
 
 def reloaded(state_dict: Any) -> Any:
-    """Through a file, as a checkpoint goes, with nothing in it that torch's safe loader refuses."""
+    """Through a file, loaded with weights_only=True."""
     buffer = io.BytesIO()
     torch.save(state_dict, buffer)
     buffer.seek(0)
@@ -94,7 +94,7 @@ def test_state_dict_has_torchs_form(name: str) -> None:
 
 @pytest.mark.parametrize("name", [n for n in IN_TORCH if n != "SGD"])
 def test_a_checkpoint_of_an_old_torch_loads(name: str) -> None:
-    """Steps as Python numbers, and none of the options that came later."""
+    """Steps as Python numbers, and without the options added later."""
     results = []
     for make in (ours, plain):
         params, grads = parameters(torch.float64), gradients(5, torch.float64)
@@ -139,7 +139,7 @@ def test_a_checkpoint_that_does_not_fit_is_refused_and_changes_nothing(name: str
 
 @pytest.mark.parametrize(("name", "options"), some_cases())
 def test_a_checkpoint_loaded_in_mid_training_takes_over(name: str, options: Options) -> None:
-    """Pointers kept from the steps before must not survive the load."""
+    """Pointers cached by earlier steps must not survive the load."""
     grads, params = gradients(6, missing=False), parameters()
     opt = ours(name, params, **options)
     train(opt, grads[:2], params)

@@ -1,4 +1,4 @@
-"""`fusedopt.torch` under Python threads, beside torch's own threads, and after fork."""
+"""`fusedopt.torch` with Python threads, torch's own threads, and after fork."""
 
 import os
 import sys
@@ -53,7 +53,7 @@ def test_optimizers_in_several_threads_do_not_disturb_each_other(name: str, opti
 
 
 def test_the_gil_is_released_during_a_large_step() -> None:
-    """Another thread makes progress while one step of a large tensor runs."""
+    """Another thread makes progress during one step of a large tensor."""
     p = torch.nn.Parameter(torch.zeros(8_000_000))
     p.grad = torch.ones_like(p)
     opt = ours("Adam", [p])
@@ -64,11 +64,11 @@ def test_the_gil_is_released_during_a_large_step() -> None:
         while not stop.is_set():
             if inside.is_set():
                 ticks[0] += 1
-            time.sleep(0)  # gives the GIL away, and takes it back where it is to be had
+            time.sleep(0)  # releases the GIL, and reacquires it
 
     thread = threading.Thread(target=tick)
     old = sys.getswitchinterval()
-    sys.setswitchinterval(1000)  # so only who releases the GIL himself gives it away
+    sys.setswitchinterval(1000)  # so the GIL is released only explicitly
     thread.start()
     try:
         inside.set()
@@ -86,7 +86,7 @@ def test_the_gil_is_released_during_a_large_step() -> None:
 @can_fork
 @pytest.mark.parametrize("name", ["Adam", "SGD", "RMSprop"])
 def test_a_forked_child_steps_to_the_same_values(name: str) -> None:
-    """After the parent has used its threads, where OpenMP hangs: torch makes no large tensor before set_num_threads."""
+    """After the parent has used its threads OpenMP hangs: torch creates no large tensor before set_num_threads."""
     run_apart(
         f"""
         import os, signal, sys, warnings
@@ -159,7 +159,7 @@ def test_training_beside_data_loader_workers() -> None:
 
 @can_fork
 def test_a_child_of_multiprocessing_trains_a_shared_model() -> None:
-    """Hogwild: parameters in shared memory, a step in each of two forked workers; the parent sees them."""
+    """Hogwild: parameters in shared memory, a step in each of two forked workers; the parent sees the updates."""
     run_apart(
         """
         import warnings
@@ -190,7 +190,7 @@ def test_a_child_of_multiprocessing_trains_a_shared_model() -> None:
 
 
 def test_a_step_inside_a_backward_hook() -> None:
-    """Optimizer in backward: autograd's thread, with grad mode as it finds it, one optimizer for each parameter."""
+    """Optimizer in backward: runs in autograd's thread with its grad mode, one optimizer per parameter."""
     torch.manual_seed(0)
     one, other = (torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1)) for _ in range(2))
     other.load_state_dict(one.state_dict())
@@ -240,7 +240,7 @@ def test_the_flush_to_zero_mode_of_the_processor_is_as_before() -> None:
 
 
 def test_fallback_warnings_count_right() -> None:
-    """The counter that other tests rely on: it must not swallow a warning of another kind, or the second of two."""
+    """The counter that other tests use must not swallow another kind of warning, or the second of two."""
     for said, expected in ((1, 1), (0, 0)):
         with count_fallbacks(expected):
             for _ in range(said):

@@ -1,5 +1,5 @@
-"""Several optimizers in one run: under one GradScaler, one per parameter in the backward pass, in threads, and in
-processes that share their parameters (hogwild). AMP's single-optimizer protocol is in test_torch_amp.py."""
+"""Several optimizers: under one GradScaler, one per parameter in the backward pass, in threads, and in processes that
+share parameters (Hogwild). GradScaler with one optimizer: test_torch_amp.py."""
 
 import math
 import threading
@@ -49,7 +49,7 @@ def test_only_the_optimizer_that_overflows_skips(fused: bool) -> None:
             moved = any(not torch.equal(after[key], kept[k][key]) for key in kept[k])
             steps[k] += moved
             assert moved == (i != 1 or k == 1)
-        skipped = scaler.get_scale() < scale  # what schedulers are told by, in either protocol
+        skipped = scaler.get_scale() < scale  # the usual test for a skipped step, in either protocol
         assert skipped == (i == 1)
         assert a.last_step_skipped == (skipped and fused)
         if not skipped:
@@ -93,7 +93,7 @@ def test_training_under_bfloat16_autocast(name: str) -> None:
             loss.backward()
             opt.step()
         results.append(snapshot(opt, list(model.parameters())))
-    assert_close(*results, rtol=2e-2, atol=1e-3)  # bfloat16 magnifies a last bit of float32
+    assert_close(*results, rtol=2e-2, atol=1e-3)  # bfloat16 magnifies a difference in the last bit of float32
 
 
 # -- one process -----------------------------------------------------------------------------------------------------
@@ -201,6 +201,6 @@ def test_an_optimizer_with_shared_state_is_sent_to_processes() -> None:
     opt.zero_grad()
     mp.start_processes(_hogwild, (model, "Adam", opt), 2, start_method="spawn")
     steps = {float(state["step"]) for state in opt.state.values()}
-    assert all(60 < s <= 121 for s in steps), steps  # counts of processes that race may be lost, but are shared
+    assert all(60 < s <= 121 for s in steps), steps  # counts may be lost in races, but are shared
     with torch.no_grad():
         assert float((model(x) - x.sum(1, keepdim=True)).square().mean()) < 0.2

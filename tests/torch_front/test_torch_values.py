@@ -1,6 +1,7 @@
-"""The values that `fusedopt.torch` computes: against torch's plain loop, torch's fused path and the float64 reference.
+"""The values of `fusedopt.torch` against torch's plain loop, torch's fused step and the float64 reference.
 
-Drop-in behaviour (state dicts, hooks, ...) is in test_torch_dropin*.py; layouts and refusals in test_torch_fallback.py.
+Drop-in behaviour (state dicts, hooks, ...) is in test_torch_dropin.py; layouts and refusals are in
+test_torch_fallback.py.
 """
 
 from typing import Any
@@ -130,7 +131,7 @@ def test_one_step_is_nowhere_an_ulp_worse_than_torchs(
 @pytest.mark.parametrize("size", [0.0, 1e-20, -1e-20, 1e-12, 1e-8])
 @pytest.mark.parametrize("name", WITH_EPS)
 def test_eps_stands_where_torch_has_it(name: str, size: float, dtype: torch.dtype) -> None:
-    """From a parameter of zero the update itself is seen; a misplaced eps changes it by decades."""
+    """With a zero parameter the result is the update itself; a misplaced eps changes it by orders of magnitude."""
     for options in option_sets(name):
         if "maximize" in options or "weight_decay" in options or "initial_accumulator_value" in options:
             continue
@@ -149,7 +150,7 @@ def test_eps_stands_where_torch_has_it(name: str, size: float, dtype: torch.dtyp
 
 @pytest.mark.parametrize("name", ["Adagrad", "RMSprop", "Adam", "AdamW"])
 def test_denormal_moments_are_kept(name: str) -> None:
-    """eps = 1e-30 and g = 1e-20: the second moment is denormal, and the step still has its full size."""
+    """eps = 1e-30 and g = 1e-20: the second moment is denormal, and the step has its full size."""
     results = []
     for make in (ours, plain):
         p = torch.nn.Parameter(torch.zeros(37))
@@ -209,7 +210,7 @@ def test_sixteen_bit_training_ends_near_torchs(name: str, options: Options, dtyp
     grads = gradients(5, dtype)
     us, them = (trained(make, name, options, dtype, grads) for make in (ours, plain))
     assert {k: v.dtype for k, v in us.items()} == {k: v.dtype for k, v in them.items()}
-    # on the whole: torch rounds after every operation, and single elements may end far away
+    # on average: torch rounds after every operation, and single elements may differ much
     a, b = (torch.cat([v.double().flatten() for k, v in s.items() if k.endswith("param")]) for s in (us, them))
     assert float((a - b).norm()) <= 8 * torch.finfo(dtype).eps * float(b.norm())
 
@@ -232,7 +233,7 @@ def test_eps_does_not_vanish_in_half_precision(name: str) -> None:
 @pytest.mark.parametrize("n", [8, 64, 4096])
 @pytest.mark.parametrize("dtype", SIXTEEN, ids=str)
 def test_sixteen_bit_sgd_moves_every_element(dtype: torch.dtype, n: int) -> None:
-    """torch <= 2.13 with fused=True leaves full vectors where they are."""
+    """torch <= 2.13 with fused=True does not update full vectors."""
     for options in ({}, {"momentum": 0.9}):
         p = torch.nn.Parameter(torch.ones(n, dtype=dtype))
         p.grad = torch.ones_like(p)
@@ -243,7 +244,7 @@ def test_sixteen_bit_sgd_moves_every_element(dtype: torch.dtype, n: int) -> None
 @pytest.mark.parametrize("grad_dtype", SIXTEEN, ids=str)
 @pytest.mark.parametrize(("name", "options"), some_cases())
 def test_float32_parameter_with_sixteen_bit_gradient(name: str, options: Options, grad_dtype: torch.dtype) -> None:
-    """The same bits as with that gradient written out in float32."""
+    """Bit-identical to the same gradient in float32."""
     if not hasattr(torch.Tensor, "grad_dtype"):
         pytest.skip("this torch ties the gradient's type to the parameter's")
     results = []
@@ -288,7 +289,7 @@ def test_state_dtype_is_followed_or_refused(name: str, options: Options, dtype: 
 
 @pytest.mark.parametrize(("name", "options"), some_cases())
 def test_tensors_do_not_influence_each_other(name: str, options: Options) -> None:
-    """All in one list, one group for each, one optimizer for each: the same bits."""
+    """All in one list, one group each, one optimizer each: bit-identical."""
     grads = gradients(5)
     together = parameters()
     opt = ours(name, together, **options)

@@ -1,5 +1,5 @@
-"""The torch training loop in one process: against a loop by hand, resumed to the same bits, stopped, logged, refused.
-Processes that are killed, and several at once: test_training_processes.py."""
+"""The torch training loop in one process: against a hand-written loop, resumed bit-identically, stopping, logs,
+refusals. Killed and parallel processes: test_training_processes.py."""
 
 import contextlib
 import csv
@@ -21,7 +21,7 @@ from fusedopt.torch import Callback, Trainer, fit  # noqa: E402
 
 
 class Noisy(torch.utils.data.Dataset[Any]):
-    """A data set whose transform draws from NumPy's global generator, as many do."""
+    """A data set whose transform draws from NumPy's global generator, as is common."""
 
     def __init__(self, n: int = 70) -> None:
         generator = torch.Generator().manual_seed(1)
@@ -58,7 +58,7 @@ CROSS_ENTROPY = torch.nn.functional.cross_entropy
 
 @pytest.fixture(autouse=True)
 def _one_thread() -> Iterator[None]:
-    """Networks this small gain nothing from more, and lose much where the cores are busy."""
+    """One thread: networks this small gain nothing from more, and lose much on busy cores."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -345,7 +345,7 @@ def loaders(workers: int, own_generator: bool) -> tuple[Any, Any]:
 def run(
     path: Path, stop: int | None, resume: bool, workers: int = 0, own_generator: bool = False, **options: Any
 ) -> Trainer:
-    """A training with everything in it that could go wrong, until the end or until a step."""
+    """A training run with every source of randomness and state, to the end or to a step."""
     model = network(dropout=0.5)
     opt = optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     trainer = Trainer(
@@ -353,7 +353,7 @@ def run(
         checkpoint=path, callbacks=[StopAt(stop)] if stop is not None else [], log=path.with_suffix(".csv"), **options,
     )  # fmt: skip
     if resume and path.exists():
-        torch.rand(17)  # the generators stand elsewhere in a new process
+        torch.rand(17)  # the generators have other states in a new process
     if stop is None:
         return trainer.fit(*loaders(workers, own_generator), epochs=5, resume=resume)
     with pytest.raises(Stopped):

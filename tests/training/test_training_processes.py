@@ -1,4 +1,4 @@
-"""The torch training loop in processes of its own: killed at any moment, and several at once under torchrun."""
+"""The torch training loop in separate processes: killed at any moment, and parallel under torchrun."""
 
 import os
 import random
@@ -88,7 +88,7 @@ def assert_same_end(one: dict[str, Any], other: dict[str, Any]) -> None:
 
 
 def written(file: Path) -> int:
-    """When the checkpoint was written; 0 if there is none, or none for the moment between the last one and the next."""
+    """Modification time of the checkpoint; 0 if there is none, or during its replacement."""
     try:
         return file.stat().st_mtime_ns
     except FileNotFoundError:
@@ -96,7 +96,8 @@ def written(file: Path) -> int:
 
 
 def kill_again_and_again(script: Path, out: Path, epochs: int, processes: int, rng: random.Random, **more: str) -> int:
-    """Kills the training soon after each sign of progress, writing of checkpoints included; how often."""
+    """Kills the training shortly after each sign of progress, writing of checkpoints included; returns the number of
+    kills."""
     file, kills, how = Path(f"{out}.pt"), 0, "resume"
     while kills < 4:
         before = file.stat().st_mtime_ns if file.exists() else 0
@@ -105,7 +106,7 @@ def kill_again_and_again(script: Path, out: Path, epochs: int, processes: int, r
             time.sleep(0.001)
         time.sleep(rng.uniform(0, 0.15))
         if process.poll() is None:
-            for pid in [process.pid, *descendants(process.pid)]:  # torchrun gives its workers sessions of their own
+            for pid in [process.pid, *descendants(process.pid)]:  # torchrun starts its workers in new sessions
                 os.kill(pid, signal.SIGKILL)
             kills += 1
         process.communicate()
@@ -132,7 +133,7 @@ def test_a_process_killed_at_any_moment_resumes_to_the_same_bits(script: Path, t
 
 @pytest.mark.slow
 def test_two_processes_train_as_one_does_on_batches_of_both(script: Path, tmp_path: Path) -> None:
-    """In order, rows r, r + 2, ... go to process r: a batch of 4 each is one of 8, but for the odd last row."""
+    """Without shuffling, rank r gets rows r, r + 2, ...: batches of 4 each equal one of 8, but for the last odd row."""
     one, two = tmp_path / "one", tmp_path / "two"
     finish(start(script, one, "anew", 1, SHUFFLE="0", BATCH="8", EVERY="10"))
     finish(start(script, two, "anew", 1, 2, SHUFFLE="0", BATCH="4", EVERY="10"))
