@@ -1,29 +1,71 @@
 #!/bin/sh
 # Builds the core with main.cpp under the address and undefined-behaviour sanitizers, then under the thread sanitizer,
-# and runs both. Needs g++ or clang++ (CXX) and nothing of Python. Flags that decide results are those of CMakeLists.txt.
-# One instruction set: at -O1 no loop is vectorised, and the others would only be compiled again. For races it does not
-# matter how an element is stored: a few formats stand for all.
+# and runs both; needs g++ or clang++ (CXX). Where PYTHON has torch and pybind11, it also builds the extension module
+# under the first two and runs the fuzzer of the torch front end with it.
+# Flags that decide results are those of CMakeLists.txt. One instruction set: at -O1 no loop is vectorised, and the others
+# would only be compiled again. For races it does not matter how an element is stored: a few formats stand for all. The
+# bindings are not optimised, so that nothing they read is optimised away.
 set -eu
 here=$(cd "$(dirname "$0")" && pwd)
-cpp="$here/../../cpp"
-build="${1:-$here/../../build/sanitize}"
+root="$here/../.."
+cpp="$root/cpp"
+build="${1:-$root/build/sanitize}"
 CXX="${CXX:-c++}"
-common="-std=c++17 -O1 -g1 -fno-omit-frame-pointer -ffp-contract=off -fno-math-errno -Wall -Wextra -pthread -I$cpp -DFUSEDOPT_VERSION=\"sanitize\""
-mkdir -p "$build"
+PYTHON="${PYTHON:-python3}"
+common="-std=c++17 -g1 -fno-omit-frame-pointer -ffp-contract=off -fno-math-errno -Wall -Wextra -pthread -I$cpp"
+common="$common -fno-sanitize-recover=all -DFUSEDOPT_ISA=baseline -DFUSEDOPT_VERSION=\"sanitized\""
+core="cpu/cpu cpu/dispatch network/kernels network/network step/step step/host step/device step/tensor step/threads"
+module="bindings/module bindings/numpy bindings/network"
+torch="bindings/torch bindings/torch_tensor bindings/arrays"
+mkdir -p "$build/memory" "$build/races"
 
-compile() { # name, sanitizers, more flags
-  name=$1 sanitizers=$2
-  shift 2 # shellcheck disable=SC2086
-  $CXX $common -fsanitize="$sanitizers" -fno-sanitize-recover=all "$@" -DFUSEDOPT_ISA=baseline "$cpp/cpu/cpu.cpp" "$cpp/network/kernels.cpp" \
-    "$here/main.cpp" "$cpp/cpu/dispatch.cpp" "$cpp/network/network.cpp" "$cpp/step/step.cpp" "$cpp/step/host.cpp" \
-    "$cpp/step/device.cpp" "$cpp/step/tensor.cpp" "$cpp/step/threads.cpp" -ldl -o "$build/$name"
+object() { # folder, unit
+  echo "$build/$1/$(echo "$2" | sed "s|^$here/||; s|/|_|g").o"
 }
 
-compile races thread -DFUSEDOPT_FEW_FORMATS &
-races=$!
-compile memory address,undefined
-wait $races
+compile() { # folder, flags, units
+  folder=$1 flags=$2
+  shift 2
+  for unit; do # shellcheck disable=SC2086
+    $CXX $common $flags -c "$unit.cpp" -o "$(object "$folder" "$unit")"
+  done
+}
+
+run() {
+  echo "== $1"
+  shift
+  UBSAN_OPTIONS=print_stacktrace=1 TSAN_OPTIONS=halt_on_error=1 "$@"
+}
+
+memory="-fsanitize=address,undefined" races="-fsanitize=thread"
+cd "$cpp"
+# shellcheck disable=SC2086
+(compile races "-O1 $races -DFUSEDOPT_FEW_FORMATS" $core "$here/main") &
+others=$!
+# shellcheck disable=SC2086
+compile memory "-O1 $memory -fPIC" $core "$here/main"
+wait $others
 for name in memory races; do
-  echo "== $name"
-  UBSAN_OPTIONS=print_stacktrace=1 TSAN_OPTIONS=halt_on_error=1 "$build/$name"
+  objects=$(for unit in $core "$here/main"; do object "$name" "$unit"; done)
+  eval "sanitizers=\$$name" # shellcheck disable=SC2086,SC2154
+  $CXX $sanitizers -pthread $objects -ldl -o "$build/$name/main"
+  run "$name" "$build/$name/main"
 done
+
+if ! includes=$("$PYTHON" -c 'import pybind11, sysconfig, torch
+print("-isystem", pybind11.get_include(), "-isystem", sysconfig.get_path("include"))'); then
+  echo "== no torch or pybind11 in $PYTHON: the torch front end is not run"
+  exit
+fi
+flags="-O0 $memory -fPIC -fvisibility=hidden $includes"
+# shellcheck disable=SC2086
+(compile memory "$flags" $module) &
+others=$!
+# shellcheck disable=SC2086
+compile memory "$flags" $torch
+wait $others
+objects=$(for unit in $core $module $torch; do object memory "$unit"; done)
+# shellcheck disable=SC2086
+$CXX $memory -shared -pthread $objects -ldl -o "$build/_core.so"
+run "the torch front end" env LD_PRELOAD="$($CXX -print-file-name=libasan.so)" ASAN_OPTIONS=detect_leaks=0 \
+  "$PYTHON" "$here/../fuzz_torch.py" --core "$build/_core.so" --cases 300
