@@ -109,10 +109,10 @@ class Worker:
 
     def __init__(self, core: str | None) -> None:
         self.command = [sys.executable, __file__, "--serve", *(["--core", core] if core else [])]
-        self.errors = tempfile.TemporaryFile()  # noqa: SIM115
         self.start()
 
     def start(self) -> None:
+        self.errors = tempfile.TemporaryFile()  # noqa: SIM115
         # What is freed is overwritten: a value read from there is then a wrong one.
         env = {**os.environ, "MALLOC_PERTURB_": "165"}
         self.process = subprocess.Popen(
@@ -163,12 +163,16 @@ class Worker:
     def _crash(self, how: str) -> str:
         self.errors.seek(0)
         text = self.errors.read().decode(errors="replace")
-        found = re.search(r"ERROR: AddressSanitizer.*(?:\n.*){0,24}", text)
-        return f"crash: {how}\n{found[0] if found else text[-1500:]}".strip()
+        found = re.search(r"(ERROR: AddressSanitizer: \S+|runtime error: .*)(?:.*\n.*){0,12}", text)
+        return f"crash: {found[1]}\n{found[0]}" if found else f"crash: {how}\n{text[-1500:]}"
 
     def close(self) -> None:
         os.killpg(self.process.pid, signal.SIGKILL)  # the child, too
         self.process.wait()
+        for pipe in (self.process.stdin, self.process.stdout):
+            assert pipe is not None
+            pipe.close()
+        self.errors.close()
 
 
 # -- findings ---------------------------------------------------------------------------------------------------------
@@ -176,7 +180,7 @@ class Worker:
 
 def kind(why: str) -> str:
     """The finding without its numbers: what is alike is reported once."""
-    first = why.split("\n")[0]
+    first = re.sub(r"0x[0-9a-f]+|, which requires.*", "#", why.split("\n")[0])
     first = re.sub(r"(event|parameter) \d+", r"\1", first)
     first = re.sub(r"parameter, \w+ \(.*?\): (torch has|strides).*", r"state \1", first)
     first = re.sub(r"parameter, (step|param)?.*", r"\1 differs", first)
@@ -348,7 +352,8 @@ def main() -> int:
     report(fuzzer, not args.no_shrink)
     different = sum(map(len, fuzzer.found.values()))
     print(
-        f"{fuzzer.done} cases from {args.seed} in {took:.0f} s: {different} with a difference, {len(fuzzer.found)} kinds"
+        f"{fuzzer.done} cases from {args.seed} in {took:.0f} s: {different} with a difference, "
+        f"of {len(fuzzer.found)} kinds"
     )
     return bool(fuzzer.found)
 

@@ -67,5 +67,6 @@ wait $others
 objects=$(for unit in $core $module $torch; do object memory "$unit"; done)
 # shellcheck disable=SC2086
 $CXX $memory -shared -pthread $objects -ldl -o "$build/_core.so"
-run "the torch front end" env LD_PRELOAD="$($CXX -print-file-name=libasan.so)" ASAN_OPTIONS=detect_leaks=0 \
+# libstdc++ with it: the sanitizer looks for the function that throws when it starts.
+run "the torch front end" env LD_PRELOAD="$($CXX -print-file-name=libasan.so) $($CXX -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 \
   "$PYTHON" "$here/../fuzz_torch.py" --core "$build/_core.so" --cases 300
