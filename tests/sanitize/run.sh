@@ -69,4 +69,4 @@ objects=$(for unit in $core $module $torch; do object memory "$unit"; done)
 $CXX $memory -shared -pthread $objects -ldl -o "$build/_core.so"
 # libstdc++ with it: the sanitizer looks for the function that throws when it starts.
 run "the torch front end" env LD_PRELOAD="$($CXX -print-file-name=libasan.so) $($CXX -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 \
-  "$PYTHON" "$here/../fuzz_torch.py" --core "$build/_core.so" --cases 300
+  "$PYTHON" "$here/../torch_front/fuzz_torch.py" --core "$build/_core.so" --cases 300

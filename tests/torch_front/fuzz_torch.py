@@ -1,6 +1,6 @@
 """A differential fuzzer: random programs over our optimizers and torch's plain loop, which have to stay together.
 
-    python tests/fuzz_torch.py --cases 100000
+    python tests/torch_front/fuzz_torch.py --cases 100000
 
 Cases run in processes of their own, so that one that crashes is a finding like any other. What fails is made smaller
 and printed with the command that runs it again; a table says how often each event met each dtype, layout and size. What
@@ -306,7 +306,7 @@ def report(fuzzer: Fuzzer, shrink: bool = True) -> None:
         else:
             program, why = shrunk(worker, program, alone) if shrink else (program, alone)
             print("   " + why.replace("\n", "\n   "))
-            print(f'   python tests/fuzz_torch.py --program "{program!r}"')
+            print(f'   python tests/torch_front/fuzz_torch.py --program "{program!r}"')
         worker.close()
 
 
@@ -359,5 +359,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).parent))
+    sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
     sys.exit(main())
