@@ -16,7 +16,7 @@ import numpy as np
 from . import _core, forms
 from ._make import array_names, compile_function, option_dict, option_signature, rule_doc
 from .config import get_num_threads
-from .rules import RULES, Rule
+from .rules import RULES, Rule, check_max_grad_norm
 
 __all__: list[str] = ["Optimizer"]
 
@@ -167,7 +167,7 @@ class Optimizer:
         self.last_grad_norm: float | None = None
         self._keys: list[Any] | None = None
         self._revive()
-        self._max_norm()
+        check_max_grad_norm(max_grad_norm)
         if isinstance(params, Mapping):
             self._keys = list(params)
             params = [params[k] for k in self._keys]
@@ -256,14 +256,6 @@ class Optimizer:
     def _label(self, index: int) -> Any:
         return index if self._keys is None or index >= len(self._keys) else repr(self._keys[index])
 
-    def _max_norm(self) -> float:
-        value = self.max_grad_norm
-        if value is None:
-            return 0.0
-        if not (isinstance(value, int | float | np.number) and 0 < value < np.inf):
-            raise ValueError(f"max_grad_norm: expected a positive number or None, got {value!r}")
-        return float(value)
-
     def step(self, grads: Any) -> None:
         """Updates every parameter in place.
 
@@ -279,7 +271,7 @@ class Optimizer:
         if not self._free.acquire(blocking=False):
             raise RuntimeError("step() of this optimizer is already running in another thread")
         try:
-            max_norm = self._max_norm()
+            max_norm = check_max_grad_norm(self.max_grad_norm) or 0.0
             self._batch.clear()
             advanced: list[dict[str, Any]] = []
             self._add_all(self._flat(grads), advanced)

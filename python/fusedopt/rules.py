@@ -65,6 +65,16 @@ _RANGES: dict[str, tuple[float, float, bool]] = {
 }
 
 
+def check_max_grad_norm(value: Any) -> float | None:
+    """The value of the option ``max_grad_norm`` as a float or None; raises ValueError for anything else."""
+    if value is None:
+        return None
+    number = isinstance(value, int | float | np.floating | np.integer) and not isinstance(value, bool)
+    if not number or not 0 < value < math.inf:
+        raise ValueError(f"max_grad_norm: expected a positive number or None, got {value!r}")
+    return float(value)
+
+
 class Rule:
     """One update rule: a subclass per optimizer, one instance of it in ``RULES``."""
 
