@@ -9,6 +9,7 @@
 #include "bindings/arrays.h"
 #include "bindings/bind.h"
 #include "cpu/dispatch.h"
+#include "rules/element.h"
 #include "step/step.h"
 #include "step/threads.h"
 
@@ -100,6 +101,8 @@ PYBIND11_MODULE(_core, m) {
       "use_isa", [](const char* name) { return use_isa(name); }, py::arg("name").none(true),
       "Forces an instruction set; None takes the best. False if it is not usable here.");
   m.def("default_threads", [] { return threads_or_default(0); }, "Threads of a step when nothing is set.");
+  m.def("clip_factor", &clip_factor, py::arg("max_norm"), py::arg("norm"),
+        "What gradients of this norm are multiplied by to clip them to max_norm.");
   m.def("torch_team", &torch_team, "What runs the steps beside torch: 'openmp', its own runtime, or 'pool', ours.");
   m.def("set_device_library", &set_device_library, py::arg("path"),
         "Says where the library of a device's kernels is; it is opened when it is needed.");

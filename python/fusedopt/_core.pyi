@@ -28,6 +28,9 @@ def use_isa(name: str | None) -> bool:
 def default_threads() -> int:
     """Threads of a step when nothing is set."""
 
+def clip_factor(max_norm: float, norm: float) -> float:
+    """What gradients of this norm are multiplied by to clip them to max_norm."""
+
 def set_device_library(path: str) -> None:
     """Says where the library of a device's kernels is; "" for none."""
 
