@@ -1,7 +1,15 @@
-"""Generates functions with a real signature from a rule, by compiling source, as ``dataclasses`` does."""
+"""Makes functions and constructors from a rule: one line of source with a real signature, compiled by ``exec``.
+
+Why ``exec``: options and defaults stand once, in the rule, and Python itself binds and checks the arguments. A function
+of ``*args, **kwargs`` with a ``__signature__`` would have to bind them in Python code at every call, which costs more
+than the update of a small array, and would state Python's error messages a second time. ``dataclasses`` and
+``namedtuple`` do the same for the same reasons. The source is kept for ``inspect.getsource``, debuggers and tracebacks,
+and says where the rule is; type checkers and editors read the stubs, which say so, too.
+"""
 
 from __future__ import annotations
 
+import linecache
 from collections.abc import Callable
 from textwrap import dedent
 from typing import Any
@@ -9,10 +17,18 @@ from typing import Any
 from .rules import Rule
 
 
-def compile_function(name: str, signature: str, body: str, names: dict[str, Any]) -> Callable[..., Any]:
-    """The function ``name`` with this signature and one line as its body; ``names`` are its globals."""
+def compile_function(rule: Rule, where: str, signature: str, body: str, names: dict[str, Any]) -> Callable[..., Any]:
+    """A function with this signature, whose body is one line that sees ``names``.
+
+    Args:
+        where: its full name, such as ``fusedopt.Adam.__init__``.
+    """
+    name, file = where.rpartition(".")[2], f"<{where}>"
+    origin = f"# By fusedopt/_make.py from class {type(rule).__name__} in fusedopt/rules.py"
+    source = f"def {name}({signature}):\n    {origin}\n    {body}\n"
+    linecache.cache[file] = (len(source), None, source.splitlines(keepends=True), file)
     namespace = dict(names)
-    exec(f"def {name}({signature}):\n    {body}", namespace)
+    exec(compile(source, file, "exec"), namespace)
     function: Callable[..., Any] = namespace[name]
     return function
 

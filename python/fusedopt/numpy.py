@@ -108,7 +108,7 @@ def _make_function(rule: Rule) -> Callable[..., None]:
     arrays = "{" + ", ".join(f"{s!r}: {s}" for s in names) + "}"
     step = {"step": "step", "first": "1 if first else 2", None: "1"}[rule.clock]
     body = f"_update(_rule, {option_dict(rule, rule.once)}, {arrays}, {step})"
-    function = compile_function(rule.function, signature, body, {"_update": _update, "_rule": rule})
+    function = compile_function(rule, f"fusedopt.{rule.function}", signature, body, {"_update": _update, "_rule": rule})
     extra = ["step: the step count, from 1; a sequence has one for each array."] * (clock != [])
     extra += [
         f"{s}: float64 array of one element, updated in place; starts at {rule.first(s, rule.defaults):g}."
@@ -534,9 +534,8 @@ def _make_class(rule: Rule) -> type[Optimizer]:
     kept = ", ".join(f"{k}={v!r}" for k, v in forms.OPTIONS.items())
     signature = f"self, params, {options[0]}, *, {options[1]}, max_grad_norm=None, {kept}"
     given = "{" + ", ".join(f"{k!r}: {k}" for k in forms.OPTIONS) + "}"
-    init = compile_function(
-        "__init__", signature, f"self._setup(params, {option_dict(rule)}, max_grad_norm, {given})", {}
-    )
+    body = f"self._setup(params, {option_dict(rule)}, max_grad_norm, {given})"
+    init = compile_function(rule, f"fusedopt.{rule.name}.__init__", signature, body, {})
     doc = _fill(rule_doc(rule, _CLASS_DOC), {"{name}": rule.name})
     timed = tuple(k for k in ("lr", "betas", "momentum", "weight_decay") if k in rule.defaults)
     names = {"__init__": init, "__doc__": doc, "__module__": "fusedopt", "_rule": rule, "_timed": timed}
