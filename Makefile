@@ -47,7 +47,7 @@ lint: $(VENV)/.dev ## ruff, mypy, clang-format, stubs
 	$(BIN)/ruff check $(CHECKED)
 	$(BIN)/ruff format --check $(CHECKED)
 	$(BIN)/mypy python/fusedopt python/make_stubs.py bench examples
-	$(BIN)/mypy python/fusedopt/__init__.py python/fusedopt/numpy.py python/fusedopt/torch.py # behind their stubs
+	$(BIN)/mypy python/fusedopt/__init__.py python/fusedopt/numpy.py python/fusedopt/torch/__init__.py # behind their stubs
 	$(BIN)/clang-format --dry-run -Werror $(CPP)
 	$(PY) python/make_stubs.py --check
 

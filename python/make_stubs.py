@@ -1,4 +1,4 @@
-"""Generates the type stubs fusedopt/__init__.pyi, numpy.pyi and torch.pyi from the rules. Not installed.
+"""Generates the type stubs fusedopt/__init__.pyi, numpy.pyi and torch/__init__.pyi from the rules. Not installed.
 
 ``python python/make_stubs.py`` writes them; ``--check`` writes nothing, and exits 1 with a diff if one is out of date.
 fusedopt/_core.pyi is written by hand. The torch classes are typed as those of the installed torch.
@@ -56,7 +56,7 @@ class Optimizer:
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None: ...
 '''
 
-TORCH = '''
+TORCH = """
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any, overload
@@ -64,26 +64,27 @@ from typing import Any, overload
 import torch
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from .torch_backward import InBackward as InBackward
-from .torch_backward import step_in_backward as step_in_backward
-from .torch_install import convert as convert
-from .torch_install import install as install
-from .torch_install import installed as installed
-from .torch_install import uninstall as uninstall
-from .torch_offload import Offload as Offload
-from .torch_schedule import ScheduledLR as ScheduledLR
-from .training import Callback as Callback
-from .training import Trainer as Trainer
-from .training import fit as fit
+from ..training import Callback as Callback
+from ..training import Trainer as Trainer
+from ..training import fit as fit
+from ._backward import InBackward as InBackward
+from ._backward import step_in_backward as step_in_backward
+from ._fallback import FallbackWarning as FallbackWarning
+from ._install import convert as convert
+from ._install import install as install
+from ._install import installed as installed
+from ._install import uninstall as uninstall
+from ._offload import Offload as Offload
+from ._schedule import ScheduledLR as ScheduledLR
+from ._state import memory_report as memory_report
 
 {all}
 
-class FallbackWarning(UserWarning):
-    """A tensor takes torch's own step, for the given reason."""
-
 class _Fused(Optimizer):
-    last_grad_norm: torch.Tensor | None
-    last_step_skipped: bool
+    @property
+    def last_grad_norm(self) -> torch.Tensor | None: ...
+    @property
+    def last_step_skipped(self) -> bool: ...
     @property
     def max_grad_norm(self) -> float | None: ...
     @max_grad_norm.setter
@@ -93,10 +94,7 @@ class _Fused(Optimizer):
     @overload
     def step(self, closure: Callable[[], float]) -> float: ...
     def ema_parameters(self) -> AbstractContextManager[None]: ...
-
-def memory_report(optimizer: Optimizer) -> dict[str, float]:
-    """Bytes per parameter, by kind."""
-'''
+"""
 
 # Types of the options of both front ends.
 KINDS = {
@@ -130,8 +128,10 @@ def _imports(module: str, names: Iterable[str]) -> str:
     return text if "\n" in text else text.replace("(", "").replace(")", "")
 
 
-def _summary(rule: Rule) -> str:
-    return inspect.cleandoc(type(rule).__doc__ or "").splitlines()[0]
+def _docstring(rule: Rule) -> str:
+    """The rule's summary, and where the rest of it is; indented."""
+    summary = inspect.cleandoc(type(rule).__doc__ or "").splitlines()[0]
+    return f'    """{summary}\n\n    The rule is class {type(rule).__name__} in fusedopt/rules.py.\n    """\n'
 
 
 def _parameters(function: Any, kinds: dict[str, str]) -> list[str]:
@@ -158,7 +158,7 @@ def _type(p: inspect.Parameter) -> str:
 
 
 def _class(rule: Rule, bases: str, init: Any, kinds: dict[str, str]) -> str:
-    return f'class {rule.name}({bases}):\n    """{_summary(rule)}"""\n\n' + _listed(
+    return f"class {rule.name}({bases}):\n{_docstring(rule)}\n" + _listed(
         "def __init__(", _parameters(init, kinds), ") -> None: ...\n", "    "
     )
 
@@ -171,13 +171,13 @@ def numpy_stub() -> str:
     for rule in RULES.values():
         parameters = _parameters(getattr(fusedopt, rule.function), {"step": "_Steps"})
         head = _listed(f"def {rule.function}(", parameters, ") -> None:")
-        parts.append(f'{head}\n    """{_summary(rule)}"""\n')
+        parts.append(f"{head}\n{_docstring(rule)}")
         parts.append(_class(rule, "Optimizer", getattr(fusedopt, rule.name).__init__, kinds))
     return HEAD + "\n".join(parts)
 
 
 def torch_stub() -> str:
-    """fusedopt/torch.pyi; needs torch."""
+    """fusedopt/torch/__init__.pyi; needs torch."""
     import torch
 
     module = importlib.import_module("fusedopt.torch")
@@ -200,7 +200,7 @@ def init_stub() -> str:
     return HEAD + "\n" + "\n".join(parts)
 
 
-STUBS = {"__init__.pyi": init_stub, "numpy.pyi": numpy_stub, "torch.pyi": torch_stub}
+STUBS = {"__init__.pyi": init_stub, "numpy.pyi": numpy_stub, "torch/__init__.pyi": torch_stub}
 
 
 def differences(names: Iterable[str] | None = None) -> list[str]:

@@ -15,9 +15,10 @@ from typing import Any, ClassVar
 import keras  # type: ignore[import-untyped,import-not-found,unused-ignore]
 import torch
 
-from . import torch as _torch
 from ._make import compile_function
 from .rules import RULES, Rule
+from .torch._engine import engine_of
+from .torch._optimizer import CLASSES
 
 if keras.backend.backend() != "torch":
     raise ImportError(
@@ -25,7 +26,6 @@ if keras.backend.backend() != "torch":
     )
 
 __all__: list[str] = []  # filled below
-_ours: Any = _torch
 _Optimizer: Any = keras.optimizers.Optimizer
 _WORDS = {"eps": "epsilon", "alpha": "rho"}
 _BASE = {
@@ -100,7 +100,8 @@ class _Face(_Optimizer):  # type: ignore[misc]
             for variable, p in zip(self._trainable_variables, params, strict=True):
                 groups.setdefault(decay if decay and self._use_weight_decay(variable) else 0.0, []).append(p)
             extra = {"weight_decay": 0.0} if "weight_decay" in self._rule.defaults else {}
-            inner = self._inner = getattr(_ours, self._rule.name)(
+            make: Any = CLASSES[self._rule.name]
+            inner = self._inner = make(
                 [{"params": ps, **({"weight_decay": wd} if extra else {})} for wd, ps in groups.items()],
                 lr=lr, **self._options(), **extra,
             )  # fmt: skip
@@ -124,7 +125,7 @@ class _Face(_Optimizer):  # type: ignore[misc]
                     p.grad = None
                 for variable, grad in zip(trainable_variables, grads, strict=True):
                     variable.value.grad = grad
-                self._inner._step()
+                engine_of(self._inner).run(self._inner)
             finally:
                 for p, was in zip(self._params, kept, strict=True):
                     p.grad = was
@@ -168,7 +169,8 @@ def _make_class(rule: Rule, name: str) -> type:
     signature = ", ".join(f"{k}={v!r}" for k, v in {**head, **base}.items())
     own = "{" + ", ".join(f"{w!r}: {w}" for w in words) + "}"
     rest = "{" + ", ".join(f"{b!r}: {b}" for b in base) + "}"
-    init = compile_function("__init__", f"self, {signature}", f"self._begin(learning_rate, {own}, {rest})", {})
+    call = f"self._begin(learning_rate, {own}, {rest})"
+    init = compile_function(rule, f"fusedopt.keras.{name}.__init__", f"self, {signature}", call, {})
     doc = (
         f"{(inspect.getdoc(type(rule)) or '').splitlines()[0]}\n\n"
         f"Arguments as ``keras.optimizers.{name}``; update as ``fusedopt.torch.{rule.name}``."

@@ -67,10 +67,16 @@ def sgd_(
     maximize: bool = False,
     first: bool = False,
 ) -> None:
-    """Stochastic gradient descent, with momentum, dampening and Nesterov momentum."""
+    """Stochastic gradient descent, with momentum, dampening and Nesterov's look-ahead.
+
+    The rule is class SGD in fusedopt/rules.py.
+    """
 
 class SGD(Optimizer):
-    """Stochastic gradient descent, with momentum, dampening and Nesterov momentum."""
+    """Stochastic gradient descent, with momentum, dampening and Nesterov's look-ahead.
+
+    The rule is class SGD in fusedopt/rules.py.
+    """
 
     def __init__(
         self,
@@ -103,10 +109,16 @@ def adagrad_(
     eps: float = 1e-10,
     maximize: bool = False,
 ) -> None:
-    """AdaGrad: divides each element's step by the root of its sum of squared gradients."""
+    """AdaGrad: every coordinate's rate falls with the sum of its squared gradients.
+
+    The rule is class Adagrad in fusedopt/rules.py.
+    """
 
 class Adagrad(Optimizer):
-    """AdaGrad: divides each element's step by the root of its sum of squared gradients."""
+    """AdaGrad: every coordinate's rate falls with the sum of its squared gradients.
+
+    The rule is class Adagrad in fusedopt/rules.py.
+    """
 
     def __init__(
         self,
@@ -142,10 +154,16 @@ def rmsprop_(
     momentum_buffer: _Arrays | None = None,
     grad_avg: _Arrays | None = None,
 ) -> None:
-    """RMSprop: divides the gradient by its running root mean square; centered: by its standard deviation."""
+    """RMSProp: divides by a running root mean square of the gradient; centered: by its standard deviation.
+
+    The rule is class RMSprop in fusedopt/rules.py.
+    """
 
 class RMSprop(Optimizer):
-    """RMSprop: divides the gradient by its running root mean square; centered: by its standard deviation."""
+    """RMSProp: divides by a running root mean square of the gradient; centered: by its standard deviation.
+
+    The rule is class RMSprop in fusedopt/rules.py.
+    """
 
     def __init__(
         self,
@@ -183,10 +201,16 @@ def adam_(
     decoupled_weight_decay: bool = False,
     max_exp_avg_sq: _Arrays | None = None,
 ) -> None:
-    """Adam: bias-corrected first and second moments of the gradient."""
+    """Adam: steps of both moments of the gradient, corrected for their start at zero.
+
+    The rule is class Adam in fusedopt/rules.py.
+    """
 
 class Adam(Optimizer):
-    """Adam: bias-corrected first and second moments of the gradient."""
+    """Adam: steps of both moments of the gradient, corrected for their start at zero.
+
+    The rule is class Adam in fusedopt/rules.py.
+    """
 
     def __init__(
         self,
@@ -223,10 +247,16 @@ def adamw_(
     maximize: bool = False,
     max_exp_avg_sq: _Arrays | None = None,
 ) -> None:
-    """AdamW: Adam with decoupled weight decay."""
+    """AdamW: Adam whose weight decay shrinks the weights directly, beside the gradient's step.
+
+    The rule is class AdamW in fusedopt/rules.py.
+    """
 
 class AdamW(Optimizer):
-    """AdamW: Adam with decoupled weight decay."""
+    """AdamW: Adam whose weight decay shrinks the weights directly, beside the gradient's step.
+
+    The rule is class AdamW in fusedopt/rules.py.
+    """
 
     def __init__(
         self,
@@ -263,10 +293,16 @@ def nadam_(
     decoupled_weight_decay: bool = False,
     maximize: bool = False,
 ) -> None:
-    """NAdam: Adam with Nesterov momentum, which warms up."""
+    """NAdam: Adam with Nesterov's look-ahead, along a momentum that warms up.
+
+    The rule is class NAdam in fusedopt/rules.py.
+    """
 
 class NAdam(Optimizer):
-    """NAdam: Adam with Nesterov momentum, which warms up."""
+    """NAdam: Adam with Nesterov's look-ahead, along a momentum that warms up.
+
+    The rule is class NAdam in fusedopt/rules.py.
+    """
 
     def __init__(
         self,
@@ -302,10 +338,16 @@ def radam_(
     decoupled_weight_decay: bool = False,
     maximize: bool = False,
 ) -> None:
-    """RAdam: Adam with a rectified adaptive learning rate, used once its variance is bounded."""
+    """RAdam: Adam whose adaptive rate sets in once its variance is bounded, and is rectified from then on.
+
+    The rule is class RAdam in fusedopt/rules.py.
+    """
 
 class RAdam(Optimizer):
-    """RAdam: Adam with a rectified adaptive learning rate, used once its variance is bounded."""
+    """RAdam: Adam whose adaptive rate sets in once its variance is bounded, and is rectified from then on.
+
+    The rule is class RAdam in fusedopt/rules.py.
+    """
 
     def __init__(
         self,
@@ -339,10 +381,16 @@ def adamax_(
     weight_decay: float = 0.0,
     maximize: bool = False,
 ) -> None:
-    """Adamax: Adam with the infinity norm in place of the second moment."""
+    """Adamax: Adam by the infinity norm.
+
+    The rule is class Adamax in fusedopt/rules.py.
+    """
 
 class Adamax(Optimizer):
-    """Adamax: Adam with the infinity norm in place of the second moment."""
+    """Adamax: Adam by the infinity norm.
+
+    The rule is class Adamax in fusedopt/rules.py.
+    """
 
     def __init__(
         self,
@@ -374,10 +422,16 @@ def adadelta_(
     weight_decay: float = 0.0,
     maximize: bool = False,
 ) -> None:
-    """Adadelta: scales the gradient by the ratio of the running RMS of updates to that of gradients."""
+    """Adadelta: scales the gradient by the ratio of past updates to past gradients.
+
+    The rule is class Adadelta in fusedopt/rules.py.
+    """
 
 class Adadelta(Optimizer):
-    """Adadelta: scales the gradient by the ratio of the running RMS of updates to that of gradients."""
+    """Adadelta: scales the gradient by the ratio of past updates to past gradients.
+
+    The rule is class Adadelta in fusedopt/rules.py.
+    """
 
     def __init__(
         self,
@@ -407,10 +461,16 @@ def lion_(
     weight_decay: float = 0.0,
     maximize: bool = False,
 ) -> None:
-    """Lion: steps by the sign of interpolated momentum; one state, decoupled weight decay."""
+    """Lion: steps by the sign of an interpolation between momentum and gradient; one state, decoupled decay.
+
+    The rule is class Lion in fusedopt/rules.py.
+    """
 
 class Lion(Optimizer):
-    """Lion: steps by the sign of interpolated momentum; one state, decoupled weight decay."""
+    """Lion: steps by the sign of an interpolation between momentum and gradient; one state, decoupled decay.
+
+    The rule is class Lion in fusedopt/rules.py.
+    """
 
     def __init__(
         self,

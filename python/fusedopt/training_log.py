@@ -1,4 +1,4 @@
-"""The module that pickles of 0.1.0 name for what a Trainer holds; all of it is in ``training``."""
+"""The module that pickles of 0.1.0 name for what a Trainer holds; it is in ``training/``."""
 
 from .training import Callback
 from .training.log import CSV, JSONLines, _NoBar

@@ -20,7 +20,9 @@ from device import CHUNK, asked, capture, failing, full, opened, placed, replay,
 from form_cases import CASES, Case, one_of_each_form
 from form_cases_torch import BOTH, DTYPES, filled, made, parameter, wrapped
 from fusedopt import _core
-from fusedopt.torch_forms import refused
+from fusedopt.torch import _engine
+from fusedopt.torch._device import device_refusal
+from fusedopt.torch._engine import engine_of
 from gpu_cases import assert_same_bits as assert_tensors_same
 from torch_cases import NAMES
 from torch_compare import Snapshot, snapshot
@@ -169,7 +171,7 @@ def test_gradscalers_scalars_are_read_where_they_are(name: str, max_norm: float 
         return opt
 
     here, there = both(run)
-    assert there._place is not None
+    assert engine_of(there).home is not None
     assert_same_bits(snapshot(here), snapshot(there))
 
 
@@ -352,7 +354,7 @@ def test_a_first_step_that_is_skipped_begins_nothing(name: str, then: str) -> No
         return opt
 
     here, there = both(run)
-    assert there._place is not None
+    assert engine_of(there).home is not None
     assert_same_bits(snapshot(here), snapshot(there))
 
 
@@ -426,7 +428,7 @@ def test_one_optimizer_over_two_devices_and_the_host(max_norm: float | None, mon
             opt.step()  # all on the CPU
             continue
         with opened():
-            monkeypatch.setattr(optim, "on_device", lambda device: False)  # to torch there is one device only
+            monkeypatch.setattr(_engine, "has_device_kernels", lambda device: False)  # torch sees one device only
             there = dict(zip(params, (0, 1, -1, 1), strict=True))
             all_of = [(t, d) for p, d in there.items() for t in (p.detach(), p.grad, *opt.state[p].values())]
             with placed(dict(all_of)):
@@ -497,9 +499,9 @@ def test_a_device_that_is_full_when_its_kernels_are_loaded_is_asked_again(
     with full():
         monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
         with pytest.raises(_core.DeviceOutOfMemoryError, match="while loading kernels: out of memory"):
-            refused(freed)
+            device_refusal(freed)
         monkeypatch.setattr(torch.cuda, "empty_cache", some_freed)
-        assert not refused(freed)
+        assert not device_refusal(freed)
 
 
 def test_a_captured_step_that_cannot_be_described_keeps_no_memory(device: None) -> None:
@@ -535,7 +537,7 @@ def test_another_choice_of_gradients_beside_a_huge_tensor_waits_for_nothing(devi
 
 
 def test_a_step_on_another_device_uses_no_other_and_goes_back(device: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(optim, "on_device", lambda device: False)  # to torch there is one device only
+    monkeypatch.setattr(_engine, "has_device_kernels", lambda device: False)  # to torch there is one device only
     p = torch.nn.Parameter(torch.ones(5))
     p.grad = torch.ones(5)
     with placed({p.detach(): 1, p.grad: 1}):

@@ -19,6 +19,7 @@ with warnings.catch_warnings():
 
 import fusedopt.torch as optim  # noqa: E402
 from fusedopt.rules import RULES  # noqa: E402
+from fusedopt.torch._engine import engine_of  # noqa: E402
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.filterwarnings("error::fusedopt.torch.FallbackWarning")]
 NAMES = ours.__all__
@@ -59,8 +60,8 @@ def test_the_784_10_10_network_learns(name: str) -> None:
     model = compiled(opt)
     model.fit(x, y, batch_size=32, epochs=4, verbose=0)
     assert model.evaluate(x, y, verbose=0)[1] > 0.8
-    assert opt._inner._plan is not None
-    assert not opt._inner._foreign
+    assert engine_of(opt._inner).plan is not None
+    assert not engine_of(opt._inner).fallback.places
     assert int(opt.iterations) == 64
 
 

@@ -8,6 +8,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 import fusedopt.torch as optim  # noqa: E402
+from fusedopt.torch._engine import engine_of  # noqa: E402
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.filterwarnings("error::fusedopt.torch.FallbackWarning")]
 
@@ -84,7 +85,7 @@ def hugging_face(folder: Path, cls: Any, steps: int, resume: str | None = None, 
 def test_hugging_face_trainer(tmp_path: Path, arguments: dict[str, Any]) -> None:
     mine, opt = hugging_face(tmp_path / "a", optim.AdamW, 8, **arguments)
     assert type(opt) is optim.AdamW
-    assert opt._plan is not None
+    assert engine_of(opt).plan is not None
     theirs, _ = hugging_face(tmp_path / "b", torch.optim.AdamW, 8, **arguments)
     assert_near(values(mine.model), values(theirs.model), 1e-3 if arguments.get("bf16") else 1e-5)
 
@@ -130,7 +131,7 @@ def accelerated(cls: Any, precision: str, switch: bool = False) -> tuple[Any, An
 def test_accelerate(precision: str) -> None:
     mine, opt, said = accelerated(optim.AdamW, precision)
     assert type(opt.optimizer) is optim.AdamW
-    assert opt.optimizer._plan is not None
+    assert engine_of(opt.optimizer).plan is not None
     theirs, _, other = accelerated(torch.optim.AdamW, precision)
     assert said == other
     assert_near(values(mine), values(theirs), 1e-5 if precision == "no" else 1e-3)
@@ -140,7 +141,7 @@ def test_accelerate(precision: str) -> None:
 def test_a_prepared_optimizer_can_be_converted() -> None:
     mine, opt, _ = accelerated(torch.optim.AdamW, "no", switch=True)
     assert type(opt.optimizer) is optim.AdamW
-    assert opt.optimizer._plan is not None
+    assert engine_of(opt.optimizer).plan is not None
     theirs, _, _ = accelerated(torch.optim.AdamW, "no")
     assert_near(values(mine), values(theirs))
 
@@ -183,7 +184,7 @@ def test_lightning(tmp_path: Path, arguments: dict[str, Any]) -> None:
     trainer, mine = lightning(tmp_path / "a", optim.Adam, **arguments)
     (opt,) = trainer.optimizers
     assert type(opt) is optim.Adam
-    assert opt._plan is not None
+    assert engine_of(opt).plan is not None
     _, theirs = lightning(tmp_path / "b", torch.optim.Adam, **arguments)
     assert_near(values(mine), values(theirs), 1e-3 if "precision" in arguments else 1e-5)
     saved = torch.load(tmp_path / "a" / "last.ckpt", weights_only=True)["optimizer_states"][0]

@@ -16,6 +16,7 @@ from form_cases import CASES, Case, one_of_each_form
 from form_cases_torch import BOTH, DTYPES, made, wrapped
 from fusedopt import _core
 from fusedopt.rules import RULES
+from fusedopt.torch import _engine
 from gpu_cases import (
     DEVICE,
     LENGTHS,
@@ -122,7 +123,7 @@ def test_a_gradient_whose_elements_share_memory_gives_the_cpus_bits() -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_tensors_read_without_the_exchange_api_give_the_cpus_bits(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(optim, "_EXCHANGE", False)
+    monkeypatch.setattr(_engine, "EXCHANGE", False)
     here, there = both(lambda device: trained(plain(name), device, max_grad_norm=0.5, steps=3))
     assert_same(there, here)
 

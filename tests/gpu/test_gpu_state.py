@@ -16,6 +16,7 @@ import fusedopt.torch as optim
 from form_cases import Case, one_of_each_form
 from form_cases_torch import made, wrapped
 from fusedopt.bench.shapes import gpt2
+from fusedopt.torch._engine import engine_of
 from gpu_cases import (
     DEVICE,
     NEEDS_GPU,
@@ -300,5 +301,5 @@ def test_a_model_learns_on_the_gpu(name: str) -> None:
         opt.step()
         losses.append(loss.detach())
     assert losses[-1] < 0.9 * losses[0]
-    assert opt._plan is not None
-    assert not opt._foreign
+    assert engine_of(opt).plan is not None
+    assert not engine_of(opt).fallback.places

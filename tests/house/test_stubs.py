@@ -41,9 +41,9 @@ def pinned_torch() -> None:
         pytest.skip(f"the stubs are made with torch {pin[1]}")
 
 
-@pytest.mark.parametrize("name", ["__init__.pyi", "numpy.pyi", "torch.pyi"])
+@pytest.mark.parametrize("name", ["__init__.pyi", "numpy.pyi", "torch/__init__.pyi"])
 def test_the_committed_stubs_are_those_of_the_rules(make_stubs: ModuleType, name: str) -> None:
-    if name == "torch.pyi":
+    if name == "torch/__init__.pyi":
         pinned_torch()
     assert make_stubs.differences([name]) == []
 
@@ -52,7 +52,7 @@ def test_an_old_or_missing_stub_is_found(
     make_stubs: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(make_stubs, "PACKAGE", tmp_path)
-    monkeypatch.setattr(make_stubs, "STUBS", {k: v for k, v in make_stubs.STUBS.items() if k != "torch.pyi"})
+    monkeypatch.setattr(make_stubs, "STUBS", {k: v for k, v in make_stubs.STUBS.items() if k != "torch/__init__.pyi"})
     monkeypatch.setattr(sys, "argv", ["make_stubs.py", "--check"])
     assert make_stubs.main() == 1
     monkeypatch.setattr(sys, "argv", ["make_stubs.py"])
@@ -122,13 +122,22 @@ def test_the_optimizer_of_numpy_has_what_its_stub_says() -> None:
 def test_the_optimizers_of_torch_have_what_their_stub_says() -> None:
     torch = pytest.importorskip("torch")
     module = importlib.import_module("fusedopt.torch")
-    node = classes("torch.pyi")["_Fused"]
+    node = classes("torch/__init__.pyi")["_Fused"]
     opt = module.SGD([torch.ones(3, requires_grad=True)], lr=0.1)
     said = {n.target.id for n in node.body if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name)}
     said |= set(functions(node.body))
     assert {name for name in said if not hasattr(opt, name)} == set()
     added = {name for name in dir(opt) if not name.startswith("_")} - set(dir(torch.optim.SGD([torch.ones(3)], lr=0.1)))
     assert added <= said
+
+
+@pytest.mark.parametrize("rule", RULES.values(), ids=lambda rule: rule.name)
+def test_what_is_made_from_a_rule_leads_to_it(rule: Any) -> None:
+    for function in (getattr(fusedopt, rule.function), getattr(fusedopt, rule.name).__init__):
+        source = inspect.getsource(function)
+        assert f"class {type(rule).__name__} in fusedopt/rules.py" in source
+        assert ast.parse(source).body[0].name == function.__name__  # type: ignore[attr-defined]
+    assert f"class {type(rule).__name__} in fusedopt/rules.py" in ast.get_docstring(classes("numpy.pyi")[rule.name])
 
 
 # ---- documentation

@@ -15,6 +15,7 @@ from form_cases_torch import DTYPES, made, wrapped
 from fusedopt import forms
 from fusedopt.bench.gpu import missing
 from fusedopt.rules import RULES
+from fusedopt.torch._engine import engine_of
 from helpers import SPECIAL
 from torch_cases import generator, values
 from torch_compare import all_params
@@ -146,8 +147,8 @@ def assert_same_bits(a: torch.Tensor, b: torch.Tensor, what: str = "") -> None:
 def assert_same(there: Any, here: Any) -> None:
     """Two optimizers have bit-identical parameters and states, and no tensor took torch's own step."""
     for opt in (there, here):
-        assert opt._plan is not None
-        assert not opt._foreign
+        assert engine_of(opt).plan is not None
+        assert not engine_of(opt).fallback.places
     a, b = kept(there), kept(here)
     assert a.keys() == b.keys()
     for key, value in b.items():

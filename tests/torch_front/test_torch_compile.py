@@ -12,6 +12,7 @@ import torch
 
 import fusedopt.torch as optim
 import torch_cases
+from fusedopt.torch._engine import engine_of
 from torch_cases import NAMES, ours, some_cases
 from torch_compare import assert_same_bits, snapshot
 
@@ -154,7 +155,7 @@ def test_without_fullgraph_the_step_stays_outside(name: str, scheduler: bool) ->
                 opt.param_groups[0]["lr"] *= 0.9
         if compiled:
             assert graphs() == seen, "a new learning rate made a new graph"
-            assert opt._plan is not None
+            assert engine_of(opt).plan is not None
         results.append(snapshot(opt, list(model.parameters())))
     assert_same_bits(*results)
 
@@ -244,7 +245,7 @@ def test_the_operator_passes_torchs_own_check() -> None:
         p.grad = torch.ones_like(p)
     opt = optim.Adam(params)
     torch.compile(opt.step, backend="eager", fullgraph=True)()
-    view = opt._views[(0, 1)]
-    args = (opt._number, [0, 1], [p.detach() for p in params], [p.grad for p in params], view.states)
+    view = engine_of(opt).traced_views[(0, 1)]
+    args = (engine_of(opt).number, [0, 1], [p.detach() for p in params], [p.grad for p in params], view.states)
     torch.library.opcheck(torch.ops.fusedopt.step.default, args)
     assert opt.state[params[0]]["step"] is view.states[0]

@@ -10,6 +10,7 @@ import torch
 from torch.optim import Adam as EarlyAdam
 
 import fusedopt.torch as optim
+from fusedopt.torch._engine import engine_of
 from torch_cases import IN_TORCH, cases, gradients, ours, parameters, plain, some_cases
 from torch_compare import assert_close, assert_same_bits, falling_back_is_fine, snapshot, train
 
@@ -115,7 +116,7 @@ def test_a_converted_optimizer_is_ours_bit_for_bit(name: str, options: Options) 
     grads, mine, want = gradients(5), parameters(), parameters()
     opt = optim.convert(getattr(torch.optim, name)(mine, **options))
     train(opt, grads, mine)
-    assert opt._plan is not None
+    assert engine_of(opt).plan is not None
     fresh = ours(name, want, **options)
     train(fresh, grads, want)
     assert_same_bits(snapshot(opt, mine), snapshot(fresh, want))

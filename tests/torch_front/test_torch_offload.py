@@ -15,6 +15,7 @@ import pytest
 import torch
 
 import fusedopt.torch as optim
+from fusedopt.torch._engine import engine_of
 from torch_cases import NAMES, gradients, ours, parameters, some_cases
 from torch_compare import assert_close, assert_same_bits, same, train
 
@@ -36,8 +37,8 @@ def test_the_bits_are_those_of_the_plain_optimizer_with_masters(name: str, optio
     train(opt, grads, mine)
     train(plain, grads, want)
     assert_same_bits(weights(mine), weights(want))
-    assert opt.inner._plan is not None
-    assert not opt.inner._foreign
+    assert engine_of(opt.inner).plan is not None
+    assert not engine_of(opt.inner).fallback.places
     if FORMS[dtype]:
         stepped = [s for s in opt.inner.state.values() if "master" in s]
         assert len(stepped) >= 7
@@ -169,7 +170,7 @@ def test_torchao_offloads_to_ours(name: str, monkeypatch: pytest.MonkeyPatch) ->
             o.step()
     assert_same_bits(weights(mine), weights(want))
     assert {type(o) for o in opt.optim_dict.values()} == {getattr(optim, name)}
-    assert all(o._plan is not None and not o._foreign for o in opt.optim_dict.values())
+    assert all(engine_of(o).plan is not None and not engine_of(o).fallback.places for o in opt.optim_dict.values())
 
 
 DEEPSPEED = """
@@ -178,6 +179,7 @@ warnings.simplefilter("ignore")
 import sys
 import torch, deepspeed
 import fusedopt.torch
+from fusedopt.torch._engine import engine_of
 
 deepspeed.init_distributed(dist_backend="gloo", verbose=False)
 results = []
@@ -201,7 +203,7 @@ for module in (fusedopt.torch, torch.optim):
     results.append([p.detach().float() for group in opt.param_groups for p in group["params"]])
     if module is fusedopt.torch:
         assert type(engine.optimizer.optimizer) is fusedopt.torch.AdamW
-        assert opt._plan is not None and not opt._foreign
+        assert engine_of(opt).plan is not None and not engine_of(opt).fallback.places
 torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
 print("same", file=sys.stderr)
 """

@@ -5,6 +5,7 @@ import torch
 
 import fusedopt.torch as ours
 from fusedopt.rules import RULES
+from fusedopt.torch import _engine
 
 
 def run(name: str) -> list[torch.Tensor]:
@@ -23,7 +24,7 @@ def run(name: str) -> list[torch.Tensor]:
 @pytest.mark.parametrize("name", RULES)
 def test_steps_without_the_exchange_api_have_the_same_bits(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     want = run(name)
-    monkeypatch.setattr(ours, "_EXCHANGE", False)
+    monkeypatch.setattr(_engine, "EXCHANGE", False)
     for got, expected in zip(run(name), want, strict=True):
         assert torch.equal(got, expected)
 
@@ -39,6 +40,6 @@ def test_forms_of_integers_are_read_there_too(master: str, monkeypatch: pytest.M
         return [p.detach(), *(v for v in opt.state[p].values() if isinstance(v, torch.Tensor))]
 
     want = kept()
-    monkeypatch.setattr(ours, "_EXCHANGE", False)
+    monkeypatch.setattr(_engine, "EXCHANGE", False)
     for got, expected in zip(kept(), want, strict=True):
         assert torch.equal(got, expected)

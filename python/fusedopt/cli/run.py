@@ -25,7 +25,10 @@ import torch
 from torch.optim import Optimizer
 from torch.optim import optimizer as _torch_optimizer
 
-from ..torch_install import _THEIRS, install, ours
+from ..torch import FallbackWarning
+from ..torch._engine import engine_of
+from ..torch._install import REPLACED, install
+from ..torch._optimizer import Fused
 
 __all__ = ["Record", "Recorder", "run"]
 
@@ -38,26 +41,22 @@ class Record:
         self.seconds = array("d")  # of each step, without its closure
         self.fused = 0  # tensors that the kernels updated in the last step that was looked at
         self.reasons: dict[str, int] = {}  # why torch's own step updated tensors -> the most at once
-        self._plan: Any = None
+        self._plans_built = 0
 
     def look(self, optimizer: Any) -> None:
         """Notes who updates what; called after a step."""
-        params = _params(optimizer)
-        optimizer = getattr(getattr(optimizer, "_shards", None), "inner", optimizer)  # the local side of DTensors
-        if not isinstance(optimizer, ours._Fused):
-            self.reasons[_why_not(optimizer)] = len(params)
+        if not isinstance(optimizer, Fused):
+            self.reasons[_why_not(optimizer)] = sum(len(group["params"]) for group in optimizer.param_groups)
             return
-        if optimizer._plan is self._plan and not optimizer._foreign:
+        engine = engine_of(optimizer)
+        if engine.plans_built == self._plans_built and not engine.fallback.places:
             return
-        self._plan = optimizer._plan
-        given = {local: p.grad is not None for p, local in zip(params, _params(optimizer), strict=True)}
-        everything = sum(given.values())
-        for reason, places in optimizer._foreign.items():
-            n = sum(given[p] for _, p in places)
-            everything -= n
+        self._plans_built = engine.plans_built
+        tensors = engine.updated_by(optimizer)
+        self.fused = max(self.fused, tensors.pop(None))
+        for reason, n in tensors.items():
             if n:
-                self.reasons[reason] = max(n, self.reasons.get(reason, 0))
-        self.fused = max(self.fused, everything)
+                self.reasons[str(reason)] = max(n, self.reasons.get(str(reason), 0))
 
     def as_dict(self) -> dict[str, Any]:
         return {
@@ -81,10 +80,6 @@ class Record:
         return text
 
 
-def _params(optimizer: Optimizer) -> list[torch.Tensor]:
-    return [p for group in optimizer.param_groups for p in group["params"]]
-
-
 def _human(seconds: float) -> str:
     for unit, size in (("s", 1.0), ("ms", 1e-3)):
         if seconds >= size:
@@ -98,9 +93,9 @@ def _tensors(n: int) -> str:
 
 def _why_not(optimizer: Optimizer) -> str:
     cls = type(optimizer)
-    if cls in _THEIRS:
+    if cls in REPLACED:
         return "made before the classes were replaced"
-    base = next((c for c in cls.__mro__ if c in _THEIRS), None)
+    base = next((c for c in cls.__mro__ if c in REPLACED), None)
     if base is not None:
         return f"a class of its own, derived from torch.optim.{base.__name__}"
     return f"fusedopt has no {cls.__name__}"
@@ -198,7 +193,7 @@ def _begin_in_child(file: Path | None, quiet: bool) -> None:
 def begin(recorder: Recorder) -> Recorder:
     """Replaces the classes and starts to watch, here and in the processes that will be started."""
     install()
-    warnings.filterwarnings("ignore", category=ours.FallbackWarning)  # the report says it
+    warnings.filterwarnings("ignore", category=FallbackWarning)  # the report says it
     recorder.__enter__()
     multiprocessing.util.register_after_fork(recorder, Recorder.restart)
     prepare = multiprocessing.spawn.get_preparation_data

@@ -7,17 +7,19 @@ from typing import Any, overload
 import torch
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from .torch_backward import InBackward as InBackward
-from .torch_backward import step_in_backward as step_in_backward
-from .torch_install import convert as convert
-from .torch_install import install as install
-from .torch_install import installed as installed
-from .torch_install import uninstall as uninstall
-from .torch_offload import Offload as Offload
-from .torch_schedule import ScheduledLR as ScheduledLR
-from .training import Callback as Callback
-from .training import Trainer as Trainer
-from .training import fit as fit
+from ..training import Callback as Callback
+from ..training import Trainer as Trainer
+from ..training import fit as fit
+from ._backward import InBackward as InBackward
+from ._backward import step_in_backward as step_in_backward
+from ._fallback import FallbackWarning as FallbackWarning
+from ._install import convert as convert
+from ._install import install as install
+from ._install import installed as installed
+from ._install import uninstall as uninstall
+from ._offload import Offload as Offload
+from ._schedule import ScheduledLR as ScheduledLR
+from ._state import memory_report as memory_report
 
 __all__ = [
     "SGD",
@@ -36,12 +38,11 @@ __all__ = [
     "step_in_backward",
 ]
 
-class FallbackWarning(UserWarning):
-    """A tensor takes torch's own step, for the given reason."""
-
 class _Fused(Optimizer):
-    last_grad_norm: torch.Tensor | None
-    last_step_skipped: bool
+    @property
+    def last_grad_norm(self) -> torch.Tensor | None: ...
+    @property
+    def last_step_skipped(self) -> bool: ...
     @property
     def max_grad_norm(self) -> float | None: ...
     @max_grad_norm.setter
@@ -52,11 +53,11 @@ class _Fused(Optimizer):
     def step(self, closure: Callable[[], float]) -> float: ...
     def ema_parameters(self) -> AbstractContextManager[None]: ...
 
-def memory_report(optimizer: Optimizer) -> dict[str, float]:
-    """Bytes per parameter, by kind."""
-
 class SGD(_Fused, torch.optim.SGD):
-    """Stochastic gradient descent, with momentum, dampening and Nesterov momentum."""
+    """Stochastic gradient descent, with momentum, dampening and Nesterov's look-ahead.
+
+    The rule is class SGD in fusedopt/rules.py.
+    """
 
     def __init__(
         self,
@@ -81,7 +82,10 @@ class SGD(_Fused, torch.optim.SGD):
     ) -> None: ...
 
 class Adagrad(_Fused, torch.optim.Adagrad):
-    """AdaGrad: divides each element's step by the root of its sum of squared gradients."""
+    """AdaGrad: every coordinate's rate falls with the sum of its squared gradients.
+
+    The rule is class Adagrad in fusedopt/rules.py.
+    """
 
     def __init__(
         self,
@@ -106,7 +110,10 @@ class Adagrad(_Fused, torch.optim.Adagrad):
     ) -> None: ...
 
 class RMSprop(_Fused, torch.optim.RMSprop):
-    """RMSprop: divides the gradient by its running root mean square; centered: by its standard deviation."""
+    """RMSProp: divides by a running root mean square of the gradient; centered: by its standard deviation.
+
+    The rule is class RMSprop in fusedopt/rules.py.
+    """
 
     def __init__(
         self,
@@ -132,7 +139,10 @@ class RMSprop(_Fused, torch.optim.RMSprop):
     ) -> None: ...
 
 class Adam(_Fused, torch.optim.Adam):
-    """Adam: bias-corrected first and second moments of the gradient."""
+    """Adam: steps of both moments of the gradient, corrected for their start at zero.
+
+    The rule is class Adam in fusedopt/rules.py.
+    """
 
     def __init__(
         self,
@@ -159,7 +169,10 @@ class Adam(_Fused, torch.optim.Adam):
     ) -> None: ...
 
 class AdamW(_Fused, torch.optim.AdamW):
-    """AdamW: Adam with decoupled weight decay."""
+    """AdamW: Adam whose weight decay shrinks the weights directly, beside the gradient's step.
+
+    The rule is class AdamW in fusedopt/rules.py.
+    """
 
     def __init__(
         self,
@@ -185,7 +198,10 @@ class AdamW(_Fused, torch.optim.AdamW):
     ) -> None: ...
 
 class NAdam(_Fused, torch.optim.NAdam):
-    """NAdam: Adam with Nesterov momentum, which warms up."""
+    """NAdam: Adam with Nesterov's look-ahead, along a momentum that warms up.
+
+    The rule is class NAdam in fusedopt/rules.py.
+    """
 
     def __init__(
         self,
@@ -211,7 +227,10 @@ class NAdam(_Fused, torch.optim.NAdam):
     ) -> None: ...
 
 class RAdam(_Fused, torch.optim.RAdam):
-    """RAdam: Adam with a rectified adaptive learning rate, used once its variance is bounded."""
+    """RAdam: Adam whose adaptive rate sets in once its variance is bounded, and is rectified from then on.
+
+    The rule is class RAdam in fusedopt/rules.py.
+    """
 
     def __init__(
         self,
@@ -236,7 +255,10 @@ class RAdam(_Fused, torch.optim.RAdam):
     ) -> None: ...
 
 class Adamax(_Fused, torch.optim.Adamax):
-    """Adamax: Adam with the infinity norm in place of the second moment."""
+    """Adamax: Adam by the infinity norm.
+
+    The rule is class Adamax in fusedopt/rules.py.
+    """
 
     def __init__(
         self,
@@ -260,7 +282,10 @@ class Adamax(_Fused, torch.optim.Adamax):
     ) -> None: ...
 
 class Adadelta(_Fused, torch.optim.Adadelta):
-    """Adadelta: scales the gradient by the ratio of the running RMS of updates to that of gradients."""
+    """Adadelta: scales the gradient by the ratio of past updates to past gradients.
+
+    The rule is class Adadelta in fusedopt/rules.py.
+    """
 
     def __init__(
         self,
@@ -284,7 +309,10 @@ class Adadelta(_Fused, torch.optim.Adadelta):
     ) -> None: ...
 
 class Lion(_Fused):
-    """Lion: steps by the sign of interpolated momentum; one state, decoupled weight decay."""
+    """Lion: steps by the sign of an interpolation between momentum and gradient; one state, decoupled decay.
+
+    The rule is class Lion in fusedopt/rules.py.
+    """
 
     def __init__(
         self,

@@ -1,5 +1,5 @@
-"""Gradient release: every parameter is updated inside ``backward``, as soon as its gradient is complete, and the
-gradient is freed. See :func:`step_in_backward`."""
+"""Gradient release: ``backward`` updates every parameter as soon as its gradient is complete, and frees the gradient.
+See :func:`step_in_backward`."""
 
 from __future__ import annotations
 
@@ -15,11 +15,13 @@ __all__ = ["InBackward", "step_in_backward"]
 
 
 class InBackward(Optimizer):
-    """What :func:`step_in_backward` returns: an optimizer whose work is done when ``step`` is called.
+    """What :func:`step_in_backward` returns: an optimizer whose parameters are already updated when ``step`` is called.
 
-    ``param_groups`` are read at every update, so schedulers work; ``state_dict`` and ``load_state_dict`` are those of
-    the optimizer that the factory makes for all parameters together.
+    ``param_groups`` are read at every update, so schedulers work. ``state_dict`` and ``load_state_dict`` use the format
+    of the optimizer that the factory makes for all parameters together.
     """
+
+    __module__ = "fusedopt.torch"
 
     def __init__(self, whole: Optimizer, accumulate: int) -> None:
         self._whole = whole
@@ -34,7 +36,7 @@ class InBackward(Optimizer):
         for p in self._groups:
             self._handles.append(p.register_post_accumulate_grad_hook(self._complete))
 
-    # Each parameter has an optimizer of its own; the state of all of them together is what the outside sees.
+    # Each parameter has an optimizer of its own; users see their states merged.
 
     @property
     def state(self) -> Any:
@@ -46,7 +48,7 @@ class InBackward(Optimizer):
         return whole
 
     @state.setter
-    def state(self, value: Any) -> None:  # by torch's constructor; it is empty
+    def state(self, value: Any) -> None:  # torch's constructor sets an empty one
         pass
 
     def _distribute(self) -> None:
@@ -74,8 +76,8 @@ class InBackward(Optimizer):
         p.grad = None
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Calls ``closure`` if there is one; updates what still has a gradient, such as one that was accumulated in
-        :meth:`no_step`. The rest has been updated in ``backward``."""
+        """Updates the parameters that still have a gradient, such as one accumulated in :meth:`no_step`; ``backward``
+        has updated all others. Calls ``closure`` first, if there is one, and returns its loss."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -87,7 +89,7 @@ class InBackward(Optimizer):
 
     @contextmanager
     def no_step(self) -> Iterator[None]:
-        """In this block ``backward`` only accumulates; the next one outside, or ``step``, updates with the sum."""
+        """In this block ``backward`` only accumulates; the next ``backward`` outside, or ``step``, uses the sum."""
         held, self._held = self._held, True
         try:
             yield
@@ -95,13 +97,13 @@ class InBackward(Optimizer):
             self._held = held
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Not after construction: a parameter needs its hook."""
+        """Raises RuntimeError: groups cannot be added after construction, since their parameters need hooks."""
         if "_groups" in self.__dict__:
             raise RuntimeError("add_param_group: call step_in_backward again with all parameters")
         super().add_param_group(param_group)
 
     def state_dict(self) -> dict[str, Any]:
-        """That of the optimizer for all parameters."""
+        """The state dict of the optimizer for all parameters."""
         self._whole.state.update(self.state)
         try:
             return self._whole.state_dict()
@@ -117,7 +119,7 @@ class InBackward(Optimizer):
         self._distribute()
 
     def remove(self) -> None:
-        """Takes the hooks off: ``backward`` is as before."""
+        """Removes the hooks: ``backward`` no longer updates parameters."""
         for handle in self._handles:
             handle.remove()
 
@@ -138,9 +140,9 @@ def step_in_backward(
 ) -> InBackward:
     """Lets ``backward`` update each parameter when its gradient is complete, and free the gradient.
 
-    Gradients never exist all at once: the most that is alive is what one step of ``backward`` makes. The loop stays as
-    it is: ``step`` and ``zero_grad`` of the returned optimizer may be called and have nothing left to do, schedulers
-    act on its ``param_groups``.
+    The gradients never exist all at once: at most those that one step of ``backward`` makes are alive. The training
+    loop stays as it is: ``step`` and ``zero_grad`` of the returned optimizer can be called and have nothing left to do,
+    and schedulers act on its ``param_groups``.
 
     Args:
         model: its parameters that require a gradient are updated.
@@ -151,8 +153,8 @@ def step_in_backward(
         ValueError: ``max_grad_norm``: a global norm needs all gradients; ``accumulate`` below 1; no parameters.
         TypeError: a model in DistributedDataParallel, whose gradients are summed only after they are complete here.
 
-    What also cannot work: ``clip_grad_norm_`` finds no gradients after ``backward``; GradScaler scales gradients that
-    have been used by the time it unscales, and raises when its ``step`` finds none. Use bfloat16, which needs no
+    Two more things do not work: ``clip_grad_norm_`` finds no gradients after ``backward``; GradScaler unscales
+    gradients only after they have been used, and raises when its ``step`` finds none. Use bfloat16, which needs no
     scaler.
 
     Example:

@@ -1,9 +1,9 @@
-"""The step as torch.compile sees it. Imported while a graph is traced, as it imports torch's compiler.
+"""The step under torch.compile. Imported only while a graph is traced, since it imports torch's compiler.
 
-A graph breaks at ``opt.step()`` and the step runs between its halves, at its usual speed. With ``fullgraph=True`` it is
-one operator, ``torch.ops.fusedopt.step``, that declares what it changes and finds the optimizer by a number; lr and the
-other options are read from the groups when it runs. Either way no option is guarded, so a new lr recompiles nothing.
-The operator is not the default because the guards of its tensors cost several times the step of a small model.
+A graph breaks at ``opt.step()``, and the step runs between the two parts at its usual speed. With ``fullgraph=True`` it
+is one operator, ``torch.ops.fusedopt.step``, which declares what it changes and finds the optimizer by a number. It
+reads lr and the other options from the groups when it runs: no option is guarded, and a new lr recompiles nothing.
+The operator is not the default because the guards on its tensors cost several times the step of a small model.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ import torch
 from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch.optim import optimizer as _torch_optimizer
 
-from .torch import _TYPES, _optimizers
-from .torch_forms import DTYPES, refused
+from ._eligibility import group_reason, takes_parameter
+from ._engine import Engine, engine_of, optimizers
+from ._state import create_state
 
 Tensors = Sequence[torch.Tensor]
 
@@ -36,13 +37,14 @@ class _View:
 
 
 def _run(number: str, chosen: Sequence[int], params: Tensors, grads: Tensors, states: Tensors) -> None:
-    opt = _optimizers[number]
-    view = opt._views[tuple(chosen)]
-    mine, given = [*view.params, *view.states], [*params, *states]
+    optimizer = optimizers[number]
+    engine = engine_of(optimizer)
+    view, everything = engine.traced_views[tuple(chosen)], engine.traced_params
+    assert everything is not None
     # Some backends let a graph work on copies, and write them back afterwards.
-    copies = [(a, b) for a, b in zip(mine, given, strict=True) if a is not b and a.data_ptr() != b.data_ptr()]
-    everything = opt._every
-    kept = [p.grad for p in everything]
+    originals, given = [*view.params, *view.states], [*params, *states]
+    copies = [(a, b) for a, b in zip(originals, given, strict=True) if a is not b and a.data_ptr() != b.data_ptr()]
+    saved = [p.grad for p in everything]
     with torch.no_grad():
         for a, b in copies:
             a.copy_(b)
@@ -51,16 +53,16 @@ def _run(number: str, chosen: Sequence[int], params: Tensors, grads: Tensors, st
                 p.grad = None
             for p, g in zip(view.params, grads, strict=True):
                 p.grad = g
-            opt._step()
+            engine.run(optimizer)
         finally:
-            for p, was in zip(everything, kept, strict=True):
-                p.grad = was
+            for p, grad in zip(everything, saved, strict=True):
+                p.grad = grad
         for a, b in copies:
             b.copy_(a)
 
 
 def _fake(number: str, chosen: Sequence[int], params: Tensors, grads: Tensors, states: Tensors) -> None:
-    """Has no result; what it changes, it has declared."""
+    """There is no result; what the operator changes, it declares."""
 
 
 for _device in ("CPU", "CUDA"):
@@ -76,54 +78,50 @@ def _whole_graph() -> bool:
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _list_params(number: str) -> None:
-    """All parameters as one list: a graph that went through the groups would guard lr, which stands beside them."""
-    opt = _optimizers[number]
-    opt._every = [p for group in opt.param_groups for p in group["params"]]
+    """Puts all parameters into one list: a graph that read the groups would guard lr, which is in them, too."""
+    optimizer = optimizers[number]
+    engine_of(optimizer).traced_params = [p for group in optimizer.param_groups for p in group["params"]]
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _prepare(number: str, chosen: tuple[int, ...]) -> bool:
     """Creates the state of the chosen parameters; whether the operator takes them. Called when a graph is traced."""
-    opt = _optimizers[number]
-    everything = [(group, p) for group in opt.param_groups for p in group["params"]]
+    optimizer = optimizers[number]
+    engine = engine_of(optimizer)
+    everything = [(group, p) for group in optimizer.param_groups for p in group["params"]]
     picked = [everything[i] for i in chosen]
-    for group, p in picked:
-        plain = type(p) in _TYPES and p.layout == torch.strided and not refused(p.device) and p.dtype in _NAMES
-        if not plain or opt._group_reason(group):
-            return False
+    if any(not takes_parameter(p) or group_reason(group) for group, p in picked):
+        return False
     states: list[torch.Tensor] = []
     for group, p in picked:
-        if opt._rule.scalars:  # else nothing counts the steps but the state's existence, and it begins in the step
-            opt._fill_state(p, group)
-        states += [s for s in opt.state.get(p, {}).values() if isinstance(s, torch.Tensor)]
-    opt._views[chosen] = _View([p for _, p in picked], states)
+        if engine.rule.scalars:  # else steps are counted by the state's existence alone, and the step creates it
+            create_state(optimizer, engine.rule, p, group)
+        states += [s for s in optimizer.state.get(p, {}).values() if isinstance(s, torch.Tensor)]
+    engine.traced_views[chosen] = _View([p for _, p in picked], states)
     return True
 
 
-_NAMES = frozenset(DTYPES.values())
-
-
 @torch.compiler.disable  # type: ignore[untyped-decorator]
-def _outside(opt: Any, closure: Any) -> Any:
-    return opt.step(closure)
+def _outside(optimizer: Any, closure: Any) -> Any:
+    return optimizer.step(closure)
 
 
-def step(opt: Any, closure: Any) -> Any:
-    """``opt.step(closure)`` for a compiler that traces this function."""
+def step(optimizer: Any, engine: Engine, closure: Any) -> Any:
+    """``optimizer.step(closure)`` for a compiler that traces this function."""
     outside = (
         closure is not None
-        or len(opt._optimizer_step_pre_hooks)
-        or len(opt._optimizer_step_post_hooks)
+        or len(optimizer._optimizer_step_pre_hooks)
+        or len(optimizer._optimizer_step_post_hooks)
         or len(_torch_optimizer._global_optimizer_pre_hooks)
         or len(_torch_optimizer._global_optimizer_post_hooks)
     )
     if not outside and _whole_graph():
-        _list_params(opt._number)
-        chosen = [i for i, p in enumerate(opt._every) if p.grad is not None]
+        _list_params(engine.number)
+        chosen = [i for i, p in enumerate(engine.traced_params or ()) if p.grad is not None]
         key = tuple(chosen)
-        if key and _prepare(opt._number, key):
-            view = opt._views[key]
+        if key and _prepare(engine.number, key):
+            view = engine.traced_views[key]
             with torch.no_grad():
-                torch.ops.fusedopt.step(opt._number, chosen, view.params, [p.grad for p in view.params], view.states)
+                torch.ops.fusedopt.step(engine.number, chosen, view.params, [p.grad for p in view.params], view.states)
             return None
-    return _outside(opt, closure)
+    return _outside(optimizer, closure)

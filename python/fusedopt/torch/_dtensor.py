@@ -1,19 +1,20 @@
-"""Steps on DTensors (FSDP2's ``fully_shard``, tensor parallelism): the kernels work on the shards of this process.
+"""Steps on DTensors (FSDP2's ``fully_shard``, tensor parallelism): the kernels update the shards of this process.
 
-Every rule here is elementwise, so the step of a sharded parameter is the step of its shards. An inner optimizer of the
-same class holds the local tensors and does all that an optimizer does; the outer one keeps state as DTensors, which is
-what checkpoints and resharding want. Only the norm for clipping crosses the mesh.
+Every rule is elementwise, so the step of a sharded parameter is the step of its shards. An inner optimizer of the same
+class holds the local tensors and updates them. The outer one, the user's, holds the state as DTensors, which
+checkpoints and resharding need. Only the norm for clipping is reduced over the mesh.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.tensor import DTensor, Replicate
+
+from .. import _core
 
 __all__ = ["Shards", "any_dtensor"]
 
@@ -24,50 +25,57 @@ def any_dtensor(groups: list[dict[str, Any]]) -> bool:
 
 
 class Shards:
-    """The local side of an optimizer over DTensors."""
+    """The local side of an optimizer over DTensors.
 
-    def __init__(self, outer: Any) -> None:
-        self.outer = outer
+    Attributes:
+        inner: the optimizer over the local tensors, of the same class.
+        engine: its engine.
+        local: parameter of the outer optimizer -> local tensor.
+    """
+
+    def __init__(self) -> None:
         self.inner: Any = None
-        self._plan: Any = None  # the inner one's, when its state was last looked at
-        self._params: list[list[torch.Tensor]] = []  # the outer ones that the inner optimizer was made for
-        self._local: dict[torch.Tensor, torch.Tensor] = {}
-        self._wrapped: dict[torch.Tensor, dict[str, tuple[Any, Any]]] = {}  # param -> name -> (outer's, inner's) state
+        self.engine: Any = None
+        self.local: dict[torch.Tensor, torch.Tensor] = {}
+        self._published = -1  # engine.plans_built when the outer optimizer last got new state
+        self._params: list[list[torch.Tensor]] = []  # the outer parameters that the inner optimizer was made for
+        self._wrapped: dict[torch.Tensor, dict[str, tuple[Any, Any]]] = {}  # param -> name -> (outer, inner) state
 
-    def step(self, unscale: float, max_norm: float) -> torch.Tensor | None:
-        """One step on the local shards; the norm of all gradients over the whole mesh where it clips."""
-        outer = self.outer
-        self._follow()
+    def step(self, engine: Any, outer: Any, unscale: float, max_norm: float) -> torch.Tensor | None:
+        """Does one step on the local shards; the norm of all gradients over the whole mesh where it clips.
+
+        Args:
+            engine: that of ``outer``.
+        """
+        self._follow(engine, outer)
         inner = self.inner
         for theirs, ours in zip(outer.param_groups, inner.param_groups, strict=True):
             for p, local in zip(theirs["params"], ours["params"], strict=True):
                 local.grad = _local_grad(p)
         norm, factor = None, 1.0
         if max_norm:
-            norm = self._norm() * abs(unscale)
-            clip = max_norm / (norm + 1e-6)
-            factor = 1.0 if clip >= 1 else float(clip)
-        inner.__dict__.pop("grad_scale", None)
+            norm = self._norm(outer) * abs(unscale)
+            factor = _core.clip_factor(max_norm, float(norm))
+        vars(inner).pop("grad_scale", None)
         if unscale * factor != 1.0:
             inner.grad_scale = 1.0 / (unscale * factor) if unscale * factor != 0 else float("inf")
         try:
-            inner._step()
+            self.engine.run(inner)
         finally:
             for group in inner.param_groups:
                 for local in group["params"]:
                     local.grad = None
-        if inner._foreign or inner._plan is not self._plan:  # only then may there be new state
-            self._plan = inner._plan
-            self._publish()
+        if self.engine.fallback.places or self.engine.plans_built != self._published:  # there may be new state
+            self._published = self.engine.plans_built
+            self._publish(outer, engine.rule.scalars)
         return norm
 
     # --- the two sides ---
 
-    def _follow(self) -> None:
-        """Brings the inner optimizer up to what the outer one holds now."""
-        outer = self.outer
+    def _follow(self, engine: Any, outer: Any) -> None:
+        """Brings the inner optimizer up to date with the outer one's parameters, options and state."""
         params = [group["params"] for group in outer.param_groups]
-        moved = any(_local(p) is not local for p, local in self._local.items())
+        moved = any(_local(p) is not local for p, local in self.local.items())
         if (
             moved
             or len(params) != len(self._params)
@@ -76,12 +84,12 @@ class Shards:
                 for a, b in zip(params, self._params, strict=True)
             )
         ):
-            self._rebuild(params)
+            self._rebuild(engine, outer, params)
         for theirs, ours in zip(outer.param_groups, self.inner.param_groups, strict=True):
             for key, value in theirs.items():
                 if key not in ("params", "max_grad_norm"):
                     ours[key] = value
-        for p, local in self._local.items():
+        for p, local in self.local.items():
             entry = outer.state.get(p)
             known = self._wrapped.get(p, {})
             if entry is None:
@@ -91,23 +99,17 @@ class Shards:
                 self._wrapped[p] = pairs = {name: (value, _local(value)) for name, value in entry.items()}
                 self.inner.state[local] = {name: pair[1] for name, pair in pairs.items()}
 
-    def _rebuild(self, params: list[list[torch.Tensor]]) -> None:
-        outer = self.outer
+    def _rebuild(self, engine: Any, outer: Any, params: list[list[torch.Tensor]]) -> None:
         self._params = [list(group) for group in params]
-        self._local = {p: _local(p) for group in params for p in group}
+        self.local = {p: _local(p) for group in params for p in group}
         self._wrapped = {}
-        self.inner = inner = object.__new__(type(outer))
-        groups = [
-            {**group, "params": [self._local[p] for p in group["params"]], "max_grad_norm": None}
-            for group in outer.param_groups
-        ]
-        defaults = {**outer.defaults, "max_grad_norm": None}
-        inner.__setstate__({"defaults": defaults, "state": defaultdict(dict), "param_groups": groups})
-        inner._said = outer._said
+        groups = [{**group, "params": [self.local[p] for p in group["params"]]} for group in outer.param_groups]
+        self.inner, self.engine = engine.twin(outer, groups)
+        self._published = -1
 
-    def _publish(self) -> None:
+    def _publish(self, outer: Any, scalars: tuple[str, ...]) -> None:
         """Gives the outer optimizer, as DTensors, the state that the step has created."""
-        for p, local in self._local.items():
+        for p, local in self.local.items():
             entry = self.inner.state.get(local)
             if entry is None:
                 continue
@@ -116,19 +118,19 @@ class Shards:
                 continue
             for name, value in entry.items():
                 if name not in known or known[name][1] is not value:
-                    spread = isinstance(p, DTensor) and name not in self.outer._rule.scalars
+                    spread = isinstance(p, DTensor) and name not in scalars
                     known[name] = (_like(value, p) if spread else value, value)
-            self.outer.state[p] = {name: known[name][0] for name in entry}
+            outer.state[p] = {name: known[name][0] for name in entry}
 
     # --- the norm ---
 
-    def _norm(self) -> torch.Tensor:
+    def _norm(self, outer: Any) -> torch.Tensor:
         """The norm of all gradients: squares summed over local shards in float64, then over the meshes that split them.
 
-        A dimension of the mesh that holds copies is counted once.
+        Copies along a replicated dimension of the mesh are counted once.
         """
         sums: dict[Any, torch.Tensor] = {}
-        for theirs, ours in zip(self.outer.param_groups, self.inner.param_groups, strict=True):
+        for theirs, ours in zip(outer.param_groups, self.inner.param_groups, strict=True):
             for p, local in zip(theirs["params"], ours["params"], strict=True):
                 if local.grad is None:
                     continue
@@ -149,7 +151,7 @@ class Shards:
 
 
 def _like(value: Any, p: Any) -> Any:
-    """A local state tensor as a DTensor that is laid out like its parameter; block scales are local."""
+    """A local state tensor as a DTensor with the placements of its parameter; quantisation scales stay local."""
     if not isinstance(value, torch.Tensor) or value.shape != p._local_tensor.shape:
         return value
     mesh, places = p.device_mesh, p.placements
@@ -163,7 +165,7 @@ def _local(value: Any) -> Any:
 def _local_grad(p: torch.Tensor) -> torch.Tensor | None:
     grad = p.grad
     if isinstance(grad, DTensor) and isinstance(p, DTensor):
-        if grad.placements != p.placements:  # sums that are still to be made, or another split
+        if grad.placements != p.placements:  # partial sums, or sharded along another dimension
             grad = grad.redistribute(placements=p.placements)
         grad = grad._local_tensor
     if isinstance(grad, AsyncCollectiveTensor):

@@ -1,8 +1,8 @@
-"""``install`` puts the fused classes in the place of torch.optim's, ``convert`` does so for one live optimizer.
+"""``install`` replaces the classes of torch.optim by the fused ones, ``convert`` replaces that of one live optimizer.
 
-Both are reached as ``fusedopt.torch.install`` and so on. ``install`` works where an optimizer is made, in the class's
-``__new__``: a name that was imported before (``from torch.optim import Adam``) is served, too, and
-``isinstance(opt, torch.optim.Adam)`` stays true. Classes that somebody derived from torch's are left alone.
+``install`` acts in the ``__new__`` of torch's classes, when an optimizer is constructed. So it also works for a name
+that was imported before (``from torch.optim import Adam``), and ``isinstance(opt, torch.optim.Adam)`` stays true.
+Classes derived from torch's are left alone.
 """
 
 from __future__ import annotations
@@ -16,22 +16,23 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
-from . import torch as _torch
-from .rules import RULES
+from ..rules import RULES, check_max_grad_norm
+from ._engine import remove_engine
+from ._optimizer import CLASSES
+from ._state import NEW_OPTIONS, form_of, recode
 
-__all__ = ["convert", "install", "installed", "uninstall"]
+__all__ = ["REPLACED", "convert", "install", "installed", "uninstall"]
 
-ours: Any = _torch  # its stub names this module in turn, and has no private names
-_THEIRS: dict[type[Optimizer], type[Optimizer]] = {
-    getattr(torch.optim, name): getattr(ours, name) for name in RULES if hasattr(torch.optim, name)
+REPLACED: dict[type[Optimizer], type[Optimizer]] = {
+    getattr(torch.optim, name): cls for name, cls in CLASSES.items() if hasattr(torch.optim, name)
 }
 """torch's class -> ours."""
-_CASTABLE = ("state_dtype", "seed")  # options of ours that a way back can leave behind
+_CASTABLE = ("state_dtype", "seed")  # our options that can be dropped on the way back
 _active = False
 
 
 def installed() -> bool:
-    """Whether torch.optim's classes make fused optimizers at present."""
+    """Whether ``install`` is in effect."""
     return _active
 
 
@@ -49,22 +50,22 @@ def install() -> None:
         >>> fusedopt.torch.uninstall()
     """
     global _active
-    for theirs, mine in _THEIRS.items():
+    for theirs, mine in REPLACED.items():
         if "__new__" not in vars(theirs):
             theirs.__new__ = _maker(theirs, mine)  # type: ignore[method-assign]
     _active = True
 
 
 def uninstall() -> None:
-    """Undoes ``install``: torch.optim's classes make torch's optimizers again. Those that were made meanwhile stay."""
+    """Undoes ``install``. Optimizers that were constructed in between keep their class."""
     global _active
-    # The __new__ stays, and hands on: Python's object.__new__ refuses arguments for ever once a class has had its own.
+    # __new__ stays in place, without effect: object.__new__ refuses arguments for good once a class has had its own.
     _active = False
 
 
 def _maker(theirs: type[Optimizer], mine: type[Optimizer]) -> Callable[..., Any]:
     def __new__(cls: type[Optimizer], *args: Any, **kwargs: Any) -> Any:
-        # Without arguments it is pickle or copy that asks, for an object of exactly this class.
+        # A call without arguments comes from pickle or copy, which need an object of exactly this class.
         return object.__new__(mine if _active and cls is theirs and (args or kwargs) else cls)
 
     __new__.__signature__ = inspect.signature(theirs.__init__)  # type: ignore[attr-defined]
@@ -74,19 +75,19 @@ def _maker(theirs: type[Optimizer], mine: type[Optimizer]) -> Callable[..., Any]
 def convert(optimizer: Optimizer, *, back: bool = False, max_grad_norm: float | None = None) -> Optimizer:
     """Turns a live optimizer of torch.optim into ours in place, or one of ours into torch's (``back=True``).
 
-    The object stays the same one, with its groups, state and hooks, so schedulers, scalers and wrappers that hold it
-    need not know. It may happen between any two steps.
+    The object stays the same, with its groups, state and hooks, so schedulers, scalers and wrappers that hold it keep
+    working. It can be done between any two steps.
 
     Arguments:
-        optimizer: of a class that both sides have, or a wrapper that keeps one in its ``optimizer`` (Accelerate's);
-            ``fused=False`` in a group goes on asking for torch's own step.
-        back: from ours to torch's. A state kept in another dtype is cast to its parameter's.
+        optimizer: of a class that both have, or a wrapper with such an optimizer as its attribute ``optimizer``
+            (Accelerate's). ``fused=False`` in a group still selects torch's own step.
+        back: from ours to torch's. State of another dtype is cast to that of its parameter.
         max_grad_norm: as for the classes of ``fusedopt.torch``.
 
     Raises:
-        TypeError: for any other class, one derived from torch's included.
-        ValueError: if an option of ours is set that torch's class does not have.
-        RuntimeError: if ``optimizer.step`` was replaced by something that cannot be followed to the class's own step.
+        TypeError: for any other class, including those derived from torch's.
+        ValueError: if an option is set that torch's class does not have.
+        RuntimeError: if ``optimizer.step`` was replaced by a function that does not lead to the class's own step.
 
     Example:
         >>> import torch
@@ -95,7 +96,7 @@ def convert(optimizer: Optimizer, *, back: bool = False, max_grad_norm: float | 
         >>> convert(opt) is opt
         True
     """
-    table = {mine: theirs for theirs, mine in _THEIRS.items()} if back else _THEIRS
+    table = {mine: theirs for theirs, mine in REPLACED.items()} if back else REPLACED
     holders = [optimizer]
     while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):  # a wrapper, such as Accelerate's
         optimizer = inner
@@ -105,7 +106,7 @@ def convert(optimizer: Optimizer, *, back: bool = False, max_grad_norm: float | 
         side = "fusedopt.torch's" if back else "torch.optim's"
         names = ", ".join(sorted(cls.__name__ for cls in table))
         raise TypeError(f"optimizer: expected one of {side} {names}, got {old.__module__}.{old.__qualname__}")
-    norm = ours._checked_norm(max_grad_norm)
+    norm = check_max_grad_norm(max_grad_norm)
     if back and norm is not None:
         raise ValueError("max_grad_norm: torch's class does not have it; expected None with back=True")
     new = table.get(old, old)
@@ -123,7 +124,7 @@ def convert(optimizer: Optimizer, *, back: bool = False, max_grad_norm: float | 
         for change in changes:
             change()
         if not back:
-            for key, default in ours.NEW_OPTIONS.items():
+            for key, default in NEW_OPTIONS.items():
                 optimizer.defaults.setdefault(key, default)
             optimizer.__setstate__({})
     if norm is not None:
@@ -134,13 +135,13 @@ def convert(optimizer: Optimizer, *, back: bool = False, max_grad_norm: float | 
 def _redirections(
     holder: Optimizer, optimizer: Optimizer, old: type[Optimizer], new: type[Optimizer]
 ) -> list[Callable[[], None]]:
-    """What has to be done so that functions kept in ``holder``, a scheduler's wrapper of ``step`` above all, lead to
-    the step of the new class. Raises RuntimeError where they do not lead to that of the old one."""
+    """The changes after which functions stored in ``holder``, such as a scheduler's wrapper of ``step``, call the step
+    of the new class. Raises RuntimeError if one does not call that of the old class."""
     before, after = old.step, new.step
     changes: list[Callable[[], None]] = []
 
     def turned(value: Any) -> Any:
-        """The replacement of a value that is the old step; None for any other."""
+        """The replacement if the value is the old step; else None."""
         if value is before:
             return after
         if isinstance(value, types.MethodType) and value.__self__ is optimizer and value.__func__ is before:
@@ -179,28 +180,25 @@ def _redirections(
 
 def _check_options(optimizer: Optimizer) -> None:
     for group in optimizer.param_groups:
-        for key, default in ours.NEW_OPTIONS.items():
+        for key, default in NEW_OPTIONS.items():
             if key not in _CASTABLE and group.get(key, default) != default:
                 raise ValueError(f"{key}: torch's class does not have it; set it to {default!r} before converting back")
 
 
 def _drop_options(optimizer: Optimizer) -> None:
-    """Leaves what torch's own class would have made."""
+    """Removes our options and attributes, and casts state to what torch's own class would have made."""
     for group in optimizer.param_groups:
         if group.get("state_dtype"):
-            names = optimizer._rule.states(group)  # type: ignore[attr-defined]
+            names = RULES[type(optimizer).__name__].states(group)
             for p in group["params"]:
                 state = optimizer.state.get(p, {})
-                ours.recode(p, state, names, ours.form_of(p, {**group, **ours.NEW_OPTIONS}))
+                recode(p, state, names, form_of(p, {**group, **NEW_OPTIONS}))
                 state.pop("stream", None)
                 for name in names:
                     if isinstance(state.get(name), torch.Tensor):
                         state[name] = state[name].to(p.dtype)
-        for key in ours.NEW_OPTIONS:
+        for key in NEW_OPTIONS:
             group.pop(key, None)
-    for key in ours.NEW_OPTIONS:
+    for key in NEW_OPTIONS:
         optimizer.defaults.pop(key, None)
-    probe: Any = object.__new__(ours.SGD)
-    probe._reset()
-    for key in vars(probe):
-        vars(optimizer).pop(key, None)
+    remove_engine(optimizer)

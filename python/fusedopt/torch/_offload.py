@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
-from .torch_install import ours
+from ._engine import engine_of
+from ._optimizer import Fused
 
 __all__ = ["Offload"]
 
@@ -16,25 +17,25 @@ _HALVES = (torch.bfloat16, torch.float16)
 
 
 class Offload(Optimizer):
-    """Steps on the CPU for parameters that live elsewhere; the memory of state and masters is the host's.
+    """Updates parameters that are on another device on the CPU; state and master weights take host memory only.
 
     Every step copies the gradients to the CPU, in their own dtype, updates there, and copies the weights back. A 16-bit
-    parameter has a float32 master (``master="float32"``), and the kernel writes the 16-bit weight that goes back in the
+    parameter has a float32 master (``master="float32"``), and the kernel writes the 16-bit weight to copy back in the
     same pass. ``param_groups`` hold the parameters themselves, so ``zero_grad``, schedulers, clipping and GradScaler
-    see what they expect.
+    work as usual. An Offload cannot be copied or pickled; its ``state_dict`` can.
 
     Arguments:
         params: tensors, named tensors or groups, as for any optimizer; on any device.
         optimizer_class: a class of ``fusedopt.torch``.
-        pin_memory: page-locked buffers, which copies can overlap with; by default where a parameter is on CUDA.
+        pin_memory: whether the buffers are page-locked, so that copies overlap; by default if a parameter is on CUDA.
         options: those of ``optimizer_class``. 16-bit parameters get ``master="float32", state_dtype="float32"`` unless
             these say otherwise.
 
     Attributes:
         inner: the optimizer on the CPU, whose parameters are the buffers.
 
-    A parameter that was written to between steps (a checkpoint of the model was loaded) is read anew by the next step,
-    by its version counter.
+    If a parameter was written to between steps (a checkpoint of the model was loaded), which its version counter shows,
+    the next step reads it again.
 
     Example:
         >>> import torch
@@ -45,10 +46,12 @@ class Offload(Optimizer):
         >>> opt.step()
     """
 
+    __module__ = "fusedopt.torch"
+
     def __init__(
         self, params: Any, optimizer_class: type[Optimizer], *, pin_memory: bool | None = None, **options: Any
     ) -> None:
-        if not (isinstance(optimizer_class, type) and issubclass(optimizer_class, ours._Fused)):
+        if not (isinstance(optimizer_class, type) and issubclass(optimizer_class, Fused)):
             raise TypeError(f"optimizer_class: expected a class of fusedopt.torch, got {optimizer_class!r}")
         super().__init__(params, {})
         everything = [p for group in self.param_groups for p in group["params"]]
@@ -103,10 +106,10 @@ class Offload(Optimizer):
                         raise RuntimeError("Offload: expected dense gradients, got a sparse one")
                     weight.grad = self._buffers[p][1].copy_(p.grad, non_blocking=self._pin)
                     devices.add(p.device)
-            for device in devices:  # the copies must be there
+            for device in devices:  # wait for the copies
                 if device.type != "cpu":
                     getattr(torch, device.type).synchronize(device)
-            inner._step()
+            engine_of(inner).run(inner)
             for p, (weight, _) in self._buffers.items():
                 if weight.grad is not None and not inner.last_step_skipped:
                     p.copy_(weight, non_blocking=self._pin)
@@ -114,12 +117,12 @@ class Offload(Optimizer):
         return loss
 
     def _reread(self, p: torch.Tensor, weight: torch.Tensor) -> None:
-        """Takes over a parameter that somebody else has written."""
+        """Reads a parameter that was written to from outside."""
         weight.copy_(p)
         master = self.inner.state.get(weight, {}).get("master")
         if master is not None and master.dtype == torch.float32:
             master.copy_(p)
-        elif master is not None:  # the lower bits of a split weight
+        elif master is not None:  # the residual of a split weight
             master.zero_()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:

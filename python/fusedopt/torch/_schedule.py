@@ -1,4 +1,4 @@
-"""``fusedopt.torch.ScheduledLR``: a torch scheduler that follows schedules of ours."""
+"""``fusedopt.torch.ScheduledLR``: a torch scheduler whose values come from functions of the step."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.optim.lr_scheduler import LRScheduler
 
-from .schedules import Schedule
+from ..schedules import Schedule
 
 Timed = Callable[[int], float]
 
@@ -21,15 +21,15 @@ class ScheduledLR(LRScheduler):
     Like any torch scheduler it is stepped after the optimizer, once a step or once an epoch: t counts its steps from 0.
 
     Args:
-        optimizer: whose ``param_groups`` it writes to.
-        lr: the learning rate: a schedule (see :mod:`fusedopt.schedules`) or another function of t; for groups of their
-            own a sequence, one for each.
-        momentum: likewise the ``momentum``, or the first of ``betas``.
-        weight_decay: likewise the ``weight_decay``.
+        optimizer: the optimizer whose ``param_groups`` it writes to.
+        lr: the learning rate: a schedule (see :mod:`fusedopt.schedules`) or another function of t, or a sequence with
+            one for each parameter group.
+        momentum: the ``momentum``, or the first of ``betas``, likewise.
+        weight_decay: the ``weight_decay``, likewise.
         last_epoch: as in torch's schedulers.
 
     Raises:
-        TypeError: for what is no function.
+        TypeError: if a value is not a function.
         ValueError: for a wrong number of functions, or an option that the optimizer does not have.
 
     Example:
@@ -43,6 +43,8 @@ class ScheduledLR(LRScheduler):
         >>> opt.param_groups[0]["lr"]
         0.0
     """
+
+    __module__ = "fusedopt.torch"
 
     def __init__(
         self,
@@ -66,7 +68,7 @@ class ScheduledLR(LRScheduler):
         return [schedule(self.last_epoch) for schedule in self._timed["lr"]]
 
     def step(self, epoch: int | None = None) -> None:
-        """Goes on to the next step, and writes its values into the optimizer's groups."""
+        """Advances to the next step and writes its values into the optimizer's groups."""
         super().step(epoch)
         for name in ("momentum", "weight_decay"):
             for group, schedule in zip(self.optimizer.param_groups, self._timed.get(name, ()), strict=False):
@@ -79,27 +81,27 @@ class ScheduledLR(LRScheduler):
                     group[name] = value
 
     def observe(self, metric: float) -> None:
-        """Tells the schedules that listen, such as :class:`fusedopt.schedules.ReduceOnPlateau`, a metric's value."""
+        """Passes a metric's value to the schedules that use it, such as :class:`fusedopt.schedules.ReduceOnPlateau`."""
         for schedule in self._schedules().values():
             schedule.observe(metric)
 
     def state_dict(self) -> dict[str, Any]:
-        """The scheduler's place and what its schedules have heard; numbers alone. The schedules are code, and stay."""
+        """The step and the state of the schedules, as numbers; the schedules themselves are not saved."""
         state = {k: v for k, v in super().state_dict().items() if k != "_timed"}
         return {**state, "schedules": {key: schedule.state_dict() for key, schedule in self._schedules().items()}}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Takes over what :meth:`state_dict` gave, for the same schedules."""
+        """Loads what :meth:`state_dict` returned, for the same schedules."""
         state = dict(state_dict)
-        heard, mine = state.pop("schedules"), self._schedules()
-        if set(heard) != set(mine):
-            raise ValueError(f"state_dict: expected schedules {sorted(mine)}, got {sorted(heard)}")
-        for key, schedule in mine.items():
-            schedule.load_state_dict(heard[key])
+        given, own = state.pop("schedules"), self._schedules()
+        if set(given) != set(own):
+            raise ValueError(f"state_dict: expected schedules {sorted(own)}, got {sorted(given)}")
+        for key, schedule in own.items():
+            schedule.load_state_dict(given[key])
         super().load_state_dict(state)
 
     def _schedules(self) -> dict[str, Schedule]:
-        """Every schedule once, by its first place: one object may stand in several."""
+        """Every schedule once, by the first place where it is used."""
         places = [(f"{k}.{i}", s) for k, each in self._timed.items() for i, s in enumerate(each)]
         first = {id(s): (key, s) for key, s in reversed(places) if isinstance(s, Schedule)}
         return dict(first.values())

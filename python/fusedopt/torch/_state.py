@@ -1,16 +1,17 @@
-"""How the torch front end keeps weights and states in the forms of forms.py: tensors made, checked and turned from one
-form into another, checkpoints loaded, bytes counted. No step here."""
+"""The state of parameters as torch tensors: created, converted between the forms of forms.py, loaded from checkpoints,
+measured. No step here."""
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 import numpy as np
 import torch
 from torch.optim import Optimizer
 
-from . import _core, forms
+from .. import forms
+from ..rules import Rule
+from ._device import device_refusal
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -20,55 +21,79 @@ NEW_OPTIONS: dict[str, Any] = {**forms.OPTIONS, "max_grad_norm": None}
 
 
 class Keep:
-    """A state tensor on its way through torch's ``load_state_dict``, which would cast it to the parameter's dtype."""
+    """Hides a state tensor from torch's ``load_state_dict``, which would cast it to the parameter's dtype."""
 
     def __init__(self, tensor: torch.Tensor) -> None:
         self.tensor = tensor
 
 
 def form_of(p: torch.Tensor, group: dict[str, Any], state: str | None = None) -> forms.Form:
-    """The form that a group's options ask for; ``state``: dtype of the states that are there, whatever is asked for."""
+    """The form that a group's options ask for; ``state``: the dtype of existing states, which overrides the options."""
     name = NAMES.get(p.dtype, "")
     return forms.form_of(name, group, name, state)
 
 
 def like(p: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
+    """A new tensor with the shape, strides and device of ``p``."""
     return torch.empty_like(p, dtype=dtype, memory_format=torch.preserve_format, requires_grad=False)
 
 
 def flat(t: torch.Tensor) -> Any:
-    """A dense tensor as a flat NumPy array, in the order of memory."""
+    """A dense tensor as a flat NumPy array in memory order, without a copy."""
     return t.detach().as_strided((t.numel(),), (1,)).numpy()
 
 
-@cache
-def _refused(index: int) -> str:
-    try:
-        return _core.device_refusal("cuda", index)
-    except _core.DeviceOutOfMemoryError:  # torch may hold memory for later; and what is raised is not cached
-        torch.cuda.empty_cache()
-        return _core.device_refusal("cuda", index)
+def create_state(optimizer: Optimizer, rule: Rule, p: torch.Tensor, group: dict[str, Any]) -> tuple[int, list[str]]:
+    """Creates the state of a parameter that is missing: torch's, and that of our options.
 
-
-def refused(device: torch.device) -> str:
-    """Why no kernels of ours work there; empty where they do."""
-    if device.type == "cpu":
-        return ""
-    return _refused(device.index or 0) if device.type == "cuda" else "no kernels serve it"
-
-
-def on_device(device: torch.device) -> bool:
-    """Do kernels of ours work there, other than the CPU's?"""
-    return not (_core.device_refusal("cpu") if device.type == "cpu" else refused(device))
-
-
-def capturing(device: torch.device) -> bool:
-    """Is a graph being captured on a device with kernels of ours?"""
-    return on_device(device) and _core.device_capturing(torch.Tensor, device.index or 0)
+    Returns:
+        The steps done so far, where no tensor counts them, and the names of what was created.
+    """
+    form, names = form_of(p, group), rule.states(group)
+    # "stream" is the name in checkpoints for the number of the tensor's random sequence.
+    beside = forms.array_names((), form, group["ema_decay"] is not None) + ("stream",) * form.random
+    state = optimizer.state[p] if names or rule.scalars or beside else {}
+    begun = any(state.get(k) is not None for n in (*names, *rule.scalars) for k in (n, f"{n}_codes"))
+    if names and form.quantised and begun and f"{names[0]}_codes" not in state:
+        recode(p, state, names, form)  # state_dtype was set in the middle of a run
+    missing = [] if begun else [*rule.scalars, *names]
+    created = [*rule.scalars, *forms.array_names(names, form, False)] if missing else []
+    scalar = torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
+    for name in (*rule.scalars, "step"):  # the kernels count on the device of the parameter
+        value = state.get(name)
+        if isinstance(value, torch.Tensor) and value.device != p.device:
+            state[name] = value.to(p.device)
+    with torch.no_grad():
+        for name in missing:
+            first = rule.first(name, optimizer.defaults)
+            if name in rule.scalars:
+                state[name] = torch.full((), first, dtype=scalar, device=p.device)
+            elif form.quantised:
+                dtype = INTEGERS[forms.code(name) or ""]
+                state[f"{name}_codes"] = like(p, dtype).fill_(torch.iinfo(dtype).max if first else 0)
+                blocks = (forms.blocks(p.numel()),)
+                state[f"{name}_scale"] = torch.full(blocks, first, dtype=torch.float32, device=p.device)
+            else:
+                state[name] = like(p, DTYPES[form.state]).fill_(first)
+        if form.random and "step" not in rule.scalars and (missing or "step" not in state):
+            # The step selects the random numbers, so a checkpoint has to hold it.
+            state["step"] = torch.full((), float(begun), dtype=scalar, device=p.device)
+            created.append("step")
+        for name in beside:
+            if name in state:
+                continue
+            if name == "stream":
+                order = (q for g in optimizer.param_groups for q in g["params"])
+                state[name] = next(i for i, q in enumerate(order) if q is p)
+            else:
+                kind = dtype_of(name, p, form)
+                state[name] = like(p, kind).copy_(p) if kind in WIDE else like(p, kind).zero_()
+            created.append(name)
+    return (0 if missing or not names else 1), created
 
 
 def recode(p: torch.Tensor, state: dict[str, Any], names: tuple[str, ...], form: forms.Form) -> None:
-    """Turns states of whatever form into this one; those that have it stay as they are, to the bit."""
+    """Converts states of any form into this one in place; states that already have it keep their bits."""
     if p.device.type != "cpu":
         before = {k: v.cpu() if isinstance(v, torch.Tensor) else v for k, v in state.items()}
         after = dict(before)
@@ -96,7 +121,7 @@ def recode(p: torch.Tensor, state: dict[str, Any], names: tuple[str, ...], form:
 
 
 def recode_master(p: torch.Tensor, state: dict[str, Any], form: forms.Form) -> None:
-    """The same for what is kept beside the weight, which must be loaded before."""
+    """Converts the residual likewise. The weight must have been loaded before."""
     master = state.get("master")
     if master is None or not form.master:
         state.pop("master", None)
@@ -111,15 +136,15 @@ def recode_master(p: torch.Tensor, state: dict[str, Any], form: forms.Form) -> N
         return
     state["master"] = like(p, wanted)
     if p.dtype == torch.bfloat16:
-        rest, here = like(p, master.dtype).copy_(master), like(p, p.dtype).copy_(p.detach())
-        weight = flat(here.view(torch.int16)).view(np.uint16)
-        flat(state["master"])[:] = forms.split(forms.join(weight, flat(rest)), form.master, weight)
+        residual, param = like(p, master.dtype).copy_(master), like(p, p.dtype).copy_(p.detach())
+        weight = flat(param.view(torch.int16)).view(np.uint16)
+        flat(state["master"])[:] = forms.split(forms.join(weight, flat(residual)), form.master, weight)
     else:
         state["master"].copy_(p.detach())
 
 
 def dtype_of(name: str, p: torch.Tensor, form: forms.Form) -> torch.dtype | None:
-    """What an array of our forms must be; None for the plain states, which may be of several types."""
+    """The dtype that a state array must have in this form; None for plain states, which may have one of several."""
     if name == "master":
         return INTEGERS[forms.MASTERS[form.master or ""][1]]
     if name == "ema":
@@ -129,52 +154,54 @@ def dtype_of(name: str, p: torch.Tensor, form: forms.Form) -> torch.dtype | None
     return torch.float32 if name.endswith("_scale") else None
 
 
-def before_load(self: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
-    """The last of the load hooks: keeps options of ours, and turns the state into the form that they ask for."""
+def convert_for_load(rule: Rule, optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+    """A load hook, to be called last: keeps our options, and converts the state into the form that they ask for."""
     groups = [dict(group) for group in state_dict["param_groups"]]
     targets: dict[Any, tuple[torch.Tensor, dict[str, Any]]] = {}
-    for new, group in zip(groups, self.param_groups, strict=False):
+    for new, group in zip(groups, optimizer.param_groups, strict=False):
         for key in NEW_OPTIONS:
             ours = key in forms.OURS and (group[key] is not None or key == "master")
             if ours or key not in new:
                 new[key] = group[key]
         if "fused" in group and new.get("fused") in (None, False):
-            new["fused"] = group["fused"]  # how to compute is ours to say, not the checkpoint's
+            new["fused"] = group["fused"]  # how to compute is this optimizer's choice, not the checkpoint's
         for key, p in zip(new["params"], group["params"], strict=False):
             targets[key] = (p, {**group, **new})
-
-    def convert(entry: dict[str, Any], p: torch.Tensor, group: dict[str, Any]) -> dict[str, Any]:
-        explicit = group["state_dtype"]
-        coded = any(k.endswith("_codes") for k in entry)
-        form = form_of(p, group, "int8" if coded and not explicit else None)
-        held = {
-            k: v.detach().to(device=None if k == "step" else p.device, copy=True) if isinstance(v, torch.Tensor) else v
-            for k, v in entry.items()
-        }
-        if not refused(p.device) and p.dtype in NAMES:
-            recode(p, held, self._rule.states(group), form)
-            recode_master(p, held, form)
-        for k, v in held.items():
-            if k == "step" or not isinstance(v, torch.Tensor):
-                continue
-            if k in self._rule.scalars:  # torch's cast would round it to 16 bits
-                held[k] = v if p.dtype in WIDE else Keep(v)
-            elif k in ("master", "ema") or k.endswith(("_codes", "_scale")):
-                held[k] = Keep(v)
-            elif explicit and k in self._rule.states(group) and v.is_floating_point() and form.state in DTYPES:
-                held[k] = Keep(v.to(DTYPES[form.state]))
-        return held
-
     state = {
-        key: convert(entry, *targets[key]) if key in targets else entry for key, entry in state_dict["state"].items()
+        key: _converted(rule, entry, *targets[key]) if key in targets else entry
+        for key, entry in state_dict["state"].items()
     }
     return {**state_dict, "param_groups": groups, "state": state}
+
+
+def _converted(rule: Rule, entry: dict[str, Any], p: torch.Tensor, group: dict[str, Any]) -> dict[str, Any]:
+    """A checkpoint's state of one parameter, copied, in the form that the group asks for."""
+    explicit = group["state_dtype"]
+    coded = any(k.endswith("_codes") for k in entry)
+    form = form_of(p, group, "int8" if coded and not explicit else None)
+    out = {
+        k: v.detach().to(device=None if k == "step" else p.device, copy=True) if isinstance(v, torch.Tensor) else v
+        for k, v in entry.items()
+    }
+    if not device_refusal(p.device) and p.dtype in NAMES:
+        recode(p, out, rule.states(group), form)
+        recode_master(p, out, form)
+    for k, v in out.items():
+        if k == "step" or not isinstance(v, torch.Tensor):
+            continue
+        if k in rule.scalars:  # torch's cast would round it to 16 bits
+            out[k] = v if p.dtype in WIDE else Keep(v)
+        elif k in ("master", "ema") or k.endswith(("_codes", "_scale")):
+            out[k] = Keep(v)
+        elif explicit and k in rule.states(group) and v.is_floating_point() and form.state in DTYPES:
+            out[k] = Keep(v.to(DTYPES[form.state]))
+    return out
 
 
 def memory_report(optimizer: Optimizer) -> dict[str, float]:
     """Bytes per parameter, by kind: weight, gradient, master, ema, each state (codes and scales together), other.
 
-    ``parameters`` is their number, ``total`` the sum of the rest. A gradient that is not there costs nothing.
+    ``parameters`` is the number of parameters, ``total`` the sum over all kinds. A missing gradient counts 0 bytes.
     """
     bytes_: dict[str, float] = {"weight": 0, "gradient": 0}
     n = 0

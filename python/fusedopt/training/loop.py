@@ -20,7 +20,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from ..torch_schedule import ScheduledLR
+from ..torch._schedule import ScheduledLR
 from .log import Logger, loggers, progress_bar
 from .state import (
     PRECISIONS,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import atexit
-import math
 import os
 import random
 import warnings
@@ -20,7 +19,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, RandomSampler, SequentialSampler
 
 from .._files import previous, write_whole
-from ..torch_schedule import ScheduledLR
+from ..rules import check_max_grad_norm
+from ..torch._schedule import ScheduledLR
 
 PathLike = str | os.PathLike[str]
 
@@ -37,9 +37,8 @@ def check_options(given: dict[str, Any]) -> None:
         if given[name] not in values:
             raise ValueError(f"{name}: expected one of {', '.join(map(str, values))}, got {given[name]!r}")
     check_counts({name: given[name] for name in ("accumulate", "every", "checkpoint_every", "patience")})
-    norm, decay = given["max_grad_norm"], given["ema_decay"]
-    if norm is not None and not 0 < norm < math.inf:
-        raise ValueError(f"max_grad_norm: expected a positive number or None, got {norm!r}")
+    check_max_grad_norm(given["max_grad_norm"])
+    decay = given["ema_decay"]
     if decay is not None and not 0 <= decay < 1:
         raise ValueError(f"ema_decay: expected a number in [0, 1) or None, got {decay!r}")
 
