@@ -2,12 +2,15 @@
 memory and streams of an accelerator are not tested."""
 
 import contextlib
+import copy
 import importlib.util
 import math
 import os
+import pickle
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -134,6 +137,13 @@ def test_what_is_refused() -> None:
 
 
 # -- torchao's own, on the same stand-in -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("way", [copy.copy, copy.deepcopy, pickle.dumps])
+def test_a_copy_is_refused(way: Callable[[Any], Any]) -> None:
+    opt = optim.Offload(parameters(), optim.Adam)
+    with pytest.raises(TypeError, match=r"Offload: .*state_dict"):
+        way(opt)
 
 
 @pytest.mark.integration(

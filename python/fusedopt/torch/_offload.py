@@ -130,8 +130,11 @@ class Offload(Optimizer):
             raise NotImplementedError("Offload: groups can be given to the constructor only")
         super().add_param_group(param_group)
 
+    def __getstate__(self) -> dict[str, Any]:
+        raise TypeError("Offload: it belongs to the parameters on their device and cannot be copied: use state_dict()")
+
     def state_dict(self) -> dict[str, Any]:
-        """That of the optimizer on the CPU: masters included, and no copy of the weights."""
+        """The state dict of the optimizer on the CPU: masters included, without a copy of the weights."""
         out: dict[str, Any] = self.inner.state_dict()
         return out
 
