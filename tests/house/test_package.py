@@ -1,12 +1,13 @@
 """The package as a whole: what an import costs and loads, settings and environment, the command line, forks, Python
 threads, flush-to-zero mode. Mostly in fresh interpreters."""
 
+import importlib
 import os
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import pytest
@@ -171,6 +172,26 @@ def test_the_thread_count_follows_torch() -> None:
     code = "import torch, fusedopt; torch.set_num_threads(3); print(fusedopt.get_num_threads())"
     assert python(code).strip() == "3"
     assert python(code, {"FUSEDOPT_NUM_THREADS": "2"}).strip() == "2"
+
+
+@pytest.mark.parametrize("value", [0, -1.0, float("nan"), float("inf"), "1", True, [1.0], 1j, np.complex64(1)], ids=str)
+def test_max_grad_norm_has_the_same_range_everywhere(value: object) -> None:
+    torch = pytest.importorskip("torch")
+    optim = importlib.import_module("fusedopt.torch")
+    model = torch.nn.Linear(2, 1)
+    opt, here = optim.SGD(model.parameters(), lr=0.1), fusedopt.SGD(np.ones(3), lr=0.1)
+    refused: list[Callable[[], object]] = [
+        lambda: fusedopt.SGD(np.ones(3), lr=0.1, max_grad_norm=value),
+        lambda: (setattr(here, "max_grad_norm", value), here.step(np.ones(3))),
+        lambda: optim.SGD(model.parameters(), lr=0.1, max_grad_norm=value),
+        lambda: setattr(opt, "max_grad_norm", value),
+        lambda: optim.convert(torch.optim.SGD(model.parameters(), lr=0.1), max_grad_norm=value),
+        lambda: optim.Trainer(model, torch.nn.MSELoss(), opt, max_grad_norm=value),
+    ]
+    for call in refused:
+        with pytest.raises(ValueError, match=r"max_grad_norm: expected a positive number or None, got"):
+            call()
+    assert opt.max_grad_norm is None
 
 
 # ---- the processor's mode
