@@ -67,13 +67,13 @@ def sgd_(
     maximize: bool = False,
     first: bool = False,
 ) -> None:
-    """Stochastic gradient descent, with momentum, dampening and Nesterov's look-ahead.
+    """Stochastic gradient descent, with momentum, dampening and Nesterov momentum.
 
     The rule is class SGD in fusedopt/rules.py.
     """
 
 class SGD(Optimizer):
-    """Stochastic gradient descent, with momentum, dampening and Nesterov's look-ahead.
+    """Stochastic gradient descent, with momentum, dampening and Nesterov momentum.
 
     The rule is class SGD in fusedopt/rules.py.
     """
@@ -109,13 +109,13 @@ def adagrad_(
     eps: float = 1e-10,
     maximize: bool = False,
 ) -> None:
-    """AdaGrad: every coordinate's rate falls with the sum of its squared gradients.
+    """AdaGrad: divides each element's step by the root of its sum of squared gradients.
 
     The rule is class Adagrad in fusedopt/rules.py.
     """
 
 class Adagrad(Optimizer):
-    """AdaGrad: every coordinate's rate falls with the sum of its squared gradients.
+    """AdaGrad: divides each element's step by the root of its sum of squared gradients.
 
     The rule is class Adagrad in fusedopt/rules.py.
     """
@@ -154,13 +154,13 @@ def rmsprop_(
     momentum_buffer: _Arrays | None = None,
     grad_avg: _Arrays | None = None,
 ) -> None:
-    """RMSProp: divides by a running root mean square of the gradient; centered: by its standard deviation.
+    """RMSprop: divides the gradient by its running root mean square; centered: by its standard deviation.
 
     The rule is class RMSprop in fusedopt/rules.py.
     """
 
 class RMSprop(Optimizer):
-    """RMSProp: divides by a running root mean square of the gradient; centered: by its standard deviation.
+    """RMSprop: divides the gradient by its running root mean square; centered: by its standard deviation.
 
     The rule is class RMSprop in fusedopt/rules.py.
     """
@@ -201,13 +201,13 @@ def adam_(
     decoupled_weight_decay: bool = False,
     max_exp_avg_sq: _Arrays | None = None,
 ) -> None:
-    """Adam: steps of both moments of the gradient, corrected for their start at zero.
+    """Adam: bias-corrected first and second moments of the gradient.
 
     The rule is class Adam in fusedopt/rules.py.
     """
 
 class Adam(Optimizer):
-    """Adam: steps of both moments of the gradient, corrected for their start at zero.
+    """Adam: bias-corrected first and second moments of the gradient.
 
     The rule is class Adam in fusedopt/rules.py.
     """
@@ -247,13 +247,13 @@ def adamw_(
     maximize: bool = False,
     max_exp_avg_sq: _Arrays | None = None,
 ) -> None:
-    """AdamW: Adam whose weight decay shrinks the weights directly, beside the gradient's step.
+    """AdamW: Adam with decoupled weight decay.
 
     The rule is class AdamW in fusedopt/rules.py.
     """
 
 class AdamW(Optimizer):
-    """AdamW: Adam whose weight decay shrinks the weights directly, beside the gradient's step.
+    """AdamW: Adam with decoupled weight decay.
 
     The rule is class AdamW in fusedopt/rules.py.
     """
@@ -293,13 +293,13 @@ def nadam_(
     decoupled_weight_decay: bool = False,
     maximize: bool = False,
 ) -> None:
-    """NAdam: Adam with Nesterov's look-ahead, along a momentum that warms up.
+    """NAdam: Adam with Nesterov momentum, which warms up.
 
     The rule is class NAdam in fusedopt/rules.py.
     """
 
 class NAdam(Optimizer):
-    """NAdam: Adam with Nesterov's look-ahead, along a momentum that warms up.
+    """NAdam: Adam with Nesterov momentum, which warms up.
 
     The rule is class NAdam in fusedopt/rules.py.
     """
@@ -338,13 +338,13 @@ def radam_(
     decoupled_weight_decay: bool = False,
     maximize: bool = False,
 ) -> None:
-    """RAdam: Adam whose adaptive rate sets in once its variance is bounded, and is rectified from then on.
+    """RAdam: Adam with a rectified adaptive learning rate, used once its variance is bounded.
 
     The rule is class RAdam in fusedopt/rules.py.
     """
 
 class RAdam(Optimizer):
-    """RAdam: Adam whose adaptive rate sets in once its variance is bounded, and is rectified from then on.
+    """RAdam: Adam with a rectified adaptive learning rate, used once its variance is bounded.
 
     The rule is class RAdam in fusedopt/rules.py.
     """
@@ -381,13 +381,13 @@ def adamax_(
     weight_decay: float = 0.0,
     maximize: bool = False,
 ) -> None:
-    """Adamax: Adam by the infinity norm.
+    """Adamax: Adam with the infinity norm in place of the second moment.
 
     The rule is class Adamax in fusedopt/rules.py.
     """
 
 class Adamax(Optimizer):
-    """Adamax: Adam by the infinity norm.
+    """Adamax: Adam with the infinity norm in place of the second moment.
 
     The rule is class Adamax in fusedopt/rules.py.
     """
@@ -422,13 +422,13 @@ def adadelta_(
     weight_decay: float = 0.0,
     maximize: bool = False,
 ) -> None:
-    """Adadelta: scales the gradient by the ratio of past updates to past gradients.
+    """Adadelta: scales the gradient by the ratio of the running RMS of updates to that of gradients.
 
     The rule is class Adadelta in fusedopt/rules.py.
     """
 
 class Adadelta(Optimizer):
-    """Adadelta: scales the gradient by the ratio of past updates to past gradients.
+    """Adadelta: scales the gradient by the ratio of the running RMS of updates to that of gradients.
 
     The rule is class Adadelta in fusedopt/rules.py.
     """
@@ -461,13 +461,13 @@ def lion_(
     weight_decay: float = 0.0,
     maximize: bool = False,
 ) -> None:
-    """Lion: steps by the sign of an interpolation between momentum and gradient; one state, decoupled decay.
+    """Lion: steps by the sign of interpolated momentum; one state, decoupled weight decay.
 
     The rule is class Lion in fusedopt/rules.py.
     """
 
 class Lion(Optimizer):
-    """Lion: steps by the sign of an interpolation between momentum and gradient; one state, decoupled decay.
+    """Lion: steps by the sign of interpolated momentum; one state, decoupled weight decay.
 
     The rule is class Lion in fusedopt/rules.py.
     """

@@ -54,7 +54,7 @@ class _Fused(Optimizer):
     def ema_parameters(self) -> AbstractContextManager[None]: ...
 
 class SGD(_Fused, torch.optim.SGD):
-    """Stochastic gradient descent, with momentum, dampening and Nesterov's look-ahead.
+    """Stochastic gradient descent, with momentum, dampening and Nesterov momentum.
 
     The rule is class SGD in fusedopt/rules.py.
     """
@@ -82,7 +82,7 @@ class SGD(_Fused, torch.optim.SGD):
     ) -> None: ...
 
 class Adagrad(_Fused, torch.optim.Adagrad):
-    """AdaGrad: every coordinate's rate falls with the sum of its squared gradients.
+    """AdaGrad: divides each element's step by the root of its sum of squared gradients.
 
     The rule is class Adagrad in fusedopt/rules.py.
     """
@@ -110,7 +110,7 @@ class Adagrad(_Fused, torch.optim.Adagrad):
     ) -> None: ...
 
 class RMSprop(_Fused, torch.optim.RMSprop):
-    """RMSProp: divides by a running root mean square of the gradient; centered: by its standard deviation.
+    """RMSprop: divides the gradient by its running root mean square; centered: by its standard deviation.
 
     The rule is class RMSprop in fusedopt/rules.py.
     """
@@ -139,7 +139,7 @@ class RMSprop(_Fused, torch.optim.RMSprop):
     ) -> None: ...
 
 class Adam(_Fused, torch.optim.Adam):
-    """Adam: steps of both moments of the gradient, corrected for their start at zero.
+    """Adam: bias-corrected first and second moments of the gradient.
 
     The rule is class Adam in fusedopt/rules.py.
     """
@@ -169,7 +169,7 @@ class Adam(_Fused, torch.optim.Adam):
     ) -> None: ...
 
 class AdamW(_Fused, torch.optim.AdamW):
-    """AdamW: Adam whose weight decay shrinks the weights directly, beside the gradient's step.
+    """AdamW: Adam with decoupled weight decay.
 
     The rule is class AdamW in fusedopt/rules.py.
     """
@@ -198,7 +198,7 @@ class AdamW(_Fused, torch.optim.AdamW):
     ) -> None: ...
 
 class NAdam(_Fused, torch.optim.NAdam):
-    """NAdam: Adam with Nesterov's look-ahead, along a momentum that warms up.
+    """NAdam: Adam with Nesterov momentum, which warms up.
 
     The rule is class NAdam in fusedopt/rules.py.
     """
@@ -227,7 +227,7 @@ class NAdam(_Fused, torch.optim.NAdam):
     ) -> None: ...
 
 class RAdam(_Fused, torch.optim.RAdam):
-    """RAdam: Adam whose adaptive rate sets in once its variance is bounded, and is rectified from then on.
+    """RAdam: Adam with a rectified adaptive learning rate, used once its variance is bounded.
 
     The rule is class RAdam in fusedopt/rules.py.
     """
@@ -255,7 +255,7 @@ class RAdam(_Fused, torch.optim.RAdam):
     ) -> None: ...
 
 class Adamax(_Fused, torch.optim.Adamax):
-    """Adamax: Adam by the infinity norm.
+    """Adamax: Adam with the infinity norm in place of the second moment.
 
     The rule is class Adamax in fusedopt/rules.py.
     """
@@ -282,7 +282,7 @@ class Adamax(_Fused, torch.optim.Adamax):
     ) -> None: ...
 
 class Adadelta(_Fused, torch.optim.Adadelta):
-    """Adadelta: scales the gradient by the ratio of past updates to past gradients.
+    """Adadelta: scales the gradient by the ratio of the running RMS of updates to that of gradients.
 
     The rule is class Adadelta in fusedopt/rules.py.
     """
@@ -309,7 +309,7 @@ class Adadelta(_Fused, torch.optim.Adadelta):
     ) -> None: ...
 
 class Lion(_Fused):
-    """Lion: steps by the sign of an interpolation between momentum and gradient; one state, decoupled decay.
+    """Lion: steps by the sign of interpolated momentum; one state, decoupled weight decay.
 
     The rule is class Lion in fusedopt/rules.py.
     """
