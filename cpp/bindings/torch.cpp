@@ -141,6 +141,12 @@ class TorchPlan {
     }
   }
 
+  // Does the memory of two tensors meet, or interleave?
+  bool meet(py::handle a, py::handle b) const {
+    const Extent x = extent_of(view(a.ptr()), true, 0, 0), y = extent_of(view(b.ptr()), true, 0, 1);
+    return x.low < y.high && y.low < x.high;
+  }
+
   // One step. False: stale, nothing was touched. Where all is on one device found_inf, grad_scale and the tensor for
   // the norm may lie there, too; else they are None.
   bool step(py::handle state, py::list param_groups, double unscale, double max_norm, int threads, py::object found_inf,
@@ -572,6 +578,7 @@ void bind_torch_plan(py::module_& m) {
            py::arg("scales") = py::list(), py::arg("stream") = 0)
       .def("finish", &TorchPlan::finish)
       .def("trouble", &TorchPlan::trouble, py::arg("tensor"), py::arg("written"))
+      .def("meet", &TorchPlan::meet, py::arg("a"), py::arg("b"))
       .def("conflicts", &TorchPlan::conflicts)
       .def("step", &TorchPlan::step, py::arg("state"), py::arg("param_groups"), py::arg("unscale"), py::arg("max_norm"),
            py::arg("threads"), py::arg("found_inf") = py::none(), py::arg("grad_scale") = py::none(),

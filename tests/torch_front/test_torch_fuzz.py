@@ -159,5 +159,6 @@ def test_the_programs_find_nothing_wrong_with_torchs_own(monkeypatch: pytest.Mon
 
 def test_a_program_is_the_same_in_every_process() -> None:
     command = [sys.executable, "-c", "from torch_programs import generate; print([generate(s) for s in range(5)])"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1] / "support")
+    support = Path(__file__).parents[1] / "support"
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=support)
     assert done.stdout.strip() == repr([generate(s) for s in range(5)])

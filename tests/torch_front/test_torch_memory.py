@@ -238,3 +238,30 @@ def test_the_prefetches_are_in_the_code() -> None:
         ["objdump", "-d", "--no-show-raw-insn", _core.__file__], capture_output=True, text=True, check=True
     ).stdout
     assert len(re.findall(r"\tprefetch\w+ ", code)) >= 40
+
+
+@pytest.mark.parametrize("name", ["SGD", "Adam", "RMSprop"])
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_a_gradient_that_shares_memory_with_its_parameter_takes_torchs_step(name: str, interleaved: bool) -> None:
+    results = []
+    for make, fallbacks in ((ours, 1), (plain, 0)):
+        memory = torch.arange(12.0).reshape(6, 2).add(1)
+        p = torch.nn.Parameter(memory[:, 0])
+        opt = make(name, [p], lr=0.1)
+        with count_fallbacks(fallbacks):
+            for _ in range(3):
+                p.grad = memory[:, 1] if interleaved else p.detach()
+                opt.step()
+        results.append(snapshot(opt, [p]))
+    assert_close(*results, rtol=1e-6, atol=1e-7)
+
+
+def test_a_refused_step_does_not_refuse_the_next_one() -> None:
+    p = torch.nn.Parameter(torch.ones(4, 2))
+    opt = ours("Lion", [p], lr=0.5)
+    p.grad = torch.ones(4, 2).to_sparse()
+    with pytest.raises(RuntimeError, match="sparse"):
+        opt.step()
+    p.grad = torch.ones(4, 2)
+    opt.step()
+    assert torch.equal(p, torch.full((4, 2), 0.5))

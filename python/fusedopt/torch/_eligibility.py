@@ -51,6 +51,8 @@ def tensor_reason(plan: Any, p: torch.Tensor, grad: torch.Tensor, group: dict[st
         return "a gradient is on another device than its parameter"
     if p.shape != grad.shape:
         return "a gradient has another shape than its parameter"
+    if plan.meet(p, grad):
+        return "a gradient shares memory with its parameter"
     return None
 
 

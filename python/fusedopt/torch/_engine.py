@@ -168,7 +168,7 @@ class Engine:
             return
         norm = torch.zeros((), dtype=_norm_dtype(groups), device=home) if max_norm and home is not None else None
         scaling = (unscale, max_norm, get_num_threads(), found_inf, scale, norm)
-        if self.fallback.places:
+        if plan is not None and self.fallback.places:
             self.fallback.announce(groups, max_norm, unscale != 1.0 or scale is not None)
         try:
             if plan is None or not plan.step(optimizer.state, groups, *scaling):
@@ -222,6 +222,7 @@ class Engine:
             raise RuntimeError("the parameters or their state change while step() looks at them")
         except BaseException:
             self.plan = None
+            self.fallback.places = {}
             _remove_state(state, created)
             raise
 
