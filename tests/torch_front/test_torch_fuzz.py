@@ -5,7 +5,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 import torch
@@ -39,7 +39,6 @@ def test_a_case_that_crashes_is_a_finding_and_the_next_one_runs() -> None:
 class Guarded(torch.optim.Adam):
     """torch's own, with what ours promises: a step beside another one is an error. Those below do one thing wrong."""
 
-    _foreign: ClassVar[dict[str, Any]] = {}
     lock = threading.Lock()
     silently = False
 

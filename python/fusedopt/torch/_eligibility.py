@@ -88,6 +88,11 @@ def state_reason(
         s = state.get(name)
         if type(s) not in PLAIN or s.numel() != 1 or s.device != p.device or s.dtype not in WIDE:
             return f"state {name!r} is not a one-element tensor beside its parameter"
+        trouble = plan.trouble(s, True)
+        if trouble == "has no memory":
+            raise RuntimeError(f"state {name!r} has no memory")
+        if trouble:
+            return f"state {name!r} {trouble}"
     if not form.quantised and names:
         dtypes = {state[name].dtype for name in names}
         known = NAMES.get(next(iter(dtypes))) if len(dtypes) == 1 else None
