@@ -1,26 +1,40 @@
-"""Tables to train on, by name or from a file: scikit-learn's, CSV, NumPy's .npz, folders of MNIST's IDX files.
+"""Tables to train on, by name or from a file: scikit-learn's, CSV, Parquet, NumPy's .npz, folders of MNIST's IDX files.
 
-Files are read with the standard library and NumPy; nothing is downloaded. Nothing here is fitted to the data:
-imputation, scaling and encoding are the pipeline's (``cli/train.py``), which learns them on the training part alone.
+pandas reads what has named columns; nothing is downloaded. Nothing here is fitted to the data: imputation, scaling and
+encoding are the pipeline's (``cli/train.py``), which learns them on the training part alone. What kind of column is
+what, is decided in ``columns.py``.
 """
 
 from __future__ import annotations
 
+import bz2
+import contextlib
 import csv
 import gzip
+import importlib.util
+import lzma
 import os
-from dataclasses import dataclass
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from .columns import Column
 
 PathLike = str | os.PathLike[str]
 
 NAMES = ("digits", "breast_cancer", "iris", "wine", "diabetes")
 """The tables that scikit-learn ships."""
 
-_MISSING = {"", "na", "n/a", "nan", "null", "none", "?"}
+SEPARATORS = {".csv": ",", ".tsv": "\t", ".txt": "\t"}
+_COMPRESSED: dict[str, Any] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+_SOURCES = f"{', '.join(NAMES)}, a .csv, .tsv (compressed or not), .parquet or .npz file, or a folder of IDX files"
 _IDX_TYPES = {8: np.uint8, 9: np.int8, 11: np.int16, 12: np.int32, 13: np.float32, 14: np.float64}
 _IDX_FILES = {
     "x": ("train-images-idx3-ubyte", "train-images.idx3-ubyte"),
@@ -34,59 +48,249 @@ _IDX_FILES = {
 class Table:
     """Rows to learn from."""
 
-    x: np.ndarray[Any, Any]
-    """(n, d): numbers, NaN where one is missing; objects, None where one is missing, if some columns hold texts."""
+    x: Any
+    """(n, d): a pandas DataFrame of the columns that are used, as the file has them; or an array of numbers."""
     y: np.ndarray[Any, Any]
     """(n,): classes or numbers."""
     task: str
     """``classification`` or ``regression``."""
     names: list[str]
     """Of the columns of x."""
-    texts: list[int]
-    """The columns of x that hold texts."""
+    columns: list[Column] = field(default_factory=list)
+    """What was understood about every column of a DataFrame, those that are not used and the target included."""
+    why: str = ""
+    """Why the target is taken to be classes or numbers, where that was guessed."""
     pixels: bool = False
     """Whether all columns are of one kind and need no scaling: pixels in 0 to 1."""
     test: tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]] | None = None
     """A part that the data themselves keep for testing."""
 
+    def of_kind(self, kind: str) -> list[str]:
+        """The names of the columns of this kind: ``number``, ``date`` or ``category``."""
+        return [column.name for column in self.columns if column.kind == kind]
 
-def load(source: PathLike, *, target: str | None = None, task: str | None = None) -> Table:
+
+def load(
+    source: PathLike,
+    *,
+    target: str | None = None,
+    task: str | None = None,
+    separator: str | None = None,
+    header: bool = True,
+    drop: Sequence[str] = (),
+    progress: bool = False,
+) -> Table:
     """Loads a table.
 
     Args:
-        source: a name of scikit-learn's (``digits``, ``breast_cancer``, ``iris``, ``wine``, ``diabetes``), a ``.csv``
-            or ``.npz`` file, or a folder that holds MNIST's four IDX files, or the two for training, gzipped or not.
-        target: the column of a CSV file to predict, the last one if None; of an ``.npz`` file the array, ``y`` if None
-            (the rows are the array ``x`` or ``X``).
-        task: ``"classification"`` or ``"regression"``; None guesses: classes are texts, truth values, or whole numbers
-            of at most 20 kinds.
+        source: a name of scikit-learn's (``digits``, ``breast_cancer``, ``iris``, ``wine``, ``diabetes``); a ``.csv``,
+            ``.tsv``, ``.txt`` (compressed or not), ``.parquet`` or ``.npz`` file; or a folder that holds MNIST's four
+            IDX files, or the two for training, gzipped or not.
+        target: the column to predict, the last one if None; of an ``.npz`` file the array, ``y`` if None (the rows are
+            the array ``x`` or ``X``).
+        task: ``"classification"`` or ``"regression"``; None guesses: texts and truth values are classes, and so are
+            whole numbers of two kinds, or 0, 1, 2, ... of at most 20 kinds; other numbers are not.
+        separator: between the cells of a text file; a comma in ``.csv`` files, else a tab.
+        header: whether the first row of a text file has the names of the columns.
+        drop: columns that are left out.
+        progress: show a progress bar once reading a text file has taken two seconds.
 
     Raises:
         FileNotFoundError: if there is no such file or folder.
         ValueError: if it does not hold a table; the message says what was expected.
+        ImportError: without pandas, for a table with named columns.
     """
+    kind = _kind(source)
+    named = kind in ("shipped", "text", "parquet") and not _as_pixels(source, target, drop)
+    given = {"separator": separator is not None, "header=False": not header, "drop": bool(drop)}
+    applies = (("drop",) if named else ()) + (("separator", "header=False") if kind == "text" else ())
+    if wrong := [option for option, is_given in given.items() if is_given and option not in applies]:
+        raise ValueError(f"{', '.join(wrong)}: does not apply to {str(source)!r}")
+    if named:
+        frame = read(source, separator=separator, header=header, progress=progress)
+        return _from_frame(frame, str(source), target, task, drop)
+    if kind == "folder" and target is not None:
+        raise ValueError(f"target: does not apply to a folder of MNIST's files, got {target!r}")
+    if kind == "folder":
+        table = _mnist(Path(source))
+    elif kind == "npz":
+        table = _npz(Path(source), target or "y")
+    else:
+        table = _digits()
+    table.y, table.task, table.why = as_task(table.y, task)
+    if table.test is not None:
+        table.test = table.test[0], as_task(table.test[1], table.task)[0]
+    return table
+
+
+def read(
+    source: PathLike,
+    *,
+    separator: str | None = None,
+    header: bool = True,
+    as_text: Sequence[str] = (),
+    progress: bool = False,
+) -> pd.DataFrame:
+    """Reads a table with named columns, or scikit-learn's, as pandas understands its types.
+
+    Args:
+        source: as in :func:`load`; so are separator, header and progress.
+        as_text: columns that are not converted to numbers or truth values.
+
+    Raises:
+        FileNotFoundError, ValueError, ImportError: as in :func:`load`.
+    """
+    kind, path = _kind(source), Path(source)
+    if kind not in ("shipped", "text", "parquet"):
+        raise ValueError(f"data: expected a table with named columns, got {str(source)!r}")
+    try:
+        import pandas as pd
+    except ImportError as e:
+        raise ImportError(f"data: {str(source)!r} needs pandas: pip install pandas") from e
+    if kind == "shipped":
+        return _shipped(str(source))
+    if kind == "parquet":
+        try:
+            return pd.read_parquet(path)
+        except (OSError, ValueError) as e:
+            raise ValueError(f"{path}: expected a Parquet file ({e})") from None
+    frame = _text(path, SEPARATORS[_suffix(path)] if separator is None else separator, header, as_text, progress)
+    if not header:
+        frame.columns = pd.Index([f"column_{i}" for i in range(frame.shape[1])])
+    return frame
+
+
+def arrays(source: PathLike) -> np.ndarray[Any, Any]:
+    """The rows of a source without named columns: of a folder of MNIST's files its test part, if it has one.
+
+    Raises:
+        FileNotFoundError, ValueError: as in :func:`load`.
+    """
+    kind = _kind(source)
+    if kind == "folder":
+        table = _mnist(Path(source))
+        return table.x if table.test is None else table.test[0]
+    if kind == "npz":
+        return _npz(Path(source), None).x
+    if str(source) == "digits":
+        return _digits().x
+    raise ValueError(f"data: expected an array, as in the training data, got {str(source)!r}")
+
+
+def _kind(source: PathLike) -> str:
     path = Path(source)
     if str(source) in NAMES:
-        return _shipped(str(source))
+        return "shipped"
     if not path.exists():
-        raise FileNotFoundError(f"data: expected {', '.join(NAMES)}, a file or a folder, got {str(source)!r}")
+        raise FileNotFoundError(f"data: expected {_SOURCES}; got {str(source)!r}, which does not exist")
     if path.is_dir():
-        return _mnist(path)
-    if path.suffix == ".csv":
-        x, y, names = _csv(path, target)
-    elif path.suffix == ".npz":
-        x, y, names = _npz(path, target or "y")
-    else:
-        raise ValueError(f"data: expected a .csv or .npz file or a folder of IDX files, got {str(source)!r}")
-    texts = [i for i in range(x.shape[1]) if x.dtype == object and any(isinstance(v, str) for v in x[:, i])]
-    if x.dtype == object and not texts:
-        x = x.astype(float)
-    task = task or _guess(y)
+        return "folder"
+    kinds = dict.fromkeys(SEPARATORS, "text") | {".npz": "npz", ".parquet": "parquet"}
+    if _suffix(path) not in kinds:
+        raise ValueError(f"data: expected {_SOURCES}; got {str(source)!r}")
+    return kinds[_suffix(path)]
+
+
+def _suffix(path: Path) -> str:
+    """The suffix in lower case, without that of a compressed file."""
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    if suffixes and suffixes[-1] in _COMPRESSED:
+        suffixes.pop()
+    return suffixes[-1] if suffixes else ""
+
+
+def _as_pixels(source: PathLike, target: str | None, drop: Sequence[str]) -> bool:
+    return str(source) == "digits" and target in (None, "target") and not drop
+
+
+def as_task(y: Any, task: str | None) -> tuple[np.ndarray[Any, Any], str, str]:
+    """The targets as the task wants them, the task, and why it was chosen where None was given.
+
+    Raises:
+        ValueError: for regression on classes.
+    """
+    y = np.asarray(y)
+    why = ""
+    if task is None:
+        task, why = _guess(y)
     if task == "regression":
         if y.dtype.kind not in "fiub":
             raise ValueError(f"target: expected numbers for regression, got {y[0]!r}")
-        y = y.astype(float)
-    return Table(x, y, task, names, texts)
+        return y.astype(float), task, why
+    if y.dtype.kind == "f" and np.isfinite(y).all() and (y == np.floor(y)).all():
+        y = y.astype(np.int64)
+    return y, task, why
+
+
+def _guess(y: np.ndarray[Any, Any]) -> tuple[str, str]:
+    """The task, and why."""
+    if y.dtype.kind not in "fiu":
+        return "classification", ""
+    kinds = np.unique(y)
+    if len(kinds) == 2 and (kinds == np.floor(kinds)).all():
+        return "classification", "whole numbers of two kinds are taken as classes"
+    if len(kinds) <= 20 and np.array_equal(kinds, np.arange(len(kinds))):
+        return "classification", f"whole numbers from 0 to {len(kinds) - 1} are taken as classes"
+    return "regression", f"{len(kinds):,} different numbers are taken as quantities" if len(kinds) <= 20 else ""
+
+
+def _from_frame(frame: pd.DataFrame, source: str, target: str | None, task: str | None, drop: Sequence[str]) -> Table:
+    from . import columns
+
+    frame.columns = frame.columns.map(str).str.strip()
+    names = list(frame.columns)
+    if unknown := [name for name in drop if name not in names]:
+        raise ValueError(f"drop: expected some of {', '.join(names)}, got {', '.join(unknown)}")
+    frame = frame.drop(columns=list(drop))
+    names = list(frame.columns)
+    if len(names) < 2 or frame.empty:
+        raise ValueError(
+            f"{source}: expected rows of two or more columns, got {len(frame)} of {', '.join(names) or 'none'}; "
+            "if the cells are separated by another character, give separator"
+        )
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"{source}: expected a name for each column, got {twice!r} twice")
+    if target is not None and target not in names:
+        raise ValueError(f"target: expected one of {', '.join(names)}, got {target!r}")
+    chosen = names[-1] if target is None else target
+    y, task, why, about = _target(frame[chosen], chosen, task)
+    described = columns.understand(frame.drop(columns=[chosen]))
+    used = [column.name for column in described if column.kind in columns.USED]
+    if not used:
+        raise ValueError(f"{source}: no column but the target {chosen!r} can be used")
+    return Table(frame[used], y, task, used, [*described, about], why)
+
+
+def _target(values: pd.Series, name: str, task: str | None) -> tuple[np.ndarray[Any, Any], str, str, Column]:
+    """The targets, the task, why it was chosen, and what was understood. In a text only an empty cell is missing."""
+    from . import columns
+
+    note, refusal = "", f"target: expected classes or numbers, got dates in {name!r}"
+    y: Any = values.to_numpy()
+    if columns.is_date(values):
+        raise ValueError(refusal)
+    if columns.is_number(values):
+        _refuse_missing(values, name)
+    elif values.dtype != bool:
+        known = columns.texts(values, frozenset({""}))
+        distinct = columns.texts(values.drop_duplicates()).dropna().drop_duplicates()
+        style = columns.number_style(distinct) if len(distinct) and task != "classification" else ""
+        if style:
+            known = columns.texts(values)
+        elif len(distinct) and task is None and columns.date_formats(distinct):
+            raise ValueError(refusal)
+        _refuse_missing(known, name)
+        y = columns.parse_numbers(known, style).to_numpy() if style else np.array(known.tolist())
+        note = f"{known.iloc[0]} is read as {y[0]:g}" if style not in ("", "plain") else ""
+    y, task, why = as_task(y, task)
+    kind = f"{len(np.unique(y)):,} classes" if task == "classification" else "number"
+    return y, task, why, columns.Column(name, f"target: {kind}", 0, str(values.iloc[0]), note)
+
+
+def _refuse_missing(values: pd.Series, name: str) -> None:
+    if missing := int(values.isna().sum()):
+        raise ValueError(f"target: {missing} values of {name!r} are missing")
 
 
 def read_idx(path: PathLike) -> np.ndarray[Any, Any]:
@@ -118,16 +322,22 @@ def read_idx(path: PathLike) -> np.ndarray[Any, Any]:
     return np.frombuffer(data, dtype, offset=begin).reshape(shape).astype(dtype.newbyteorder("="))
 
 
-def _shipped(name: str) -> Table:
+def _shipped(name: str) -> pd.DataFrame:
     from sklearn import datasets  # type: ignore[import-untyped, unused-ignore]
 
-    data = getattr(datasets, f"load_{name}")()
-    names = [str(n) for n in data.feature_names]
-    if name == "digits":
-        return Table((data.data / 16).astype(np.float32), data.target, "classification", names, [], pixels=True)
-    if name == "diabetes":
-        return Table(data.data, data.target, "regression", names, [])
-    return Table(data.data, np.asarray(data.target_names)[data.target], "classification", names, [])
+    data = getattr(datasets, f"load_{name}")(as_frame=True)
+    frame = data.frame
+    if name in ("breast_cancer", "iris", "wine"):
+        frame["target"] = np.asarray(data.target_names)[data.target]
+    return frame
+
+
+def _digits() -> Table:
+    from sklearn import datasets  # type: ignore[import-untyped, unused-ignore]
+
+    data = datasets.load_digits()
+    x = (data.data / 16).astype(np.float32)
+    return Table(x, data.target, "classification", [str(name) for name in data.feature_names], pixels=True)
 
 
 def _mnist(folder: Path) -> Table:
@@ -146,67 +356,70 @@ def _mnist(folder: Path) -> Table:
     pixels = {k: (v.reshape(len(v), -1) / np.float32(255)) for k, v in arrays.items() if k in ("x", "x_test")}
     test = (pixels["x_test"], arrays["y_test"]) if "x_test" in pixels else None
     names = [f"pixel_{i}" for i in range(pixels["x"].shape[1])]
-    return Table(pixels["x"], arrays["y"], "classification", names, [], pixels=True, test=test)
+    return Table(pixels["x"], arrays["y"], "classification", names, pixels=True, test=test)
 
 
-def _csv(path: Path, target: str | None) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any], list[str]]:
-    with open(path, newline="", encoding="utf-8-sig") as file:
-        rows = [[cell.strip() for cell in row] for row in csv.reader(file) if row]
-    if not rows:
+def _text(path: Path, separator: str, header: bool, as_text: Sequence[str], progress: bool) -> pd.DataFrame:
+    import pandas as pd
+
+    if len(separator) != 1:
+        raise ValueError(f"separator: expected one character, got {separator!r}")
+    if not path.stat().st_size:
         raise ValueError(f"{path}: the file is empty")
-    headless = any(_number(cell) is not None for cell in rows[0])
-    names = [f"column_{i}" for i in range(len(rows[0]))] if headless else rows.pop(0)
-    for i, row in enumerate(rows):
-        if len(row) != len(names):
-            raise ValueError(f"{path}: expected {len(names)} columns, got {len(row)} in row {i + 1}")
-    if len(names) < 2 or not rows:
-        raise ValueError(f"{path}: expected rows of two or more columns")
-    if target is not None and target not in names:
-        raise ValueError(f"target: expected one of {', '.join(names)}, got {target!r}")
-    column = names.index(target) if target is not None else len(names) - 1
-    cells = [_column([row[i] for row in rows]) for i in range(len(names))]
-    y = cells.pop(column)
-    missing = sum(v is None or v != v for v in y)
-    if missing:
-        raise ValueError(f"target: {missing} values of {names[column]!r} are missing")
-    names.pop(column)
-    x = np.empty((len(rows), len(cells)), object)
-    for i, values in enumerate(cells):
-        x[:, i] = values
-    return x, np.array(y), names
-
-
-def _column(cells: list[str]) -> list[Any]:
-    """Numbers where every cell is one, else texts."""
-    numbers = [_number(cell) for cell in cells]
-    if all(n is not None or cell.lower() in _MISSING for n, cell in zip(numbers, cells, strict=True)):
-        return [np.nan if n is None else n for n in numbers]
-    return [None if cell.lower() in _MISSING else cell for cell in cells]
-
-
-def _number(cell: str) -> float | None:
+    options: dict[str, Any] = {"sep": separator, "header": 0 if header else None, "index_col": False}
+    options |= {"encoding": "utf-8-sig", "skipinitialspace": separator != " "}
+    options |= {"keep_default_na": False, "na_values": [""], "low_memory": False, "dtype": dict.fromkeys(as_text, str)}
+    options["compression"] = {".gz": "gzip", ".bz2": "bz2", ".xz": "xz"}.get(path.suffix.lower())
     try:
-        return float(cell) if cell.lower() not in _MISSING else None
-    except ValueError:
-        return None
+        with _opened(path, progress) as file:
+            frame = pd.read_csv(file, **options)
+    except UnicodeDecodeError as e:
+        raise ValueError(f"{path}: expected text in UTF-8 ({e})") from None
+    except (ValueError, OSError, EOFError) as e:
+        raise ValueError(f"{path}: {str(e).strip()}") from None
+    if len(frame) and frame.iloc[:, -1].isna().any():  # the last cell is empty, or the row is too short
+        with _COMPRESSED.get(path.suffix.lower(), open)(path, "rt", encoding="utf-8", newline="") as lines:
+            _refuse_short_rows(path, lines, separator, frame.shape[1], header)
+    return frame
 
 
-def _npz(path: Path, target: str) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any], list[str]]:
-    with np.load(path, allow_pickle=False) as arrays:
-        rows = next((name for name in ("x", "X") if name in arrays), None)
-        if rows is None or target not in arrays:
-            raise ValueError(f"{path}: expected arrays x (or X) and {target}, got {', '.join(arrays)}")
-        x, y = arrays[rows], arrays[target]
+def _refuse_short_rows(path: Path, lines: Any, separator: str, expected: int, header: bool) -> None:
+    limit = csv.field_size_limit(sys.maxsize)
+    try:
+        rows = (row for row in csv.reader(lines, delimiter=separator, skipinitialspace=True) if row)
+        for i, row in enumerate(rows, 0 if header else 1):
+            if len(row) < expected:
+                raise ValueError(f"{path}: expected {expected} columns, got {len(row)} in row {i}")
+    finally:
+        csv.field_size_limit(limit)
+
+
+@contextlib.contextmanager
+def _opened(path: Path, progress: bool) -> Iterator[Any]:
+    """The file, with a progress bar over its bytes if reading takes more than two seconds and tqdm is installed."""
+    with open(path, "rb") as file:
+        if not progress or importlib.util.find_spec("tqdm") is None:
+            yield file
+            return
+        from tqdm import tqdm  # type: ignore[import-untyped, unused-ignore]
+
+        with tqdm.wrapattr(file, "read", total=path.stat().st_size, desc=f"reading {path.name}", delay=2) as watched:
+            yield watched
+
+
+def _npz(path: Path, target: str | None) -> Table:
+    """The arrays of the file; targets of zeros where none are asked for."""
+    with np.load(path, allow_pickle=False) as found:
+        rows = next((name for name in ("x", "X") if name in found), None)
+        if rows is None or (target is not None and target not in found):
+            wanted = "x (or X)" + (f" and {target}" if target else "")
+            raise ValueError(f"{path}: expected arrays {wanted}, got {', '.join(found)}")
+        x = found[rows]
+        y = np.zeros(len(x)) if target is None else found[target]
     if x.ndim < 2 or y.ndim != 1 or len(x) != len(y) or x.dtype.kind not in "fiub":
         raise ValueError(
             f"{path}: expected numbers x of shape (n, ...) and y of shape (n,), got {x.dtype} {x.shape} and {y.shape}"
         )
     x = x.reshape(len(x), -1)
-    return (x if x.dtype.kind == "f" else x.astype(np.float32)), y, [f"column_{i}" for i in range(x.shape[1])]
-
-
-def _guess(y: np.ndarray[Any, Any]) -> str:
-    if y.dtype.kind not in "fiu":
-        return "classification"
-    whole = bool((y == np.floor(y)).all())
-    return "classification" if whole and len(np.unique(y)) <= 20 else "regression"
+    names = [f"column_{i}" for i in range(x.shape[1])]
+    return Table(x if x.dtype.kind == "f" else x.astype(np.float32), y, "", names)

@@ -12,12 +12,14 @@ import pytest
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("sklearn")
-joblib = pytest.importorskip("joblib")
+pd = pytest.importorskip("pandas")
+pytest.importorskip("skops")
 
 from sklearn.metrics import f1_score, roc_auc_score  # noqa: E402
 from sklearn.model_selection import train_test_split  # noqa: E402
 
 from fusedopt.cli import arguments as command_line  # noqa: E402
+from fusedopt.cli import models  # noqa: E402
 from fusedopt.cli import train as train_cli  # noqa: E402
 from fusedopt.data import load  # noqa: E402
 from fusedopt.rules import RULES  # noqa: E402
@@ -70,7 +72,7 @@ def test_a_model_is_trained_evaluated_and_saved(
     assert result["metrics"][metric] > least
     regression = "diabetes" in arguments
     found = {path.name for path in tmp_path.iterdir()}
-    expected = {"model.joblib", "metrics.json", "history.csv", "history.png"}
+    expected = {"model.skops", "metrics.json", "history.csv", "history.png"}
     expected |= {"predictions.png"} if regression else {"confusion.png"}
     expected |= {"roc.png"} if "breast_cancer" in arguments else set()
     assert found == expected
@@ -88,7 +90,7 @@ def test_the_saved_model_gives_the_metrics_on_the_held_out_part(tmp_path: Path) 
     result = train(tmp_path, "--data", "breast_cancer", "--epochs", 5, "--seed", 3, "--test-size", 0.25)
     table = load("breast_cancer")
     _, x, _, y = train_test_split(table.x, table.y, test_size=0.25, random_state=3, stratify=table.y)
-    model = joblib.load(tmp_path / "model.joblib")
+    model = models.load(tmp_path / "model.skops")
     assert result["metrics"]["accuracy"] == model.score(x, y)
     assert result["metrics"]["f1"] == f1_score(y, model.predict(x), pos_label="malignant")
     assert result["metrics"]["auc"] == roc_auc_score(y == "malignant", model.predict_proba(x)[:, 1])
@@ -112,16 +114,17 @@ def test_preprocessing_is_fitted_on_the_training_part_alone(tmp_path: Path) -> N
     result = train(tmp_path / "out", "--data", path, "--lr", 0.01, "--epochs", 40, "--task", "regression")
     assert result["metrics"]["r2"] > 0.85
     table = load(path, task="regression")
-    assert table.texts == [1]
+    assert table.of_kind("category") == ["town"]
     x_train, *_ = train_test_split(table.x, table.y, test_size=0.2, random_state=0)
-    prepare = joblib.load(tmp_path / "out" / "model.joblib")["prepare"]
-    numbers, texts = prepare.named_transformers_["numbers"], prepare.named_transformers_["texts"]
-    columns = x_train[:, [0, 2]].astype(float)
-    np.testing.assert_allclose(numbers[0].statistics_, np.nanmedian(columns, axis=0))
-    filled = np.where(np.isnan(columns), numbers[0].statistics_, columns)
-    np.testing.assert_allclose(numbers[1].mean_, filled.mean(axis=0))
-    assert list(texts[1].categories_[0]) == ["Bonn", "Jena", "Ulm"]
-    assert prepare.transform(np.array([[100.0, "Trier", 3.0]], object)).shape == (1, 5)  # a town that was never seen
+    prepare = models.load(tmp_path / "out" / "model.skops")["prepare"]
+    numbers, texts = prepare.named_transformers_["number"], prepare.named_transformers_["category"]
+    columns = x_train[["area", "age"]].to_numpy(float)
+    np.testing.assert_allclose(numbers["impute"].statistics_, np.nanmedian(columns, axis=0))
+    filled = np.where(np.isnan(columns), numbers["impute"].statistics_, columns)
+    np.testing.assert_allclose(numbers["scale"].mean_, filled.mean(axis=0))
+    assert list(texts["encode"].categories_[0]) == ["Bonn", "Jena", "Ulm"]
+    never_seen = pd.DataFrame({"area": [100.0], "town": ["Trier"], "age": [3.0]})
+    assert prepare.transform(never_seen).shape == (1, 5)
 
 
 def test_classes_are_split_in_equal_parts(tmp_path: Path) -> None:
@@ -142,8 +145,8 @@ def test_mnists_files_are_trained_on_and_tested_with_their_own_part(
 def test_a_checkpoint_is_gone_on_from(tmp_path: Path) -> None:
     whole = train(tmp_path / "a", "--data", "iris", "--epochs", 6)
     file = tmp_path / "fit.npz"
-    for _ in range(2):
-        part = train(tmp_path / "b", "--data", "iris", "--epochs", 6, "--checkpoint", file)
+    for folder in "bc":
+        part = train(tmp_path / folder, "--data", "iris", "--epochs", 6, "--checkpoint", file)
         assert file.exists()
         assert part["metrics"] == whole["metrics"]
 
@@ -171,7 +174,7 @@ def test_a_rate_that_diverges_is_left_out(tmp_path: Path, capsys: pytest.Capture
     arguments = ["--data", "diabetes", "--model", "linear", "--epochs", 30, "--optimizers", "sgd", "--output", tmp_path]
     assert run("compare", *arguments, "--lrs", 1e30, 1e-2) == 0
     assert json.loads((tmp_path / "compare.json").read_text())["results"]["sgd"]["lr"] == 0.01
-    assert run("compare", *arguments, "--lrs", 1e30) == 2
+    assert run("compare", *arguments, "--lrs", 1e30, "--overwrite") == 2
     assert "every rate" in capsys.readouterr().err
 
 
@@ -227,8 +230,8 @@ def test_arguments_out_of_range_are_refused_before_anything_is_loaded(
 
 
 def test_the_schedules_of_the_command_line_exist_and_end_where_they_should() -> None:
-    assert set(command_line.SCHEDULES) == set(train_cli.SCHEDULES)
-    for name, make in train_cli.SCHEDULES.items():
+    assert set(command_line.SCHEDULES) == set(models.SCHEDULES)
+    for name, make in models.SCHEDULES.items():
         for steps in (1, 2, 10, 1000):
             values = [make(0.1, steps)(t) for t in range(steps)]
             assert max(values) <= 0.1 + 1e-12, name

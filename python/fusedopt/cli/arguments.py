@@ -84,22 +84,33 @@ SCHEDULES = (
 
 
 def _training(commands: Any) -> None:
+    text = argparse.ArgumentParser(add_help=False)
+    files = text.add_argument_group("text files")
+    files.add_argument("--separator", metavar="CHAR", help="between cells (default: a comma in .csv files, else a tab)")
+    files.add_argument("--no-header", action="store_true", help="the first row is data; columns are column_0, ...")
     common = argparse.ArgumentParser(add_help=False)
     data = common.add_argument_group("data")
     data.add_argument(
         "--data", required=True, metavar="SOURCE",
-        help="digits, breast_cancer, iris, wine, diabetes; FILE.csv; FILE.npz with x and y; a folder of MNIST's files",
+        help="digits, breast_cancer, iris, wine, diabetes; a .csv or .tsv file (compressed or not), .parquet, or .npz "
+        "with x and y; a folder of MNIST's files",
     )  # fmt: skip
     data.add_argument("--target", metavar="NAME", help="column or array to predict (default: the last column; y)")
     data.add_argument("--task", choices=["classification", "regression"], help="default: by the target's values")
-    data.add_argument("--test-size", type=_fraction, default=0.2, metavar="PART", help="held out, default 0.2")
+    data.add_argument("--drop", nargs="+", metavar="NAME", help="columns that are left out")
+    data.add_argument("--test-size", type=_fraction, metavar="PART", help="held out, default 0.2")
+    data.add_argument(
+        "--max-categories", type=_several, metavar="N", help="of a column of categories, default 1000; the rest are one"
+    )
     model = common.add_argument_group("model")
     model.add_argument("--model", choices=["linear", "mlp"], default="mlp")
-    model.add_argument("--loss", choices=["log", "hinge"], default="log", help="of a linear classifier")
-    model.add_argument("--hidden", type=_count, nargs="+", default=[100], metavar="N", help="widths, default 100")
-    model.add_argument("--activation", choices=["relu", "tanh", "logistic", "gelu", "identity"], default="relu")
-    model.add_argument("--dropout", type=float, default=0.0, metavar="P")
-    model.add_argument("--batch-norm", action="store_true")
+    model.add_argument("--loss", choices=["log", "hinge"], help="of a linear classifier, default log")
+    model.add_argument("--hidden", type=_count, nargs="+", metavar="N", help="of mlp: widths, default 100")
+    model.add_argument(
+        "--activation", choices=["relu", "tanh", "logistic", "gelu", "identity"], help="of mlp, default relu"
+    )
+    model.add_argument("--dropout", type=float, metavar="P", help="of mlp, default 0")
+    model.add_argument("--batch-norm", action="store_const", const=True, help="of mlp")
     model.add_argument("--l1", type=float, default=0.0, metavar="WEIGHT")
     model.add_argument("--l2", type=float, default=1e-4, metavar="WEIGHT", help="default 1e-4")
     fit = common.add_argument_group("training")
@@ -110,26 +121,46 @@ def _training(commands: Any) -> None:
     fit.add_argument("--ema-decay", type=float, metavar="DECAY", help="average the weights")
     fit.add_argument("--early-stopping", action="store_true", help="stop by a tenth of the training part")
     fit.add_argument("--seed", type=int, default=0, metavar="N")
-    train = commands.add_parser("train", parents=[common], help="train a model, evaluate it, save it with its pictures")
+    out = argparse.ArgumentParser(add_help=False)
+    results = out.add_argument_group("results")
+    results.add_argument("--overwrite", action="store_true", help="replace the results of an earlier run")
+    results.add_argument("--quiet", action="store_true", help="no progress bar")
+    train = commands.add_parser(
+        "train", parents=[common, text, out], help="train a model, evaluate it, save it with its plots"
+    )
     train.add_argument("--optimizer", choices=OPTIMIZERS, default="adam")
     train.add_argument("--lr", type=_rate, metavar="LR", help="learning rate (default: the optimizer's)")
+    train.add_argument("--checkpoint", type=Path, metavar="FILE", help="resume from this file if it exists; keep it")
     train.add_argument(
-        "--checkpoint", type=Path, metavar="FILE", help="go on from this file if it is there, and keep it"
-    )
-    train.add_argument("--output", type=Path, default=Path("train-output"), metavar="DIR", help="default train-output")
-    train.add_argument("--quiet", action="store_true", help="no progress bar")
-    compare = commands.add_parser("compare", parents=[common], help="train one model with every optimizer")
+        "--format", choices=["skops", "joblib"], default="skops",
+        help="of the model; a joblib file can run code when it is loaded (default skops)",
+    )  # fmt: skip
+    train.add_argument("--output", type=Path, metavar="DIR", help="default train-output, or train-output-2, ...")
+    compare = commands.add_parser("compare", parents=[common, text, out], help="train one model with every optimizer")
     compare.add_argument("--optimizers", nargs="+", choices=OPTIMIZERS, default=list(OPTIMIZERS), metavar="NAME")
     compare.add_argument("--lrs", type=_rate, nargs="+", metavar="LR", help="rates to try, default 1e-4 1e-3 ... 1")
-    compare.add_argument(
-        "--output", type=Path, default=Path("compare-output"), metavar="DIR", help="default compare-output"
-    )
+    compare.add_argument("--output", type=Path, metavar="DIR", help="default compare-output, or compare-output-2, ...")
+    predict = commands.add_parser("predict", parents=[text, out], help="predict with a model that train has saved")
+    predict.add_argument(
+        "--model", type=Path, required=True, metavar="FILE",
+        help="model.skops or model.joblib; the latter can run code when it is loaded: use only files you trust",
+    )  # fmt: skip
+    predict.add_argument("--data", required=True, metavar="SOURCE", help="as for train, with or without the target")
+    predict.add_argument("--output", type=Path, required=True, metavar="FILE.csv")
+    predict.add_argument("--probabilities", action="store_true", help="a column for each class, too")
 
 
 def _count(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"expected 1 or more, got {text}")
+    return value
+
+
+def _several(text: str) -> int:
+    value = int(text)
+    if value < 2:
+        raise argparse.ArgumentTypeError(f"expected 2 or more, got {text}")
     return value
 
 
@@ -148,17 +179,27 @@ def _fraction(text: str) -> float:
 
 
 def _train(args: argparse.Namespace) -> int:
-    if missing := _missing(["sklearn", "matplotlib"]):
-        print(f"fusedopt {args.command} needs {' and '.join(missing)}: pip install fusedopt[train]", file=sys.stderr)
+    if missing := _missing(["sklearn", "matplotlib", "pandas", "skops"]):
+        print(f"fusedopt {args.command} needs {' and '.join(missing)}: {HOW_TO_INSTALL['train']}", file=sys.stderr)
         return 2
-    from . import train
-
     try:
-        (train.train if args.command == "train" else train.compare)(args)
-    except (ValueError, TypeError, OSError) as e:
-        print(f"fusedopt {args.command}: {e}", file=sys.stderr)
+        if args.command == "predict":
+            from .predict import predict
+
+            return predict(args)
+        from . import train
+
+        return train.train(args) if args.command == "train" else train.compare(args)
+    except (ValueError, TypeError, OSError, ImportError) as e:
+        print(f"fusedopt {args.command}: {' '.join(str(e).split())}", file=sys.stderr)
         return 2
-    return 0
+    except KeyboardInterrupt:
+        print(f"fusedopt {args.command}: interrupted; nothing was saved", file=sys.stderr)
+        return 130
+
+
+HOW_TO_INSTALL = {extra: f"pip install '.[{extra}]' in a checkout of fusedopt" for extra in ("train", "bench", "torch")}
+"""By extra; there is no release yet that an index could give."""
 
 
 def _missing(modules: Sequence[str]) -> list[str]:
@@ -167,7 +208,7 @@ def _missing(modules: Sequence[str]) -> list[str]:
 
 def _bench(args: argparse.Namespace) -> int:
     if missing := _missing(["torch", *(["matplotlib"] if args.plot else [])]):
-        print(f"fusedopt bench needs {' and '.join(missing)}: pip install fusedopt[bench]", file=sys.stderr)
+        print(f"fusedopt bench needs {' and '.join(missing)}: {HOW_TO_INSTALL['bench']}", file=sys.stderr)
         return 2
     from fusedopt.bench import LARGE, gpu, render, run_suites, save
 
@@ -211,7 +252,7 @@ def _split_run(argv: Sequence[str]) -> tuple[list[str], list[str]]:
 
 def _run(args: argparse.Namespace, rest: Sequence[str]) -> int:
     if _missing(["torch"]):
-        print("fusedopt run needs torch: pip install fusedopt[torch]", file=sys.stderr)
+        print(f"fusedopt run needs torch: {HOW_TO_INSTALL['torch']}", file=sys.stderr)
         return 2
     if not args.module and not Path(args.target).exists():
         print(f"fusedopt run: there is no {args.target}", file=sys.stderr)
@@ -232,7 +273,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _run(args, rest)
     if args.command == "bench":
         return _bench(args)
-    if args.command in ("train", "compare"):
+    if args.command in ("train", "compare", "predict"):
         return _train(args)
     import fusedopt
 

@@ -1,58 +1,56 @@
-"""What ``fusedopt train`` and ``fusedopt compare`` do: data, a pipeline of scikit-learn's, results in a folder.
+"""What ``fusedopt train`` and ``fusedopt compare`` do: load a table, fit, evaluate, and save the results in a folder.
 
-The arguments are parsed in ``arguments.py``; data come from ``data.py``, models from ``estimators``, metrics from
-scikit-learn, pictures from ``plots``.
+The arguments are parsed in ``arguments.py``; tables come from ``data.py``, pipelines and their files from
+``models.py``, metrics from scikit-learn, plots from ``plots``.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
-import importlib.util
 import json
+import math
+import sys
+import tempfile
+import threading
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import joblib  # type: ignore[import-untyped, unused-ignore]
 import numpy as np
 from sklearn import metrics  # type: ignore[import-untyped, unused-ignore]
-from sklearn.compose import (  # type: ignore[import-untyped, unused-ignore]
-    ColumnTransformer,
-    TransformedTargetRegressor,
-)
 from sklearn.exceptions import ConvergenceWarning  # type: ignore[import-untyped, unused-ignore]
-from sklearn.impute import SimpleImputer  # type: ignore[import-untyped, unused-ignore]
 from sklearn.model_selection import train_test_split  # type: ignore[import-untyped, unused-ignore]
-from sklearn.pipeline import Pipeline, make_pipeline  # type: ignore[import-untyped, unused-ignore]
-from sklearn.preprocessing import OneHotEncoder, StandardScaler  # type: ignore[import-untyped, unused-ignore]
+from sklearn.pipeline import Pipeline  # type: ignore[import-untyped, unused-ignore]
 
-from .. import plots, schedules
+from .. import plots
+from ..columns import Column
 from ..data import Table, load
 from ..rules import RULES
+from . import models
+from .models import build, fitted, scores
 
 OPTIMIZERS = {name.lower(): name for name in RULES}
 RATES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
-SCHEDULES: dict[str, Callable[[float, int], schedules.Schedule]] = {
-    "constant": lambda lr, steps: schedules.Constant(lr),
-    "linear": lambda lr, steps: schedules.Linear(lr, 0.0, steps),
-    "polynomial": lambda lr, steps: schedules.Polynomial(lr, steps, power=2.0),
-    "exponential": lambda lr, steps: schedules.Exponential(lr, 0.01 ** (1 / steps)),
-    "step": lambda lr, steps: schedules.Step(lr, -(-steps // 3)),
-    "cosine": lambda lr, steps: schedules.Cosine(lr, steps),
-    "restarts": lambda lr, steps: schedules.CosineRestarts(lr, -(-steps // 7), mult=2),
-    "onecycle": lambda lr, steps: schedules.OneCycle(lr, steps),
-    "plateau": lambda lr, steps: schedules.ReduceOnPlateau(lr, factor=0.3, patience=2),
-    "wsd": lambda lr, steps: schedules.WarmupStableDecay(lr, steps, warmup=steps // 20, decay=steps // 5),
-}
-"""By the name of the option: the schedule from the learning rate over all steps."""
+INTERRUPTED = 130  # the exit status of a program that Ctrl-C has ended
 
-Arrays = tuple[np.ndarray[Any, Any], np.ndarray[Any, Any], np.ndarray[Any, Any], np.ndarray[Any, Any]]
+_DEFAULTS = {
+    "hidden": [100], "activation": "relu", "dropout": 0.0, "batch_norm": False, "loss": "log", "test_size": 0.2,
+    "max_categories": models.MAX_CATEGORIES,
+}  # fmt: skip
+_OUTPUTS = (
+    "model.skops", "model.joblib", "metrics.json", "history.csv", "history.png", "predictions.png", "confusion.png",
+    "roc.png", "compare.json", "compare.png",
+)  # fmt: skip
+
+Parts = tuple[Any, Any, np.ndarray[Any, Any], np.ndarray[Any, Any]]
 
 
-def split(table: Table, test_size: float, seed: int) -> Arrays:
+def split(table: Table, test_size: float, seed: int) -> Parts:
     """The training rows, the test rows, their targets; classes in equal parts. A test part of the data's own is kept.
 
     Raises:
@@ -71,59 +69,8 @@ def split(table: Table, test_size: float, seed: int) -> Arrays:
     return parts[0], parts[1], parts[2], parts[3]
 
 
-def preprocessing(table: Table) -> Any:
-    """Numbers: the median where one is missing, then mean 0 and variance 1. Texts: the most frequent, then one-hot."""
-    if table.pixels:
-        return "passthrough"
-    numbers = [i for i in range(table.x.shape[1]) if i not in table.texts]
-    return ColumnTransformer([
-        ("numbers", make_pipeline(SimpleImputer(strategy="median"), StandardScaler()), numbers),
-        (
-            "texts",
-            make_pipeline(
-                SimpleImputer(strategy="most_frequent", missing_values=None),
-                OneHotEncoder(handle_unknown="ignore", sparse_output=False),
-            ),
-            table.texts,
-        ),
-    ])  # fmt: skip
-
-
-def build(args: argparse.Namespace, table: Table, rows: int, optimizer: str, lr: float) -> Pipeline:
-    """Preprocessing and the model that the arguments describe, for so many training rows."""
-    from ..estimators import LinearClassifier, LinearRegressor, MLPClassifier, MLPRegressor
-
-    batch = min(args.batch_size, rows)
-    held_out = int(np.ceil(0.1 * rows)) if args.early_stopping else 0
-    steps = args.epochs * -(-(rows - held_out) // batch)
-    bar = not args.quiet and importlib.util.find_spec("tqdm") is not None
-    common: dict[str, Any] = {
-        "solver": optimizer, "batch_size": batch, "max_iter": args.epochs, "tol": 1e-4 if args.early_stopping else None,
-        "early_stopping": args.early_stopping, "random_state": args.seed, "alpha": args.l2, "l1": args.l1,
-        "learning_rate": SCHEDULES[args.schedule](lr, steps), "max_grad_norm": args.max_grad_norm,
-        "ema_decay": args.ema_decay, "checkpoint": args.checkpoint, "progress": bar,
-    }  # fmt: skip
-    classify = table.task == "classification"
-    if args.model == "mlp":
-        common |= {"hidden_layer_sizes": tuple(args.hidden), "activation": args.activation, "dropout": args.dropout}
-        model = (MLPClassifier if classify else MLPRegressor)(**common, batch_norm=args.batch_norm)
-    else:
-        loss = {"log": "log_loss", "hinge": "hinge"}[args.loss] if classify else "squared_error"
-        model = (LinearClassifier if classify else LinearRegressor)(loss=loss, **common)
-    if not classify:
-        model = TransformedTargetRegressor(model, transformer=StandardScaler())
-    return Pipeline([("prepare", preprocessing(table)), ("model", model)])
-
-
-def fitted(pipeline: Pipeline) -> Any:
-    """The estimator of ours inside the pipeline."""
-    model = pipeline[-1]
-    return getattr(model, "regressor_", model)
-
-
-def evaluate(pipeline: Pipeline, x: Any, y: Any, task: str) -> dict[str, float]:
+def evaluate(pipeline: Pipeline, x: Any, y: Any, predicted: Any, task: str) -> dict[str, float]:
     """scikit-learn's metrics; with more than two classes precision, recall, F1 and AUC are means over the classes."""
-    predicted = pipeline.predict(x)
     if task == "regression":
         return {
             "mse": float(metrics.mean_squared_error(y, predicted)),
@@ -142,100 +89,316 @@ def evaluate(pipeline: Pipeline, x: Any, y: Any, task: str) -> dict[str, float]:
     return found
 
 
-def scores(pipeline: Pipeline, x: Any) -> Any:
-    """Of two classes, how much each row belongs to the second."""
-    if hasattr(pipeline, "predict_proba"):
-        return pipeline.predict_proba(x)[:, 1]
-    return pipeline.decision_function(x)
+def train(args: argparse.Namespace) -> int:
+    """``fusedopt train``: fits, evaluates on the held-out part, saves model, history, metrics and plots."""
+    with _output(args, Path("train-output")) as folder:
+        table, (x_train, x_test, y_train, y_test) = _prepare(args)
+        if args.lr is None:
+            args.lr = RULES[OPTIMIZERS[args.optimizer]].defaults["lr"]
+        pipeline = build(args, table, len(x_train), args.optimizer, args.lr)
+        with _stage(args, "fitting"):
+            cut = _fit(pipeline, x_train, y_train)
+        history = {name: np.asarray(values, float) for name, values in fitted(pipeline).history_.items()}
+        epochs = len(history.get("loss", ()))
+        if not epochs:
+            print("fusedopt train: interrupted in the first epoch; nothing was saved", file=sys.stderr)
+            return INTERRUPTED
+        with _stage(args, "evaluating"):
+            predicted = pipeline.predict(x_test)
+            found = evaluate(pipeline, x_test, y_test, predicted, table.task)
+        print(f"{epochs} epochs, loss {history['loss'][-1]:.4g}" + (", interrupted" if cut else ""))
+        print("\n".join(f"{name:>10} {value:.4f}" for name, value in found.items()))
+        with _stage(args, "saving"):
+            _clear(folder)
+            models.save(pipeline, folder / f"model.{args.format}")
+            _write_json(
+                folder / "metrics.json",
+                {
+                    "settings": _settings(args, table),
+                    "columns": [asdict(column) for column in table.columns],
+                    "metrics": found,
+                    "epochs": epochs,
+                    "interrupted": cut,
+                },
+            )
+            _write_history(history, folder / "history.csv")
+            title = f"{args.model} on {Path(args.data).name}, {args.optimizer}" + (" (interrupted)" if cut else "")
+            plots.history(history, folder / "history.png", title=title)
+            if table.task == "regression":
+                plots.predictions(y_test, predicted, folder / "predictions.png")
+            else:
+                plots.confusion_matrix(y_test, predicted, folder / "confusion.png", labels=pipeline.classes_)
+                if len(pipeline.classes_) == 2:
+                    truth = y_test == pipeline.classes_[1]
+                    plots.roc({args.model: (truth, scores(pipeline, x_test))}, folder / "roc.png")
+        print(f"in {folder}: " + ", ".join(sorted(path.name for path in folder.iterdir())))
+    if cut:
+        more = f"; the same command goes on from {args.checkpoint}" if args.checkpoint else ""
+        print(
+            f"fusedopt train: interrupted after {epochs} of {args.epochs} epochs; "
+            f"the model as it was then is saved in {folder}{more}",
+            file=sys.stderr,
+        )
+        return INTERRUPTED
+    return 0
 
 
-def train(args: argparse.Namespace) -> dict[str, float]:
-    """``fusedopt train``: fits, evaluates on the held-out part, saves model, history, metrics and pictures."""
-    table = load(args.data, target=args.target, task=args.task)
-    x_train, x_test, y_train, y_test = split(table, args.test_size, args.seed)
-    lr = args.lr if args.lr is not None else RULES[OPTIMIZERS[args.optimizer]].defaults["lr"]
-    pipeline = build(args, table, len(x_train), args.optimizer, lr)
-    _announce(args, table, x_train, x_test)
-    _fit(pipeline, x_train, y_train)
-    found = evaluate(pipeline, x_test, y_test, table.task)
-    history = {name: np.asarray(values, float) for name, values in fitted(pipeline).history_.items()}
-    print(f"{len(history['loss'])} epochs, loss {history['loss'][-1]:.4g}")
-    print("\n".join(f"{name:>10} {value:.4f}" for name, value in found.items()))
-    folder: Path = args.output
-    folder.mkdir(parents=True, exist_ok=True)
-    joblib.dump(pipeline, folder / "model.joblib")
-    (folder / "metrics.json").write_text(json.dumps({"settings": _settings(args), "metrics": found}, indent=2) + "\n")
-    _write_history(history, folder / "history.csv")
-    plots.history(history, folder / "history.png", title=f"{args.model} on {Path(args.data).name}, {args.optimizer}")
-    if table.task == "regression":
-        plots.predictions(y_test, pipeline.predict(x_test), folder / "predictions.png")
-    else:
-        plots.confusion_matrix(y_test, pipeline.predict(x_test), folder / "confusion.png", labels=pipeline.classes_)
-        if len(pipeline.classes_) == 2:
-            truth = y_test == pipeline.classes_[1]
-            plots.roc({args.model: (truth, scores(pipeline, x_test))}, folder / "roc.png")
-    print(f"in {folder}: " + ", ".join(sorted(path.name for path in folder.iterdir())))
-    return found
-
-
-def compare(args: argparse.Namespace) -> dict[str, dict[str, float]]:
+def compare(args: argparse.Namespace) -> int:
     """``fusedopt compare``: one model with every optimizer, each with the rate that ends lowest, and their curves."""
-    table = load(args.data, target=args.target, task=args.task)
-    x_train, x_test, y_train, y_test = split(table, args.test_size, args.seed)
-    score = "r2" if table.task == "regression" else "accuracy"
-    rates = args.lrs or RATES
+    with _output(args, Path("compare-output")) as folder:
+        table, parts = _prepare(args)
+        score = "r2" if table.task == "regression" else "accuracy"
+        rates = args.lrs or RATES
+        print("each optimizer with the learning rate, of " + ", ".join(f"{r:g}" for r in rates) + ", that ends lowest")
+        print(f"{'optimizer':>10} {'lr':>8} {'last loss':>10} {score:>9} {'seconds':>8}")
+        results: dict[str, dict[str, float]] = {}
+        histories: dict[str, Mapping[str, Any]] = {}
+        cut = False
+        with _fits(args, len(args.optimizers) * len(rates)) as bar:
+            for name in args.optimizers:
+                best, cut = _best_rate(args, table, parts, name, rates, bar)
+                if cut:
+                    break
+                if best is None:
+                    bar.write(f"{name:>10} diverges at every rate")
+                    continue
+                last, lr, pipeline, seconds = best
+                found = evaluate(pipeline, parts[1], parts[3], pipeline.predict(parts[1]), table.task)
+                results[name] = {"lr": lr, "loss": last, "seconds": seconds, **found}
+                histories[f"{OPTIMIZERS[name]}, lr {lr:g}"] = fitted(pipeline).history_
+                bar.write(f"{name:>10} {lr:8g} {last:10.4g} {found[score]:9.4f} {seconds:8.2f}")
+        if not results:
+            if cut:
+                print("fusedopt compare: interrupted before the first result; nothing was saved", file=sys.stderr)
+                return INTERRUPTED
+            raise ValueError("every optimizer diverges at every rate: try smaller --lrs")
+        _clear(folder)
+        settings = {"settings": _settings(args, table), "results": results, "interrupted": cut}
+        _write_json(folder / "compare.json", settings)
+        title = f"{args.model} on {Path(args.data).name}: every optimizer at its best rate"
+        plots.compare(histories, "loss", folder / "compare.png", title=title, ylabel="training loss")
+        print(f"in {folder}: " + ", ".join(sorted(path.name for path in folder.iterdir())))
+    if cut:
+        done = f"{len(results)} of {len(args.optimizers)} optimizers"
+        print(f"fusedopt compare: interrupted; {done} are saved in {folder}", file=sys.stderr)
+        return INTERRUPTED
+    return 0
+
+
+Best = tuple[float, float, Pipeline, float]
+
+
+def _best_rate(
+    args: argparse.Namespace, table: Table, parts: Parts, optimizer: str, rates: Any, bar: Any
+) -> tuple[Best | None, bool]:
+    """Last loss, rate, model and seconds of the fit that ends lowest; whether Ctrl-C has ended one of them."""
     quiet = argparse.Namespace(**{**vars(args), "quiet": True, "checkpoint": None})
-    results: dict[str, dict[str, float]] = {}
-    histories: dict[str, Mapping[str, Any]] = {}
-    _announce(args, table, x_train, x_test)
-    print("each optimizer with the learning rate, of " + ", ".join(f"{r:g}" for r in rates) + ", that ends lowest")
-    print(f"{'optimizer':>10} {'lr':>8} {'last loss':>10} {score:>9} {'seconds':>8}")
-    for name in args.optimizers:
-        best = None
-        for lr in rates:
-            pipeline = build(quiet, table, len(x_train), name, lr)
-            start = time.perf_counter()
-            try:
-                _fit(pipeline, x_train, y_train)
-            except ValueError as e:
-                if "diverges" not in str(e) and "finite" not in str(e):
-                    raise
-                continue
-            last = float(fitted(pipeline).history_["loss"][-1])
-            if best is None or last < best[0]:
-                best = last, lr, pipeline, time.perf_counter() - start
-        if best is None:
-            print(f"{name:>10} diverges at every rate")
+    best: Best | None = None
+    for lr in rates:
+        pipeline = build(quiet, table, len(parts[0]), optimizer, lr)
+        start = time.perf_counter()
+        try:
+            if _fit(pipeline, parts[0], parts[2]):
+                return None, True
+        except ValueError as e:
+            if "diverges" not in str(e) and "finite" not in str(e):
+                raise
             continue
-        last, lr, pipeline, seconds = best
-        found = evaluate(pipeline, x_test, y_test, table.task)
-        results[name] = {"lr": lr, "loss": last, "seconds": seconds, **found}
-        histories[f"{OPTIMIZERS[name]}, lr {lr:g}"] = fitted(pipeline).history_
-        print(f"{name:>10} {lr:8g} {last:10.4g} {found[score]:9.4f} {seconds:8.2f}")
-    if not results:
-        raise ValueError("every optimizer diverges at every rate: try smaller --lrs")
-    folder: Path = args.output
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "compare.json").write_text(json.dumps({"settings": _settings(args), "results": results}, indent=2) + "\n")
-    title = f"{args.model} on {Path(args.data).name}: every optimizer at its best rate"
-    plots.compare(histories, "loss", folder / "compare.png", title=title, ylabel="training loss")
-    print(f"in {folder}: " + ", ".join(sorted(path.name for path in folder.iterdir())))
-    return results
+        finally:
+            bar.update(1)
+        last = float(fitted(pipeline).history_["loss"][-1])
+        if best is None or last < best[0]:
+            best = last, lr, pipeline, time.perf_counter() - start
+    return best, False
 
 
-def _fit(pipeline: Pipeline, x: Any, y: Any) -> None:
+def _prepare(args: argparse.Namespace) -> tuple[Table, Parts]:
+    """Checks the options, loads and splits the table, and shows what was understood."""
+    with _stage(args, "reading"):
+        table = load(
+            args.data, target=args.target, task=args.task, separator=args.separator, header=not args.no_header,
+            drop=args.drop or (), progress=not args.quiet,
+        )  # fmt: skip
+    _refuse_what_does_not_apply(args, table)
+    for name, value in _DEFAULTS.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    parts = split(table, args.test_size, args.seed)
+    if table.columns:
+        print(describe(table.columns) + "\n")
+        if not args.no_header and all(_looks_like_number(name) for name in table.names):
+            print("The first row is taken for the names of the columns; give --no-header if it is data.")
+        counts = {c: table.x[c].nunique() for c in table.of_kind("category")}
+        for name in (c for c, n in counts.items() if n > args.max_categories):
+            print(
+                f"{name}: of {counts[name]:,} categories the {args.max_categories - 1:,} most frequent are told apart "
+                "(--max-categories)"
+            )
+    if table.why:
+        other = "regression" if table.task == "classification" else "classification"
+        print(f"target: {table.why}; give --task {other} if they are not")
+    inputs = f"{table.x.shape[1]} columns"
+    print(f"{args.data}: {table.task}, {inputs}, {len(parts[0]):,} rows to train on, {len(parts[1]):,} to test with")
+    return table, parts
+
+
+def describe(columns: list[Column], limit: int = 60) -> str:
+    """A table of what was understood: column, kind, missing, example."""
+    shown = [*columns[: limit - 1], columns[-1]] if len(columns) > limit else columns
+    rows = [("column", "kind", "missing", "example", "")]
+    rows += [(_cut(c.name), c.kind, f"{c.missing:,}" if c.missing else "", _cut(c.example), c.note) for c in shown]
+    widths = [max(len(row[i]) for row in rows) for i in range(4)]
+    lines = ["  ".join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[4]]) for row in rows]
+    if len(columns) > limit:
+        lines.insert(limit, f"... {len(columns) - limit:,} more")
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _cut(text: str, width: int = 28) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= width else text[: width - 1] + "…"
+
+
+def _looks_like_number(name: str) -> bool:
+    try:
+        float(name)
+    except ValueError:
+        return False
+    return True
+
+
+def _refuse_what_does_not_apply(args: argparse.Namespace, table: Table) -> None:
+    """Options of a network with a linear model, and the like, are mistakes that nobody would see."""
+    unused = {
+        "--model linear": ("hidden", "activation", "dropout", "batch_norm") if args.model == "linear" else (),
+        "--model mlp": ("loss",) if args.model == "mlp" else (),
+        "regression": ("loss",) if table.task == "regression" else (),
+        "data with a test part of their own": ("test_size",) if table.test is not None else (),
+        "data without columns of categories": () if table.of_kind("category") else ("max_categories",),
+    }
+    for why, names in unused.items():
+        if wrong := [f"--{name.replace('_', '-')}" for name in names if getattr(args, name) is not None]:
+            raise ValueError(f"{', '.join(wrong)}: does not apply to {why}")
+
+
+def _fit(pipeline: Pipeline, x: Any, y: Any) -> bool:
+    """Fits; whether Ctrl-C has ended it early."""
     with warnings.catch_warnings(), np.errstate(all="ignore"):  # a fit that diverges says so itself
         warnings.simplefilter("ignore", ConvergenceWarning)  # the epochs were asked for
+        warnings.filterwarnings("ignore", "Training interrupted by user")
         pipeline.fit(x, y)
+    return bool(fitted(pipeline).interrupted_)
 
 
-def _announce(args: argparse.Namespace, table: Table, x_train: Any, x_test: Any) -> None:
-    columns = f"{table.x.shape[1]} columns" + (f", {len(table.texts)} of them texts" if table.texts else "")
-    print(f"{args.data}: {table.task}, {columns}, {len(x_train)} rows to train on, {len(x_test)} to test with")
+# ---- progress
 
 
-def _settings(args: argparse.Namespace) -> dict[str, Any]:
-    return {name: str(v) if isinstance(v, Path) else v for name, v in vars(args).items() if name != "run"}
+@contextlib.contextmanager
+def _stage(args: argparse.Namespace, what: str) -> Iterator[None]:
+    """Says what takes so long, once it has taken two seconds."""
+    timer = threading.Timer(2.0, lambda: print(f"fusedopt {args.command}: {what} ...", file=sys.stderr, flush=True))
+    timer.daemon = True
+    if not args.quiet:
+        timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+class _NoBar:
+    """Takes what a progress bar takes."""
+
+    def update(self, n: int) -> None: ...
+
+    def write(self, line: str) -> None:
+        print(line, flush=True)
+
+
+@contextlib.contextmanager
+def _fits(args: argparse.Namespace, total: int) -> Iterator[Any]:
+    """A progress bar over fits, shown once they have taken two seconds."""
+    try:
+        from tqdm import tqdm  # type: ignore[import-untyped, unused-ignore]
+    except ImportError:
+        yield _NoBar()
+        return
+    with tqdm(total=total, unit="fit", file=sys.stderr, delay=2, leave=False, disable=args.quiet) as bar:
+        yield bar
+
+
+# ---- the folder of results
+
+
+@contextlib.contextmanager
+def _output(args: argparse.Namespace, default: Path) -> Iterator[Path]:
+    """The folder of results, created and tested before the work; it is removed again if nothing came into it.
+
+    Raises:
+        FileExistsError: if a folder was named that is not empty. The default folder gets a number instead.
+        OSError: if nothing can be written there.
+    """
+    folder: Path = args.output or default
+    if args.output is None:
+        number = 2
+        while _occupied(folder):
+            folder, number = default.with_name(f"{default.name}-{number}"), number + 1
+    elif _occupied(folder) and not args.overwrite and not _is_cut(args, folder):
+        raise FileExistsError(f"output: {folder} is not empty; give another folder, or --overwrite")
+    made = [one for one in (folder, *folder.parents) if not one.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as e:
+        raise OSError(f"output: nothing can be written in {folder} ({e.strerror})") from None
+    try:
+        yield folder
+    finally:
+        for one in made:
+            with contextlib.suppress(OSError):  # it is not empty
+                one.rmdir()
+
+
+def _occupied(folder: Path) -> bool:
+    return folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
+
+
+def _is_cut(args: argparse.Namespace, folder: Path) -> bool:
+    """Whether the folder has the results of a fit that was interrupted, and this one goes on from its checkpoint."""
+    if getattr(args, "checkpoint", None) is None or not args.checkpoint.exists():
+        return False
+    try:
+        return bool(json.loads((folder / "metrics.json").read_text())["interrupted"])
+    except (OSError, ValueError, KeyError):
+        return False
+
+
+def _clear(folder: Path) -> None:
+    """Removes what an earlier run has left, so that no file of it stays beside those of this one."""
+    for name in _OUTPUTS:
+        (folder / name).unlink(missing_ok=True)
+
+
+def _settings(args: argparse.Namespace, table: Table) -> dict[str, Any]:
+    """The options that were in force."""
+    found = {name: str(v) if isinstance(v, Path) else v for name, v in vars(args).items() if v is not None}
+    for name in ("hidden", "activation", "dropout", "batch_norm") if args.model == "linear" else ("loss",):
+        del found[name]
+    return found | {"task": table.task}
+
+
+def _write_json(path: Path, value: Any) -> None:
+    """JSON as every reader takes it: a number that is not finite becomes null."""
+    path.write_text(json.dumps(_finite(value), indent=2, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(k): _finite(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _write_history(history: Mapping[str, Any], path: Path) -> None:

@@ -1,0 +1,183 @@
+"""The models of ``fusedopt train``: a scikit-learn pipeline from the columns of a table to predictions, and its file.
+
+A skops file holds data alone and is checked before anything in it is used. A joblib file is a pickle: it can run code
+when it is loaded.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import sys
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import joblib  # type: ignore[import-untyped, unused-ignore]
+import numpy as np
+import skops.io
+from sklearn.compose import (  # type: ignore[import-untyped, unused-ignore]
+    ColumnTransformer,
+    TransformedTargetRegressor,
+)
+from sklearn.impute import SimpleImputer  # type: ignore[import-untyped, unused-ignore]
+from sklearn.pipeline import Pipeline  # type: ignore[import-untyped, unused-ignore]
+from sklearn.preprocessing import (  # type: ignore[import-untyped, unused-ignore]
+    FunctionTransformer,
+    OneHotEncoder,
+    StandardScaler,
+)
+from skops.io.exceptions import UnsupportedTypeException
+
+from .. import columns, estimators, schedules
+from ..data import Table
+from ..rules import RULES
+
+FORMATS = ("skops", "joblib")
+MAX_CATEGORIES = 1000
+SCHEDULES: dict[str, Callable[[float, int], schedules.Schedule]] = {
+    "constant": lambda lr, steps: schedules.Constant(lr),
+    "linear": lambda lr, steps: schedules.Linear(lr, 0.0, steps),
+    "polynomial": lambda lr, steps: schedules.Polynomial(lr, steps, power=2.0),
+    "exponential": lambda lr, steps: schedules.Exponential(lr, 0.01 ** (1 / steps)),
+    "step": lambda lr, steps: schedules.Step(lr, -(-steps // 3)),
+    "cosine": lambda lr, steps: schedules.Cosine(lr, steps),
+    "restarts": lambda lr, steps: schedules.CosineRestarts(lr, -(-steps // 7), mult=2),
+    "onecycle": lambda lr, steps: schedules.OneCycle(lr, steps),
+    "plateau": lambda lr, steps: schedules.ReduceOnPlateau(lr, factor=0.3, patience=2),
+    "wsd": lambda lr, steps: schedules.WarmupStableDecay(lr, steps, warmup=steps // 20, decay=steps // 5),
+}
+"""By the name of the option: the schedule from the learning rate over all steps."""
+
+# What the files of our models hold beside scikit-learn's own types. Nothing else is loaded.
+_PARTS = ("_fit.Fit", "_fit.Progress", "_network.Network", "_rates.Rate", "_linear.LinearClassifier")
+_PARTS += ("_linear.LinearRegressor", "_mlp.MLPClassifier", "_mlp.MLPRegressor")
+_TRUSTED = frozenset(
+    [f"fusedopt.{name}" for name in RULES]
+    + [f"fusedopt.estimators.{name}" for name in _PARTS]
+    + [f"{one.__module__}.{one.__qualname__}" for one in vars(schedules).values() if isinstance(one, type)]
+    + [f"fusedopt.columns.{one.__name__}" for one in (columns.numbers, columns.dates, columns.categories)]
+    + ["numpy.dtype", "numpy.random.mtrand.RandomState"]
+)
+
+
+# ---- making
+
+
+def preprocessing(table: Table, max_categories: int = MAX_CATEGORIES) -> Any:
+    """From the columns of a table to numbers with mean 0 and variance 1, and one-hot encoded categories.
+
+    A missing number or date becomes the median, a missing category the most frequent one. All but the most frequent
+    ``max_categories`` of a column share one place; a category that was not seen in training joins them.
+    """
+    if table.pixels:
+        return "passthrough"
+    scaled = [("impute", SimpleImputer(strategy="median")), ("scale", StandardScaler())]
+    if isinstance(table.x, np.ndarray):
+        return Pipeline(scaled)
+    comma = [column.name for column in table.columns if column.how == "comma"]
+    formats = {column.name: column.how for column in table.columns if column.kind == "date" and column.how}
+    encode = OneHotEncoder(max_categories=max_categories, handle_unknown="infrequent_if_exist")
+    parts = {
+        "number": [("convert", FunctionTransformer(columns.numbers, kw_args={"comma": comma})), *scaled],
+        "date": [("convert", FunctionTransformer(columns.dates, kw_args={"formats": formats})), *scaled],
+        "category": [
+            ("convert", FunctionTransformer(columns.categories)),
+            ("impute", SimpleImputer(strategy="most_frequent", missing_values=None)),
+            ("encode", encode),
+        ],
+    }
+    used = {kind: table.of_kind(kind) for kind in parts}
+    return ColumnTransformer([(kind, Pipeline(steps), used[kind]) for kind, steps in parts.items() if used[kind]])
+
+
+def build(args: argparse.Namespace, table: Table, rows: int, optimizer: str, lr: float) -> Pipeline:
+    """Preprocessing and the model that the arguments describe, for so many training rows."""
+    batch = min(args.batch_size, rows)
+    held_out = int(np.ceil(0.1 * rows)) if args.early_stopping else 0
+    steps = args.epochs * -(-(rows - held_out) // batch)
+    bar = not args.quiet and importlib.util.find_spec("tqdm") is not None
+    common: dict[str, Any] = {
+        "solver": optimizer, "batch_size": batch, "max_iter": args.epochs, "tol": 1e-4 if args.early_stopping else None,
+        "early_stopping": args.early_stopping, "random_state": args.seed, "alpha": args.l2, "l1": args.l1,
+        "learning_rate": SCHEDULES[args.schedule](lr, steps), "max_grad_norm": args.max_grad_norm,
+        "ema_decay": args.ema_decay, "checkpoint": None if args.checkpoint is None else str(args.checkpoint),
+        "progress": bar,
+    }  # fmt: skip
+    classify = table.task == "classification"
+    model: Any
+    if args.model == "mlp":
+        common |= {"hidden_layer_sizes": tuple(args.hidden), "activation": args.activation, "dropout": args.dropout}
+        made = estimators.MLPClassifier if classify else estimators.MLPRegressor
+        model = made(**common, batch_norm=args.batch_norm)
+    elif classify:
+        model = estimators.LinearClassifier(loss={"log": "log_loss", "hinge": "hinge"}[args.loss], **common)
+    else:
+        model = estimators.LinearRegressor(loss="squared_error", **common)
+    if not classify:
+        model = TransformedTargetRegressor(model, transformer=StandardScaler())
+    return Pipeline([("prepare", preprocessing(table, args.max_categories)), ("model", model)])
+
+
+def fitted(pipeline: Pipeline) -> Any:
+    """The estimator of ours inside the pipeline."""
+    model = pipeline[-1]
+    return getattr(model, "regressor_", model)
+
+
+def scores(pipeline: Pipeline, x: Any) -> Any:
+    """Of two classes, how much each row belongs to the second."""
+    if hasattr(pipeline, "predict_proba"):
+        return pipeline.predict_proba(x)[:, 1]
+    return pipeline.decision_function(x)
+
+
+def columns_of(pipeline: Pipeline) -> dict[str, list[str]] | None:
+    """By kind, the columns that the model takes from a DataFrame; None if it takes an array."""
+    prepare = pipeline[0]
+    if not isinstance(prepare, ColumnTransformer):
+        return None
+    return {kind: list(names) for kind, _, names in prepare.transformers_ if kind in columns.USED}
+
+
+# ---- files
+
+
+def save(pipeline: Pipeline, path: Path) -> None:
+    """Writes the model, in the format that the suffix names."""
+    if path.suffix == ".joblib":
+        joblib.dump(pipeline, path)
+    else:
+        skops.io.dump(pipeline, path)
+
+
+def load(path: str | os.PathLike[str]) -> Pipeline:
+    """Reads a model that :func:`save` has written.
+
+    A ``.joblib`` file can run code when it is loaded: load only files whose origin is known. A ``.skops`` file cannot;
+    one with any type that our models do not have is refused.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is damaged, or does not hold a model of ours.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"model: there is no file {str(path)!r}")
+    if path.suffix not in (".skops", ".joblib"):
+        raise ValueError(f"model: expected a .skops or .joblib file, got {str(path)!r}")
+    try:
+        if path.suffix == ".joblib":
+            print(f"{path}: a joblib file can run code when it is loaded; use only files you trust", file=sys.stderr)
+            model = joblib.load(path)
+        else:
+            if foreign := sorted(set(skops.io.get_untrusted_types(file=path)) - _TRUSTED):
+                raise ValueError(f"it holds {', '.join(foreign)}, which the models of fusedopt train do not")
+            model = skops.io.load(path, trusted=sorted(_TRUSTED))
+    except (ValueError, KeyError, TypeError, OSError, EOFError, zipfile.BadZipFile, UnsupportedTypeException) as e:
+        raise ValueError(f"model: {path} cannot be loaded: {e}") from None
+    if not isinstance(model, Pipeline) or not isinstance(fitted(model), estimators._base.Estimator):
+        raise ValueError(f"model: {path} does not hold a model of fusedopt train")
+    return model
