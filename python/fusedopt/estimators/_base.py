@@ -210,6 +210,7 @@ class Estimator(BaseEstimator):
     def _show(self, fit: Fit) -> None:
         """The attributes that every fit leaves."""
         p = fit.progress
+        self.interrupted_ = fit.interrupted
         self.n_iter_, self.t_ = p.epoch, fit.samples
         self.loss_curve_, self.loss_ = list(p.loss), p.loss[-1] if p.loss else math.nan
         scored = bool(p.score)

@@ -102,6 +102,7 @@ class Fit:
         self.last_lr = math.nan
         self.mean: Array | None = None  # EMA or average of the parameters
         self.averaged = 0
+        self.interrupted = False  # Ctrl-C has ended the last run
         self.progress = Progress()
         self._revive()
 
@@ -229,6 +230,7 @@ class Fit:
     def run(self, task: Task, data: Data, split: Split | None = None, once: bool = False) -> None:
         """Epochs until a rule stops them; ``once``: exactly one. ``split`` is kept in checkpoints."""
         p, n = self.progress, data.x.shape[0]
+        self.interrupted = False
         order = np.arange(n) if task.shuffle and task.batch_size < n else None
         best: Array | None = None
         if task.checkpoint is not None:
@@ -262,11 +264,12 @@ class Fit:
                 if once:
                     break
         except KeyboardInterrupt:
+            self.interrupted = True
             warnings.warn("Training interrupted by user.", stacklevel=2)
         finally:
             if bar is not None:
                 bar.close()
-        if not once and not p.finished and p.epoch >= task.max_iter and task.tol > -math.inf:  # it was told to converge
+        if not once and not self.interrupted and not p.finished and p.epoch >= task.max_iter and task.tol > -math.inf:  # it was told to converge
             warnings.warn(
                 f"Stochastic Optimizer: Maximum iterations ({task.max_iter}) reached and the optimization hasn't "
                 "converged yet.",
