@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,13 +16,15 @@ pytest.importorskip("sklearn")
 pd = pytest.importorskip("pandas")
 pytest.importorskip("skops")
 
-from sklearn.metrics import f1_score, roc_auc_score  # noqa: E402
+import scipy.sparse  # noqa: E402
+from sklearn.metrics import f1_score, r2_score, roc_auc_score  # noqa: E402
 from sklearn.model_selection import train_test_split  # noqa: E402
 
 from fusedopt.cli import arguments as command_line  # noqa: E402
 from fusedopt.cli import models  # noqa: E402
 from fusedopt.cli import train as train_cli  # noqa: E402
 from fusedopt.data import load  # noqa: E402
+from fusedopt.estimators._fit import Fit  # noqa: E402
 from fusedopt.rules import RULES  # noqa: E402
 from test_data import mnist  # noqa: E402
 
@@ -243,3 +246,327 @@ def test_it_runs_as_a_command(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
     assert "accuracy" in done.stdout
+
+
+# ---- a model that can be used
+
+
+def table_of_flats(path: Path, rows: int = 400, seed: int = 0, target: bool = True) -> Any:
+    """What tables in the wild have: gaps, texts, dates, truth values, thousands, per cent, Unicode, an index."""
+    rng = np.random.default_rng(seed)
+    area, town = rng.uniform(30, 200, rows), rng.choice(["Köln", "Łódź", "東京"], rows)
+    sold = np.datetime64("2020-01-01") + rng.integers(0, 1500, rows).astype("timedelta64[D]")
+    lift, tax = rng.random(rows) < 0.5, rng.integers(1, 9, rows)
+    income = rng.integers(20_000, 90_000, rows)
+    price = 3 * area + 90 * (town == "東京") + 0.1 * (sold - np.datetime64("2020-01-01")).astype(int) + 40 * lift
+    frame = pd.DataFrame({
+        "": np.arange(rows), "area": area.round(1).astype(str), "town": town, "sold": sold.astype(str),
+        "lift": lift.astype(str), "tax": [f"{t}%" for t in tax], "income": [f"{i:,}" for i in income],
+        "price": (price + rng.normal(0, 5, rows)).round(2).astype(str),
+    })  # fmt: skip
+    for name, gap in (("area", 17), ("town", 23), ("sold", 29), ("lift", 31), ("income", 19)):
+        frame.loc[rng.integers(0, rows, rows // gap), name] = ""
+    frame if target else frame.pop("price")
+    frame.to_csv(path, index=False)
+    return frame
+
+
+@pytest.mark.parametrize("form", ["skops", "joblib"])
+def test_a_model_predicts_another_table(tmp_path: Path, form: str, capsys: pytest.CaptureFixture[str]) -> None:
+    table_of_flats(tmp_path / "flats.csv")
+    truth = table_of_flats(tmp_path / "new.csv", seed=1)
+    result = train(
+        tmp_path / "out", "--data", tmp_path / "flats.csv", "--lr", 0.01, "--epochs", 40, "--format", form
+    )  # fmt: skip
+    shown = capsys.readouterr().out
+    for words in (
+        "Unnamed: 0 index 0 not used: it counts the rows",
+        "town category", "sold date", "lift category", "tax number", "income number", "price target: number",
+    ):  # fmt: skip
+        pattern = r"\s+(?:\d+\s+)?".join(map(re.escape, words.split(" ")))
+        assert re.search(pattern, shown), words
+    assert result["metrics"]["r2"] > 0.9
+    without_target = truth.drop(columns=["price"])
+    without_target.sample(frac=1, axis=1, random_state=0).to_csv(tmp_path / "bare.csv", index=False)
+    model = ["--model", tmp_path / "out" / f"model.{form}"]
+    for name in ("new", "bare"):
+        assert run("predict", *model, "--data", tmp_path / f"{name}.csv", "--output", tmp_path / f"{name}-p.csv") == 0
+    said = capsys.readouterr().err
+    assert ("can run code" in said) == (form == "joblib")
+    predicted = pd.read_csv(tmp_path / "new-p.csv")["prediction"]
+    np.testing.assert_array_equal(predicted, pd.read_csv(tmp_path / "bare-p.csv")["prediction"])
+    assert r2_score(truth["price"].astype(float), predicted) > 0.9
+    # The DataFrame that pandas makes by itself gives the same.
+    pipeline = models.load(tmp_path / "out" / f"model.{form}")
+    np.testing.assert_allclose(pipeline.predict(pd.read_csv(tmp_path / "new.csv")), predicted, rtol=1e-9)
+
+
+def test_columns_are_found_by_name_and_a_lacking_one_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(tmp_path / "out", "--data", "breast_cancer", "--epochs", 5, "--lr", 0.01)
+    pipeline = models.load(tmp_path / "out" / "model.skops")
+    table = load("breast_cancer")
+    accuracy = pipeline.score(table.x, table.y)
+    assert accuracy > 0.95
+    assert pipeline.score(table.x[table.x.columns[::-1]], table.y) == accuracy
+    swapped = table.x.rename(columns={"mean radius": "mean area", "mean area": "radius"})
+    with pytest.raises(ValueError, match="mean radius"):
+        pipeline.predict(swapped)
+    swapped.to_csv(tmp_path / "swapped.csv", index=False)
+    arguments = ["--model", tmp_path / "out" / "model.skops", "--data", tmp_path / "swapped.csv"]
+    assert run("predict", *arguments, "--output", tmp_path / "p.csv") == 2
+    assert "needs the columns mean radius, which" in capsys.readouterr().err
+    assert not (tmp_path / "p.csv").exists()
+
+
+def test_gaps_truth_values_and_new_categories_are_taken_as_in_training(tmp_path: Path) -> None:
+    frame = table_of_flats(tmp_path / "flats.csv")
+    train(tmp_path / "out", "--data", tmp_path / "flats.csv", "--epochs", 2)
+    pipeline = models.load(tmp_path / "out" / "model.skops")
+    row = {"area": 100.0, "town": "Köln", "sold": "2021-05-06", "lift": True, "tax": "5%", "income": "50,000"}
+    variants = pd.DataFrame([
+        row, row | {"lift": "True", "tax": 5, "income": 50_000}, row | {"sold": pd.Timestamp("2021-05-06")},
+        row | {"town": None}, row | {"town": "?"}, row | {"town": "Trier"}, row | {"area": None},
+    ])  # fmt: skip
+    found = pipeline.predict(variants)
+    assert found[0] == found[1] == found[2]
+    assert found[3] == found[4]
+    assert np.isfinite(found).all()
+    assert found[5] != found[0]
+    most = frame["town"].replace("", np.nan).value_counts().index[0]
+    assert found[3] == pipeline.predict(pd.DataFrame([row | {"town": most}]))[0]
+    with pytest.raises(ValueError, match="column 'tax': expected numbers, got 'much'"):
+        pipeline.predict(pd.DataFrame([row | {"tax": "much"}]))
+
+
+@pytest.mark.parametrize("labels", [["1", "2"], ["None", "NA"], ["yes", "no"], ["True", "False"], ["-1", "1"]])
+def test_predicted_classes_are_labelled_as_in_the_data(tmp_path: Path, labels: list[str]) -> None:
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal(120)
+    frame = pd.DataFrame({"x": x, "z": rng.standard_normal(120), "label": np.where(x > 0, *labels)})
+    frame.to_csv(tmp_path / "t.csv", index=False)
+    result = train(tmp_path / "out", "--data", tmp_path / "t.csv", "--lr", 0.05, "--epochs", 10)
+    assert result["settings"]["task"] == "classification"
+    out = tmp_path / "deep" / "p.csv"
+    arguments = ["--model", tmp_path / "out" / "model.skops", "--data", tmp_path / "t.csv", "--output", out]
+    assert run("predict", *arguments, "--probabilities") == 0
+    found = pd.read_csv(out, dtype=str, keep_default_na=False)
+    assert set(found["prediction"]) == set(labels)
+    assert (found["prediction"] == frame["label"]).mean() > 0.95
+    assert set(found.columns[1:]) == {f"probability of {label}" for label in labels}
+    np.testing.assert_allclose(found[found.columns[1:]].astype(float).sum(axis=1), 1, rtol=1e-6)
+    assert run("predict", *arguments) == 2  # the file exists
+    assert run("predict", *arguments, "--overwrite") == 0
+
+
+@pytest.mark.parametrize("source", ["digits", "x.npz", "mnist"])
+def test_models_of_arrays_predict_arrays(tmp_path: Path, source: str, capsys: pytest.CaptureFixture[str]) -> None:
+    rng = np.random.default_rng(0)
+    np.savez(tmp_path / "x.npz", x=rng.standard_normal((50, 3)), y=np.arange(50) % 2)
+    np.savez(tmp_path / "bare.npz", x=rng.standard_normal((20, 3)))
+    (tmp_path / "mnist").mkdir()
+    mnist(tmp_path / "mnist")
+    data = source if source == "digits" else tmp_path / source
+    train(tmp_path / "out", "--data", data, "--epochs", 1)
+    new = tmp_path / "bare.npz" if source == "x.npz" else data
+    arguments = ["--model", tmp_path / "out" / "model.skops", "--output", tmp_path / "p.csv"]
+    assert run("predict", *arguments, "--data", new) == 0
+    assert len(pd.read_csv(tmp_path / "p.csv")) == {"digits": 1797, "x.npz": 20, "mnist": 20}[source]
+    np.savez(tmp_path / "other.npz", x=rng.standard_normal((20, 5)))
+    assert run("predict", *arguments, "--data", tmp_path / "other.npz", "--overwrite") == 2
+    assert "numbers a row, as in training, got 5" in capsys.readouterr().err
+
+
+class Evil:
+    def __reduce__(self) -> Any:
+        return print, ("this ran",)
+
+
+def test_a_model_file_of_other_types_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import skops.io
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import FunctionTransformer
+
+    foreign = {
+        "function": make_pipeline(FunctionTransformer(print), LogisticRegression()),
+        "other": LogisticRegression(),
+    }
+    for name, model in foreign.items():
+        skops.io.dump(model, tmp_path / f"{name}.skops")
+    (tmp_path / "damaged.skops").write_bytes(b"PK\x03\x04 no zip file")
+    arguments = ["--data", "iris", "--output", tmp_path / "p.csv"]
+    for name, message in {
+        "function": "holds builtins.print", "other": "does not hold a model", "damaged": "cannot be loaded",
+        "nothing": "there is no file",
+    }.items():  # fmt: skip
+        assert run("predict", "--model", tmp_path / f"{name}.skops", *arguments) == 2
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "p.csv").exists()
+
+
+def test_many_categories_stay_sparse_and_have_a_limit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rng = np.random.default_rng(0)
+    n = 40_000
+    user = np.minimum(rng.zipf(1.3, n), 10**9)
+    frame = pd.DataFrame({"user": [f"u{u}" for u in user], "a": rng.standard_normal(n)})
+    frame["y"] = 3.0 * (user == 1) + frame["a"]
+    frame.to_csv(tmp_path / "t.csv", index=False)
+    distinct = frame["user"].nunique()
+    assert distinct > 4000
+    options = ["--model", "linear", "--epochs", 1, "--max-categories", 500, "--batch-size", 500]
+    train(tmp_path / "out", "--data", tmp_path / "t.csv", "--optimizer", "adam", "--lr", 0.01, *options)
+    assert f"user: of {distinct:,} categories the 499 most frequent are told apart" in capsys.readouterr().out
+    pipeline = models.load(tmp_path / "out" / "model.skops")
+    x = pipeline["prepare"].transform(frame[["user", "a"]])
+    assert x.shape == (n, 501)
+    assert scipy.sparse.issparse(x)
+    assert x.nnz == 2 * n
+
+
+# ---- the folder of results
+
+
+def test_an_earlier_run_is_not_mixed_with_a_new_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for folder in ("train-output", "train-output-2"):
+        assert run("train", "--quiet", "--data", "iris", "--epochs", 1) == 0
+        assert (tmp_path / folder / "model.skops").exists()
+    before = sorted((p.name, p.stat().st_mtime_ns) for p in Path("train-output").iterdir())
+    diabetes = ["train", "--quiet", "--data", "diabetes", "--epochs", 1, "--output", "train-output"]
+    assert run(*diabetes) == 2
+    assert "train-output is not empty" in capsys.readouterr().err
+    assert sorted((p.name, p.stat().st_mtime_ns) for p in Path("train-output").iterdir()) == before
+    (tmp_path / "train-output" / "notes.txt").write_text("mine")
+    assert run(*diabetes, "--overwrite", "--format", "joblib") == 0
+    found = {p.name for p in Path("train-output").iterdir()}
+    assert found == {"model.joblib", "metrics.json", "history.csv", "history.png", "predictions.png", "notes.txt"}
+
+
+def test_the_folder_is_tested_before_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("")
+    for command in ("train", "compare"):
+        assert run(command, "--data", "nothing.csv", "--output", tmp_path / "file" / "x") == 2
+        assert "nothing can be written" in capsys.readouterr().err
+    assert run("train", "--data", "nothing.csv", "--output", tmp_path / "a" / "b") == 2
+    assert not (tmp_path / "a").exists()
+
+
+def test_json_is_json_and_says_what_was_in_force(tmp_path: Path) -> None:
+    np.savez(tmp_path / "x.npz", x=np.random.default_rng(0).standard_normal((4, 2)), y=[1.5, 2.5, 3.5, 9.5])
+    with pytest.warns(UserWarning, match="R\\^2 score is not well-defined"):
+        train(tmp_path / "out", "--data", tmp_path / "x.npz", "--epochs", 1, "--test-size", 0.25)
+    text = (tmp_path / "out" / "metrics.json").read_text()
+
+    def refuse(word: str) -> None:
+        raise AssertionError(word)
+
+    found = json.loads(text, parse_constant=refuse)
+    assert found["metrics"]["r2"] is None  # of a single row
+    settings = found["settings"]
+    assert (settings["lr"], settings["hidden"], settings["activation"]) == (0.001, [100], "relu")
+    assert None not in settings.values()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["--model", "linear", "--hidden", 8, "--dropout", 0.1],
+            "--hidden, --dropout: does not apply to --model linear",
+        ),
+        (["--model", "linear", "--batch-norm"], "--batch-norm: does not apply"),
+        (["--model", "mlp", "--loss", "log"], "--loss: does not apply to --model mlp"),
+        (
+            ["--model", "linear", "--loss", "log", "--task", "regression", "--target", "alcohol"],
+            "--loss: does not apply",
+        ),
+        (["--separator", ";"], "separator: does not apply to 'wine'"),
+        (["--max-categories", 5], "--max-categories: does not apply"),
+    ],
+)
+def test_options_that_do_not_apply_are_refused(
+    tmp_path: Path, arguments: list[object], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("train", "--data", "wine", "--output", tmp_path / "out", *arguments) == 2
+    assert message in capsys.readouterr().err
+
+
+# ---- interruptions
+
+
+def interrupt_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
+    """Ctrl-C in the step with this number, counted over all fits."""
+    seen = 0
+    step = Fit._one_step
+
+    def counted(self: Fit, *args: Any) -> Any:
+        nonlocal seen
+        seen += 1
+        if seen == steps:
+            raise KeyboardInterrupt
+        return step(self, *args)
+
+    monkeypatch.setattr(Fit, "_one_step", counted)
+
+
+def test_ctrl_c_in_the_first_epoch_saves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    interrupt_after(monkeypatch, 2)
+    assert run("train", "--data", "digits", "--quiet", "--output", tmp_path / "out") == 130
+    assert capsys.readouterr().err == "fusedopt train: interrupted in the first epoch; nothing was saved\n"
+    assert not (tmp_path / "out").exists()
+
+
+def test_ctrl_c_marks_what_is_saved_and_the_same_command_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = train(tmp_path / "whole", "--data", "iris", "--epochs", 6)
+    command = ["train", "--quiet", "--data", "iris", "--epochs", 6, "--output", tmp_path / "out"]
+    command += ["--checkpoint", tmp_path / "fit.ckpt"]
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 10)  # 4 steps an epoch
+        assert run(*command) == 130
+    said = capsys.readouterr().err
+    assert "interrupted after 2 of 6 epochs" in said
+    assert f"the same command goes on from {tmp_path / 'fit.ckpt'}" in said
+    cut = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert (cut["interrupted"], cut["epochs"]) == (True, 2)
+    assert run(*command) == 0
+    done = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert (done["interrupted"], done["epochs"]) == (False, 6)
+    assert done["metrics"] == whole["metrics"]
+    assert run(*command) == 2  # it is not cut any more
+
+
+def test_compare_leaves_out_the_fit_that_ctrl_c_has_cut(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["compare", "--data", "iris", "--epochs", 2, "--lrs", 0.01, "--optimizers", "adam", "sgd", "lion"]
+    command += ["--output", tmp_path / "out"]
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 14)  # the second epoch of the second optimizer
+        assert run(*command) == 130
+    assert "interrupted; 1 of 3 optimizers are saved" in capsys.readouterr().err
+    found = json.loads((tmp_path / "out" / "compare.json").read_text())
+    assert (set(found["results"]), found["interrupted"]) == ({"adam"}, True)
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 3)
+        assert run(*command, "--overwrite") == 130
+    assert "nothing was saved" in capsys.readouterr().err
+
+
+def test_ctrl_c_elsewhere_is_a_line_and_130(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def pressed(*args: Any, **kwargs: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train_cli, "load", pressed)
+    assert run("train", "--data", "iris", "--output", tmp_path / "out") == 130
+    assert capsys.readouterr().err == "fusedopt train: interrupted; nothing was saved\n"
+    assert not (tmp_path / "out").exists()
