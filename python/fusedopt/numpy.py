@@ -397,10 +397,12 @@ class Optimizer:
     def state_dict(self) -> dict[str, Any]:
         """The state as a flat dict of copies, for ``np.savez(path, **opt.state_dict())``.
 
-        Keys: ``state.<i>.<name>`` for every parameter, ``group.<i>.<option>`` for every group. Options that are
-        functions of the step are omitted; the program that loads the dict has to pass them again.
+        Keys: ``state.<i>.<name>`` for every parameter, ``group.<i>.<option>`` for every group, and ``keys`` if the
+        parameters were given as a dict. Options that are functions of the step are omitted; the program that loads the
+        dict has to pass them again.
         """
-        return {
+        keys = {} if self._keys is None else {"keys": np.array([str(key) for key in self._keys])}
+        return keys | {
             key: holder[name].copy() if isinstance(holder[name], np.ndarray) else holder[name]
             for key, holder, name in self._entries()
             if not _is_timed(holder[name]) and holder[name] is not None
@@ -411,8 +413,13 @@ class Optimizer:
 
         Raises:
             KeyError: a key is missing.
-            ValueError: the number of parameters or groups differs, or an array has another shape than its state.
+            ValueError: the number of parameters or groups differs, an array has another shape than its state, or the
+                parameters were given as dicts whose keys differ in name or order.
         """
+        if self._keys is not None and "keys" in state_dict:
+            ours, theirs = [str(key) for key in self._keys], np.asarray(state_dict["keys"]).tolist()
+            if ours != theirs:
+                raise ValueError(f"state_dict: expected parameters {', '.join(ours)}, got {', '.join(theirs)}")
         params = [p for group in self.param_groups for p in group["params"]]
         for kind, n in (("state", len(params)), ("group", len(self.param_groups))):
             found = {k.split(".")[1] for k in state_dict if k.startswith(kind + ".")}

@@ -137,3 +137,27 @@ def test_a_parameter_and_its_optimizer_pickle_together() -> None:
     loaded_param, loaded = pickle.load(io.BytesIO(pickle.dumps((param, opt))))
     loaded.step(np.ones(3))
     np.testing.assert_array_equal(loaded_param, 0.5)
+
+
+@pytest.mark.parametrize("through", [through_npz, through_pickle], ids=lambda f: f.__name__)
+def test_a_state_of_other_keys_or_another_order_is_refused(through: Any, tmp_path: Path) -> None:
+    def made(*keys: str) -> Any:
+        return fusedopt.Adam({key: np.ones(3, F32) for key in keys})
+
+    first = made("enc", "dec")
+    first.step({"enc": np.ones(3, F32), "dec": np.zeros(3, F32)})
+    saved = through(first.state_dict(), tmp_path)
+    for keys in (("dec", "enc"), ("enc", "other")):
+        other = made(*keys)
+        with pytest.raises(ValueError, match=f"expected parameters {', '.join(keys)}, got enc, dec"):
+            other.load_state_dict(saved)
+        assert other.state[0]["step"] == 0
+    same = made("enc", "dec")
+    same.load_state_dict(saved)
+    np.testing.assert_array_equal(same.state[0]["exp_avg"], first.state[0]["exp_avg"])
+    without = {key: value for key, value in dict(saved).items() if key != "keys"}  # as 0.1.0 wrote it
+    made("dec", "enc").load_state_dict(without)
+    as_list = fusedopt.Adam([np.ones(3, F32), np.ones(3, F32)])
+    as_list.load_state_dict(dict(saved))
+    if hasattr(saved, "close"):
+        saved.close()
