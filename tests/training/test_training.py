@@ -3,6 +3,8 @@ refusals. Killed and parallel processes: test_training_processes.py."""
 
 import contextlib
 import csv
+import errno
+import io
 import json
 import math
 import warnings
@@ -16,6 +18,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 import fusedopt.torch as optim  # noqa: E402
+from fusedopt import _files  # noqa: E402
 from fusedopt.schedules import Constant, Cosine, ReduceOnPlateau  # noqa: E402
 from fusedopt.torch import Callback, Trainer, fit  # noqa: E402
 
@@ -491,6 +494,7 @@ def test_what_is_no_checkpoint_of_ours_is_refused(tmp_path: Path) -> None:
     torch.save({"weights": torch.ones(3)}, path)
     with pytest.raises(ValueError, match="not written by Trainer"):
         run(path, None, True)
+    path.unlink()
     run(path, 12, False)
     trainer = trainer_of(network(), checkpoint=path)
     with pytest.raises(ValueError, match="schedule"):
@@ -504,6 +508,49 @@ def test_what_is_no_checkpoint_of_ours_is_refused(tmp_path: Path) -> None:
     shorter = Trainer(model, CROSS_ENTROPY, opt, ema_decay=0.9, schedule=ReduceOnPlateau(0.05), checkpoint=path)
     with pytest.raises(ValueError, match="batches"):
         shorter.fit(fewer, epochs=5, resume=True)
+
+
+def test_a_checkpoint_is_not_overwritten_without_a_word(tmp_path: Path) -> None:
+    path = tmp_path / "x.pt"
+    first = run(path, None, False)
+    kept = path.read_bytes(), path.with_name("x.pt.previous").read_bytes()
+    with pytest.raises(FileExistsError, match=r"x\.pt exists; resume=True goes on from it.*delete it and x\.pt\.prev"):
+        run(path, None, False)
+    assert (path.read_bytes(), path.with_name("x.pt.previous").read_bytes()) == kept
+    first.fit(*loaders(0, False), epochs=first.epoch + 1)  # its own file
+    path.unlink()
+    with pytest.raises(FileExistsError):  # the one before it would be lost
+        run(path, None, False)
+
+
+@pytest.mark.parametrize("other", [optim.SGD, torch.optim.Adam], ids=lambda c: c.__module__)
+def test_a_checkpoint_of_another_optimizer_is_refused(tmp_path: Path, other: Any) -> None:
+    def trainer(make: Any) -> Trainer:
+        model = network()
+        return Trainer(model, CROSS_ENTROPY, make(model.parameters(), lr=0.1), checkpoint=tmp_path / "x.pt")
+
+    trainer(optim.AdamW).fit(plain_data(), epochs=1)
+    with pytest.raises(ValueError, match=f"written with the optimizer AdamW; this Trainer has {other.__name__}"):
+        trainer(other).fit(plain_data(), epochs=2, resume=True)
+    again = trainer(torch.optim.AdamW).fit(plain_data(), epochs=2, resume=True)  # torch's takes over ours
+    assert again.history["epoch"] == [1, 2]
+
+
+def test_a_full_disk_is_named_and_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "x.pt"
+    run(path, 12, False, checkpoint_every=4)
+    kept = path.read_bytes()
+
+    class Full(io.FileIO):
+        def write(self, data: Any) -> int:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(_files, "open", Full, raising=False)
+        with pytest.raises(OSError, match=r"x\.pt cannot be written: No space left on device; [\d,]+ bytes are free"):
+            run(path, None, True)
+    assert path.read_bytes() == kept
+    assert list(tmp_path.glob("*.writing")) == []
 
 
 def test_a_checkpoint_holds_nothing_but_tensors_and_plain_values(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from .._files import previous
 from ..torch._schedule import ScheduledLR
 from .log import Logger, loggers, progress_bar
 from .state import (
@@ -157,6 +159,7 @@ class Trainer:
         self._restore = patience is not None if restore_best is None else restore_best
         self._checkpoint, self._loggers, self._callbacks = checkpoint, loggers(log), list(callbacks)
         self._progress = progress
+        self._wrote = False  # whether the file at _checkpoint is ours
         self.epoch = self.step = self._batch = self._bad = 0
         self.rows: list[dict[str, float]] = []
         self.best: dict[str, Any] = {}
@@ -205,6 +208,7 @@ class Trainer:
         Raises:
             FloatingPointError: a loss that is not finite; the message says what to try.
             ValueError: a damaged or foreign checkpoint, no batches, or neither epochs nor steps.
+            FileExistsError: a checkpoint of another training, without ``resume``.
         """
         if epochs is None and steps is None:
             raise ValueError("epochs, steps: expected at least one of the two")
@@ -212,6 +216,8 @@ class Trainer:
         self.stop = False
         if resume:
             self._resume()
+        else:
+            self._refuse_overwriting()
         self._began = time.perf_counter() - (self.rows[-1]["seconds"] if self.rows else 0.0)
         train = share(train, train=True)
         validation = None if validation is None else share(validation, train=False)
@@ -421,10 +427,24 @@ class Trainer:
             parts = {"model": self.model, "optimizer": self.optimizer, "schedule": self.schedule, "ema": self.ema}
             place = {name: getattr(self, name) for name in _PLACE}
             value = {name: None if part is None else part.state_dict() for name, part in parts.items()}
+            value |= {"optimizer_class": type(self.optimizer).__name__}
             value |= {"format": "fusedopt.Trainer 1", "scaler": self._scaler.state_dict(), "place": place, "own": own}
             write_checkpoint(value, self._checkpoint)
+        self._wrote = True
         if processes()[1] > 1:
             distributed.barrier()
+
+    def _refuse_overwriting(self) -> None:
+        """A checkpoint that another training has written is not replaced without a word."""
+        if self._checkpoint is None or self._wrote:
+            return
+        path = Path(self._checkpoint)
+        exists = gathered(path.exists() or previous(path).exists())[0]
+        if exists:
+            raise FileExistsError(
+                f"checkpoint: {path} exists; resume=True goes on from it. To begin anew delete it"
+                f"{' and ' + previous(path).name if previous(path).exists() else ''}, or give another path"
+            )
 
     def _resume(self) -> None:
         """Takes over the file, if there is one; read by the first process for all."""
@@ -441,12 +461,16 @@ class Trainer:
             raise value
         if value is None:
             return
+        self._wrote = True
         if len(value["own"]) != world:
             raise ValueError(f"checkpoint: written by {len(value['own'])} processes; this is one of {world}")
         for name in ("schedule", "ema"):
             if (value[name] is None) != (getattr(self, name) is None):
                 there = "no " if value[name] is None else "a "
                 raise ValueError(f"checkpoint: there is {there}{name} in it; expected a Trainer with the same options")
+        ours, theirs = type(self.optimizer).__name__, value.get("optimizer_class")  # 0.1.0 wrote none
+        if theirs not in (None, ours):
+            raise ValueError(f"checkpoint: written with the optimizer {theirs}; this Trainer has {ours}")
         self.model.load_state_dict(value["model"])
         for name in ("optimizer", "schedule", "ema"):
             if value[name] is not None:
