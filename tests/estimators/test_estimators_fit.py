@@ -3,6 +3,7 @@ killed process; damaged ones are refused."""
 
 import contextlib
 import copy
+import functools
 import itertools
 import os
 import pickle
@@ -20,6 +21,7 @@ import numpy as np
 import pytest
 
 import fusedopt
+import fusedopt.schedules
 from helpers import engine
 
 pytest.importorskip("sklearn")
@@ -362,6 +364,69 @@ def test_a_checkpoint_of_another_fit_is_refused(digits: tuple[Array, Array], tmp
     assert_same(finished, MLPClassifier(**options).fit(x, y))
 
 
+def shift(by: int) -> Any:
+    return lambda batch: np.roll(batch, by, axis=1)
+
+
+def half(batch: Array) -> Array:
+    return batch / 2
+
+
+class Scaled:
+    """A setting with a state, and a text that has an address in it."""
+
+    def __init__(self, by: float) -> None:
+        self.by = by
+
+    def __call__(self, batch: Array) -> Array:
+        return batch * self.by
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "same", "other"),
+    [
+        ("learning_rate", lambda step: 0.01, lambda step: 0.01, lambda step: 0.02),
+        ("augment", shift(1), shift(1), shift(2)),
+        ("augment", half, half, lambda batch: batch),
+        ("augment", Scaled(0.5), Scaled(0.5), Scaled(0.25)),
+        ("augment", functools.partial(np.roll, shift=1), functools.partial(np.roll, shift=1), np.copy),
+        ("solver", lambda p: fusedopt.Adam(p, lr=0.1), lambda p: fusedopt.Adam(p, lr=0.1), lambda p: fusedopt.SGD(p)),
+        ("random_state", np.random.RandomState(1), np.random.RandomState(1), np.random.RandomState(2)),
+        ("learning_rate", fusedopt.schedules.Cosine(0.1, 99), fusedopt.schedules.Cosine(0.1, 99), lambda step: 0.1),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_checkpoint_of_another_function_or_generator_is_refused(
+    digits: tuple[Array, Array], tmp_path: Path, name: str, value: Any, same: Any, other: Any
+) -> None:
+    x, y = digits[0][:200], digits[1][:200]
+    options: dict[str, Any] = {"max_iter": 1, "tol": None, "random_state": 0, "checkpoint": tmp_path / "fit.ckpt"}
+    MLPClassifier((4,), **{**options, name: value}).fit(x, y)
+    kept = (tmp_path / "fit.ckpt").read_bytes()
+    with pytest.raises(ValueError, match=f"another {name}|other settings"):
+        MLPClassifier((4,), **{**options, name: other}).fit(x, y)
+    assert (tmp_path / "fit.ckpt").read_bytes() == kept
+    MLPClassifier((4,), **{**options, name: same}).fit(x, y)  # nothing is left to do
+    assert (tmp_path / "fit.ckpt").read_bytes() == kept
+
+
+def test_a_function_is_known_again_in_another_process(digits: tuple[Array, Array], tmp_path: Path) -> None:
+    program = """
+import sys
+import numpy as np
+from fusedopt.estimators import MLPRegressor
+model = MLPRegressor("huber", (3,), learning_rate=lambda t: 0.1 / (t + 1), augment=lambda b: b * ("x" in {"x", "y"}),
+                     max_iter=int(sys.argv[2]), tol=None, random_state=np.random.RandomState(3), checkpoint=sys.argv[1])
+print(model.fit(np.eye(6), np.arange(6.0)).n_iter_)
+"""
+    for epochs, seed in (("2", "1"), ("4", "2")):
+        done = subprocess.run(
+            [sys.executable, "-c", program, str(tmp_path / "fit.ckpt"), epochs], capture_output=True, text=True,
+            timeout=120, check=True, env={**os.environ, "PYTHONHASHSEED": seed},
+        )  # fmt: skip
+        assert done.stdout.strip() == epochs
+
+
 def test_a_write_that_fails_leaves_the_checkpoint(
     digits: tuple[Array, Array], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -373,8 +438,9 @@ def test_a_write_that_fails_leaves_the_checkpoint(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(OSError, match=r"fit\.ckpt cannot be written: No space left on device; [\d,]+ bytes are free"):
         MLPClassifier(**options, checkpoint=path).fit(*digits)
     monkeypatch.undo()
     assert path.read_bytes() == kept
+    assert list(tmp_path.glob("*.writing")) == []
     assert_same(MLPClassifier(**options, checkpoint=path).fit(*digits), MLPClassifier(**options).fit(*digits))

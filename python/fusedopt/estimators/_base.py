@@ -184,11 +184,12 @@ class Estimator(BaseEstimator):
             task.mark = _checkpoint.fingerprint(
                 {**settings, "estimator": type(self).__name__}, data.x, data.y, data.weight
             )
+            task.details = _checkpoint.details(settings)
         split: Split | None = None
         if s.early_stopping:
             if once:
                 raise ValueError("partial_fit does not support early_stopping=True")
-            split = earlier_split(task.checkpoint, task.mark)
+            split = earlier_split(task)
             drawn = train_test_split(
                 np.arange(data.x.shape[0]),
                 random_state=fit.random,

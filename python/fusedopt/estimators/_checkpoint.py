@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import io
 import json
 import os
+import types
 import warnings
 import zipfile
 from collections.abc import Mapping
@@ -32,6 +34,57 @@ def fingerprint(params: Mapping[str, Any], *arrays: Any) -> str:
             digest.update(f"{part.shape}{part.dtype}".encode())
             digest.update(part.data if part.size else b"")
     return digest.hexdigest()
+
+
+def details(params: Mapping[str, Any]) -> dict[str, str]:
+    """Digests of the settings that their text does not tell apart: functions, objects that hold some, generators.
+
+    A function counts by its bytecode, constants, defaults and closure, so that another version of Python may see
+    another function.
+    """
+    return {
+        name: hashlib.blake2b(repr(_content(value, set())).encode(), digest_size=8).hexdigest()
+        for name, value in sorted(params.items())
+        if callable(value) or " at 0x" in repr(value)
+    }
+
+
+def _content(value: Any, seen: set[int]) -> Any:
+    """What a value consists of, as nested tuples of plain values, the same in every process."""
+    if value is None or isinstance(value, bool | int | float | complex | str | bytes | type):
+        return repr(value)
+    if id(value) in seen:
+        return "seen before"
+    seen = seen | {id(value)}
+    if isinstance(value, np.ndarray | np.generic):
+        return (str(value.dtype), value.shape, hashlib.blake2b(np.ascontiguousarray(value).tobytes()).hexdigest())
+    if isinstance(value, Mapping):
+        return tuple((_content(k, seen), _content(v, seen)) for k, v in value.items())
+    if isinstance(value, list | tuple | set | frozenset):
+        parts = [_content(part, seen) for part in value]
+        return tuple(sorted(map(repr, parts)) if isinstance(value, set | frozenset) else parts)
+    if isinstance(value, types.CodeType):
+        return (value.co_code, value.co_names, _content(value.co_consts, seen))
+    if isinstance(value, types.FunctionType):
+        cells = [_cell(cell) for cell in value.__closure__ or ()]
+        return tuple(_content(part, seen) for part in (value.__code__, value.__defaults__, value.__kwdefaults__, cells))
+    if isinstance(value, types.MethodType):
+        return (_content(value.__func__, seen), _content(value.__self__, seen))
+    if isinstance(value, functools.partial):
+        return tuple(_content(part, seen) for part in (value.func, value.args, value.keywords))
+    if isinstance(value, np.random.RandomState):
+        return _content(value.get_state(legacy=False), seen)
+    if isinstance(value, np.random.Generator):
+        return _content(value.bit_generator.state, seen)
+    name = getattr(value, "__qualname__", type(value).__qualname__)
+    return (type(value).__module__, name, _content(getattr(value, "__dict__", {}), seen))
+
+
+def _cell(cell: Any) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # not bound yet
+        return None
 
 
 def _name(value: Any) -> str:
@@ -67,8 +120,8 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         return meta, dict(arrays)
 
 
-def load(path: Path, mark: str) -> tuple[dict[str, Any], dict[str, Any]] | None:
-    """The checkpoint of the fit with this fingerprint, or None where there is none.
+def load(path: Path, mark: str, wanted: Mapping[str, str]) -> tuple[dict[str, Any], dict[str, Any]] | None:
+    """The checkpoint of the fit with this fingerprint and these details, or None where there is none.
 
     A damaged file is refused: the one before it is used, with a warning, and the damaged one put aside.
 
@@ -87,6 +140,13 @@ def load(path: Path, mark: str) -> tuple[dict[str, Any], dict[str, Any]] | None:
         if meta["fingerprint"] != mark:
             raise ValueError(
                 f"checkpoint: {candidate} was written by a fit with other settings or other data; "
+                "give another path, or delete it to begin anew"
+            )
+        found = meta.get("details", wanted)  # 0.1.0 wrote none
+        if found != wanted:
+            names = sorted(name for name in {*found, *wanted} if found.get(name) != wanted.get(name))
+            raise ValueError(
+                f"checkpoint: {candidate} was written by a fit with another {' and another '.join(names)}; "
                 "give another path, or delete it to begin anew"
             )
         if problems:

@@ -64,7 +64,8 @@ class Task:
     augment: Augment | None = None
     seed: int = 0
     checkpoint: Path | None = None
-    mark: str = ""
+    mark: str = ""  # the fingerprint of settings and data
+    details: dict[str, str] = field(default_factory=dict)
     progress: bool = False
     verbose: bool | int = False
     advice: str = "learning_rate_init"  # the setting to lower when the loss is not finite
@@ -269,7 +270,9 @@ class Fit:
         finally:
             if bar is not None:
                 bar.close()
-        if not once and not self.interrupted and not p.finished and p.epoch >= task.max_iter and task.tol > -math.inf:  # it was told to converge
+        if (
+            not once and not self.interrupted and not p.finished and p.epoch >= task.max_iter and task.tol > -math.inf
+        ):  # it was told to converge
             warnings.warn(
                 f"Stochastic Optimizer: Maximum iterations ({task.max_iter}) reached and the optimization hasn't "
                 "converged yet.",
@@ -330,6 +333,7 @@ class Fit:
         arrays.update({k: v for k, v in optional.items() if v is not None})
         meta = {
             "fingerprint": task.mark,
+            "details": task.details,
             "progress": vars(self.progress),
             "counts": [self.step, self.samples, self.averaged, task.seed],
             "rate": self.rate.state_dict(),
@@ -339,7 +343,7 @@ class Fit:
 
     def _resume(self, task: Task, order: Array | None) -> tuple[Array | None, Array | None]:
         assert task.checkpoint is not None
-        found = _checkpoint.load(task.checkpoint, task.mark)
+        found = _checkpoint.load(task.checkpoint, task.mark, task.details)
         if found is None:
             return order, None
         meta, arrays = found
@@ -371,9 +375,9 @@ class Fit:
             bar.update()
 
 
-def earlier_split(path: Path | None, mark: str) -> Split | None:
+def earlier_split(task: Task) -> Split | None:
     """How the fit of this checkpoint has split its rows, where there is one."""
-    found = None if path is None else _checkpoint.load(path, mark)
+    found = None if task.checkpoint is None else _checkpoint.load(task.checkpoint, task.mark, task.details)
     return None if found is None or "train" not in found[1] else (found[1]["train"], found[1]["held_out"])
 
 
