@@ -43,7 +43,7 @@ def rows(args: argparse.Namespace, model: Any) -> Any:
 
 
 def predict(args: argparse.Namespace) -> int:
-    """Writes a CSV file, row by row as in the table: ``prediction``, and where asked for the probability of each class."""
+    """Writes a CSV file, row by row as in the table: ``prediction``, and if asked for, a probability for each class."""
     if args.output.exists() and not args.overwrite:
         raise FileExistsError(f"output: {args.output} exists; give another name, or --overwrite")
     model = models.load(args.model)
