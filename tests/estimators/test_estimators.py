@@ -544,7 +544,7 @@ BAD: list[tuple[str, Callable[[], Any]]] = [
         lambda: MLPClassifier(activation="elu"),
     ),
     ("solver: expected one of sgd, adagrad,", lambda: MLPClassifier(solver="newton")),
-    ("solver: expected one of", lambda: LinearClassifier(solver="lbfgs")),
+    ("solver: expected one of", lambda: LinearClassifier(solver="newton")),
     (
         "learning_rate: expected one of constant, invscaling, adaptive, got 'best'",
         lambda: MLPClassifier(learning_rate="best"),

@@ -26,9 +26,12 @@ from helpers import engine
 
 pytest.importorskip("sklearn")
 
+import threadpoolctl
 from sklearn.base import clone
-from sklearn.datasets import load_digits
+from sklearn.datasets import load_breast_cancer, load_diabetes, load_digits
 from sklearn.exceptions import ConvergenceWarning
+from sklearn.linear_model import LogisticRegression, Ridge
+from sklearn.preprocessing import StandardScaler
 
 from fusedopt.estimators import LinearClassifier, LinearRegressor, MLPClassifier, MLPRegressor, Noise
 
@@ -234,6 +237,101 @@ def test_a_warm_start_goes_on_from_where_it_was(make: Any, digits: tuple[Array, 
     assert cold.loss_curve_ == before
 
 
+# ---- L-BFGS
+
+
+def test_lbfgs_gives_the_fit_of_scikit_learns_logistic_regression() -> None:
+    x, y = load_breast_cancer(return_X_y=True)
+    x = StandardScaler().fit_transform(x)
+    theirs = LogisticRegression(C=1 / (0.01 * len(x)), tol=1e-8).fit(x, y)
+    ours = LinearClassifier("log_loss", solver="lbfgs", alpha=0.01, tol=1e-8).fit(x, y)
+    np.testing.assert_allclose(ours.coef_, theirs.coef_, rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(ours.predict_proba(x), theirs.predict_proba(x), atol=1e-3)
+    x, y = load_digits(return_X_y=True)
+    x = x / 16
+    theirs = LogisticRegression(C=1.0, tol=1e-6, max_iter=1000).fit(x, y)
+    softmax = MLPClassifier((), solver="lbfgs", alpha=1.0, tol=1e-7, max_iter=1000, random_state=0).fit(x, y)
+    np.testing.assert_allclose(softmax.predict_proba(x), theirs.predict_proba(x), atol=2e-3)
+    assert (softmax.predict(x) == theirs.predict(x)).mean() > 0.999
+    one_against_rest = LinearClassifier("log_loss", solver="lbfgs", tol=1e-4).fit(x, y)
+    assert one_against_rest.score(x, y) > 0.98
+
+
+def test_lbfgs_gives_least_squares() -> None:
+    x, y = load_diabetes(return_X_y=True)
+    x = StandardScaler().fit_transform(x)
+    theirs = Ridge(alpha=0.01 * len(x)).fit(x, y)
+    ours = LinearRegressor(solver="lbfgs", alpha=0.01, tol=1e-6).fit(x, y)
+    np.testing.assert_allclose(ours.coef_, theirs.coef_, rtol=1e-4, atol=1e-3)
+    weight = np.linspace(0, 2, len(x))
+    theirs = Ridge(alpha=0.01 * weight.sum()).fit(x, y, weight)
+    np.testing.assert_allclose(ours.fit(x, y, sample_weight=weight).coef_, theirs.coef_, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"loss": "hinge"}, "continuous gradient"),
+        ({"penalty": "l1"}, "penalty"),
+        ({"early_stopping": True, "average": True}, "early_stopping, average"),
+    ],
+)
+def test_lbfgs_refuses_what_it_cannot_do(options: dict[str, Any], message: str) -> None:
+    x, y = np.eye(4), [0, 1, 0, 1]
+    with pytest.raises(ValueError, match=message):
+        LinearClassifier(**{"loss": "log_loss", "solver": "lbfgs"} | options).fit(x, y)
+    with pytest.raises(ValueError, match="partial_fit needs another solver"):
+        LinearClassifier("log_loss", solver="lbfgs").partial_fit(x, y, classes=[0, 1])
+
+
+# ---- the scale of the data
+
+
+@pytest.mark.parametrize("make", [LinearClassifier, LinearRegressor])
+@pytest.mark.parametrize("size", [0.1, 1000.0])
+def test_features_far_from_unit_size_are_warned_of(make: Any, size: float) -> None:
+    x, y = np.random.default_rng(0).uniform(-1, 1, (50, 3)), np.arange(50) % 2
+    with pytest.warns(UserWarning, match=r"Scale them to unit variance \(sklearn.preprocessing.StandardScaler\)"):
+        make(max_iter=5, tol=None).fit(size * x, y)
+    for options, data in (
+        ({}, x), ({"solver": "lbfgs", "tol": 1e9}, size * x), ({"learning_rate": "constant", "eta0": 1e-9}, size * x),
+    ):  # fmt: skip
+        loss = {"loss": "log_loss"} if make is LinearClassifier else {}
+        make(**{"max_iter": 5, "tol": None} | loss | options).fit(data, y)
+    make().partial_fit(size * x, y, **({"classes": [0, 1]} if make is LinearClassifier else {}))
+
+
+def test_the_advice_on_scale_helps() -> None:
+    x, y = load_diabetes(return_X_y=True)
+    with pytest.warns(UserWarning, match="Scale them"):
+        raw = LinearRegressor(random_state=0).fit(x, y)
+    scaled = StandardScaler().fit_transform(x)
+    assert LinearRegressor(random_state=0).fit(scaled, y).score(scaled, y) > max(0.5, raw.score(x, y))
+    assert LinearRegressor(solver="lbfgs", alpha=0).fit(x, y).score(x, y) > 0.5
+
+
+# ---- BLAS threads
+
+
+@pytest.mark.parametrize(("features", "hidden", "inside"), [(64, 100, 1), (1500, 400, 2)])
+def test_small_products_run_on_one_blas_thread(features: int, hidden: int, inside: int) -> None:
+    def blas() -> set[int]:
+        return {info["num_threads"] for info in threadpoolctl.threadpool_info() if info["user_api"] == "blas"}
+
+    seen = []
+
+    def watch(batch: Array) -> Array:
+        seen.append(blas())
+        return batch
+
+    x, y = np.random.default_rng(0).standard_normal((200, features)), np.arange(200) % 2
+    with threadpoolctl.threadpool_limits(2, user_api="blas"):
+        before = blas()
+        MLPClassifier((hidden,), max_iter=1, tol=None, augment=watch, random_state=0).fit(x, y)
+        assert blas() == before
+    assert seen == [{inside} if inside == 1 else before]
+
+
 # ---- checkpoints
 
 
@@ -264,7 +362,7 @@ def test_an_interrupted_fit_goes_on_to_the_same_bits(
 KILLED = """
 import sys, warnings, numpy as np
 warnings.simplefilter("ignore")
-from sklearn.datasets import load_digits
+from sklearn.datasets import load_breast_cancer, load_diabetes, load_digits
 from fusedopt.estimators import MLPClassifier
 x, y = load_digits(return_X_y=True)
 model = MLPClassifier((64,), max_iter=60, batch_size=32, tol=None, dropout=0.2, random_state=3,

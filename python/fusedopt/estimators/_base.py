@@ -11,13 +11,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import scipy.optimize
 from sklearn.base import BaseEstimator
+from sklearn.exceptions import ConvergenceWarning
 from sklearn.model_selection import train_test_split
+from sklearn.utils import check_random_state
 from sklearn.utils.validation import _check_sample_weight
 
+from .. import _core
+from ..config import get_num_threads
 from . import _checkpoint
 from ._fit import Augment, Data, Fit, Split, Task, earlier_split
-from ._network import Array, Network
+from ._network import Array, LossFunction, Network, blas_threads
 from ._rates import Rate, make_optimizer, solver_names
 
 # Settings that may change between a fit and its resumption.
@@ -79,7 +84,7 @@ class Estimator(BaseEstimator):
     def _check_settings(self) -> None:
         s: Any = self
         if not callable(s.solver):
-            check_choice("solver", s.solver, (*solver_names(), *self._more_solvers()))
+            check_choice("solver", s.solver, (*solver_names(), "lbfgs"))
         if not callable(s.learning_rate):
             check_choice("learning_rate", s.learning_rate, self._rates)
         if s.batch_size not in ("auto", "full"):
@@ -110,8 +115,12 @@ class Estimator(BaseEstimator):
         """Steps without a better loss that are let pass, however few there are in an epoch."""
         return 0.0
 
-    def _more_solvers(self) -> tuple[str, ...]:
-        return ()
+    def _refuse_with_lbfgs(self, **more: Any) -> None:
+        """Settings that are about single steps."""
+        names = ("augment", "max_grad_norm", "ema_decay", "l1", "early_stopping", "checkpoint")
+        given = {name: getattr(self, name) for name in names} | more
+        if wrong := [name for name, value in given.items() if value not in (None, False, 0)]:
+            raise ValueError(f"solver='lbfgs' does not go with {', '.join(wrong)}")
 
     def _batch_size(self, n: int) -> int:
         size: Any = self.batch_size
@@ -207,6 +216,42 @@ class Estimator(BaseEstimator):
         task.patience = max(task.patience, math.ceil(self._fewest_steps() * task.batch_size / data.x.shape[0]) - 1)
         fit.run(task, data, split, once)
         self._show(fit)
+
+    def _learn_lbfgs(self, net: Network, data: Data, loss: LossFunction, reported: int, l2: float) -> Fit:
+        """scipy's L-BFGS-B over the whole data."""
+        s: Any = self
+        total = float(data.x.shape[0] if data.weight is None else data.weight.sum(dtype=np.float64))
+        factor = 1 / total if self._per_row_penalty else 1.0
+
+        def value_and_gradient(flat: Array) -> tuple[float, Array]:
+            net.params[...] = flat
+            value = net.loss_and_gradient(data.x, data.y, data.weight, loss, 1 / total) / total / reported
+            weights, grads = net.params[: net.n_weights], net.grads[: net.n_weights]
+            value += _core.penalty(weights, grads, 0.0, l2, factor, get_num_threads()) * factor
+            return value, net.grads.astype(np.float64)
+
+        with blas_threads(net.widths, data.x.shape[0]):
+            result = scipy.optimize.minimize(
+                value_and_gradient,
+                net.params.astype(np.float64),
+                method="L-BFGS-B",
+                jac=True,
+                options={
+                    "maxfun": getattr(s, "max_fun", 15000),
+                    "maxiter": s.max_iter,
+                    "gtol": 1e-4 if s.tol is None else s.tol,
+                },
+            )
+        if result.status != 0:
+            warnings.warn(f"lbfgs failed to converge: {result.message}", ConvergenceWarning, stacklevel=4)
+        net.params[...] = result.x
+        rate = Rate("constant", 1.0)
+        fit = Fit(net, None, rate, check_random_state(s.random_state))  # type: ignore[arg-type]
+        fit.progress.loss.append(float(result.fun))
+        fit.progress.best_loss = float(result.fun)
+        fit.progress.epoch = min(int(result.nit), int(s.max_iter))
+        self._show(fit)
+        return fit
 
     def _show(self, fit: Fit) -> None:
         """The attributes that every fit leaves."""

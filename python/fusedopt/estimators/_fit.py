@@ -20,7 +20,7 @@ from .. import _core
 from ..config import get_num_threads
 from ..numpy import Optimizer
 from . import _checkpoint
-from ._network import Array, LossFunction, Network
+from ._network import Array, LossFunction, Network, blas_threads
 from ._rates import Rate
 
 Augment = Callable[[Array, np.random.RandomState], Array]
@@ -230,6 +230,10 @@ class Fit:
 
     def run(self, task: Task, data: Data, split: Split | None = None, once: bool = False) -> None:
         """Epochs until a rule stops them; ``once``: exactly one. ``split`` is kept in checkpoints."""
+        with blas_threads(self.net.widths, min(task.batch_size, data.x.shape[0])):
+            self._run(task, data, split, once)
+
+    def _run(self, task: Task, data: Data, split: Split | None, once: bool) -> None:
         p, n = self.progress, data.x.shape[0]
         self.interrupted = False
         order = np.arange(n) if task.shuffle and task.batch_size < n else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from ._network import Array, LossFunction, Network, element_loss, predict
 from ._rates import Rate, first_optimal_rate, highest_rate
 
 FLOATS = (np.float64, np.float32)
+_SMALL, _LARGE = 0.5, 100.0  # of the largest feature: what standardised, one-hot and [0, 1] features never leave
 
 
 class Linear(Estimator):
@@ -37,8 +39,12 @@ class Linear(Estimator):
             check_number("average", s.average, NOT_NEGATIVE, integer=True)
         if s.average and s.ema_decay is not None:
             raise ValueError("average and ema_decay: expected one of them at the most")
-        if s.learning_rate == "optimal" and not s.alpha > 0:
+        if s.learning_rate == "optimal" and s.solver != "lbfgs" and not s.alpha > 0:
             raise ValueError("alpha must be > 0 since learning_rate is 'optimal'. alpha is used to compute the rate.")
+        if s.solver == "lbfgs":
+            self._refuse_with_lbfgs(average=s.average, penalty=s.penalty not in ("l2", None))
+            if s.loss in ("hinge", "perceptron", "epsilon_insensitive"):
+                raise ValueError(f"solver='lbfgs' needs a loss with a continuous gradient, got loss={s.loss!r}")
 
     def _fewest_steps(self) -> float:
         s: Any = self
@@ -65,12 +71,31 @@ class Linear(Estimator):
         first = first_optimal_rate(s.loss, float(s.alpha)) if s.learning_rate == "optimal" else float(s.eta0)
         return min(first, highest_rate(s.loss, mean))
 
+    def _warn_of_scale(self, x: Any) -> None:
+        """The default rates are for features of about unit size; others take many more epochs than there are."""
+        s: Any = self
+        if not isinstance(x, np.ndarray) or s.solver != "sgd" or s.learning_rate not in ("optimal", "invscaling"):
+            return
+        sizes = np.abs(x).max(0)
+        sizes = sizes[sizes > 0]
+        if len(sizes) and (sizes.max() > _LARGE or sizes.max() < _SMALL):
+            warnings.warn(
+                f"the features' largest absolute values are between {sizes.min():.3g} and {sizes.max():.3g}: gradient "
+                "descent at the default rate is slow on them. Scale them to unit variance "
+                "(sklearn.preprocessing.StandardScaler), or use solver='lbfgs'",
+                stacklevel=5,
+            )
+
     def _learn_linear(
         self, data: Data, incremental: bool, stratify: Any, coef_init: Any = None, intercept_init: Any = None
     ) -> None:
         s: Any = self
+        if incremental and s.solver == "lbfgs":
+            raise ValueError("solver='lbfgs' works on all rows at once: partial_fit needs another solver")
         old: Fit | None = getattr(self, "_fitted", None) if incremental or s.warm_start else None
         widths = [data.x.shape[1], data.y.shape[1]]
+        if old is None and not incremental:
+            self._warn_of_scale(data.x)
         if old is not None and old.net.widths != widths:
             raise ValueError(f"warm_start: expected {old.net.widths[0]} features and {old.net.widths[1]} outputs")
         if old is not None and incremental:
@@ -81,6 +106,10 @@ class Linear(Estimator):
                 net.weights[0][...] = np.asarray(coef_init).reshape(widths[1], widths[0]).T
             if intercept_init is not None and s.fit_intercept:
                 net.biases[0][...] = np.asarray(intercept_init).reshape(-1)
+            if s.solver == "lbfgs":
+                fit = self._learn_lbfgs(net, data, self._loss(), 1, self._penalties()[1])
+                self.coef_, self.intercept_ = np.ascontiguousarray(net.weights[0].T), net.biases[0].copy()
+                return
             rate = Rate(
                 s.learning_rate,
                 self._first_rate(data),
