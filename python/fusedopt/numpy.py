@@ -35,7 +35,7 @@ def _listed(value: Any, many: bool, name: str) -> list[Any]:
 
 
 def _counted(step: Any, n: int) -> list[int]:
-    if type(step) is int and step > 0:
+    if type(step) is int and 0 < step <= _LAST_STEP:
         return [step] * n
     values = list(step) if isinstance(step, list | tuple) else [step] * n
     if len(values) != n:
@@ -48,7 +48,12 @@ def _counted(step: Any, n: int) -> list[int]:
             raise TypeError(f"step: expected an integer, got {value!r}") from None
         if steps[-1] < 1:
             raise ValueError(f"step: expected 1 or more, got {value!r}")
+        if steps[-1] > _LAST_STEP:
+            raise ValueError(f"step: expected {_LAST_STEP} or less, got {value!r}")
     return steps
+
+
+_LAST_STEP = 2**63 - 1
 
 
 def _update(rule: Rule, options: dict[str, Any], arrays: dict[str, Any], step: Any) -> None:

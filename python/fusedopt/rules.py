@@ -7,6 +7,7 @@ The front ends (``fusedopt.numpy``, ``fusedopt.torch``), their stubs, tests and 
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -70,7 +71,7 @@ def check_max_grad_norm(value: Any) -> float | None:
     if value is None:
         return None
     number = isinstance(value, int | float | np.floating | np.integer) and not isinstance(value, bool)
-    if not number or not 0 < value < math.inf:
+    if not number or not 0 < value <= sys.float_info.max:
         raise ValueError(f"max_grad_norm: expected a positive number or None, got {value!r}")
     return float(value)
 
@@ -182,10 +183,14 @@ class Rule:
             else:
                 items = (value,)
             for item in items:
+                if isinstance(item, str | bytes):
+                    raise TypeError(f"{option}: expected a number, got {item!r}")
                 try:
                     x = float(item)
                 except (TypeError, ValueError):
                     raise TypeError(f"{option}: expected a number, got {item!r}") from None
+                except OverflowError:
+                    raise ValueError(f"{option}: expected a value below 1.8e308, got {item!r:.40}...") from None
                 if not (low <= x < high or (closed and x == high)):
                     bracket = "]" if closed else ")"
                     raise ValueError(f"{option}: expected a value in [{low:g}, {high:g}{bracket}, got {item!r}")

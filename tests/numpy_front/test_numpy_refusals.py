@@ -406,3 +406,22 @@ def test_a_read_only_memory_map_is_refused(tmp_path: Path) -> None:
 def test_refusals_do_not_depend_on_the_isa(isa: str) -> None:
     fusedopt.set_isa(isa)
     refused(RULES["Adam"], {}, "grad", lambda p: p.param, ValueError, also="param")
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda w, g: fusedopt.Adam(w, lr="0.1"), TypeError, "lr: expected a number, got '0.1'"),
+        (lambda w, g: fusedopt.sgd_(w, g, lr="0.1"), TypeError, "lr: expected a number, got '0.1'"),
+        (lambda w, g: fusedopt.Adam(w, lr=10**400), ValueError, "lr: expected a value below 1.8e308, got 1000"),
+        (lambda w, g: fusedopt.Adam(w, betas=(10**400, 0.9)), ValueError, "betas: expected a value below"),
+        (lambda w, g: fusedopt.sgd_(w, g, lr=10**400), ValueError, "lr: expected a value below"),
+        (lambda w, g: fusedopt.adam_(w, g, g * 0, g * 0, step=2**63), ValueError, "step: expected 9223372036854775807"),
+        (lambda w, g: fusedopt.SGD(w, max_grad_norm=10**400).step(g), ValueError, "max_grad_norm: expected a positive"),
+    ],
+)  # fmt: skip
+def test_numbers_that_are_none_and_too_large_ones_are_refused_by_name(call: Any, error: Any, message: str) -> None:
+    w, g = np.ones(3), np.ones(3)
+    with pytest.raises(error, match=message):
+        call(w, g)
+    np.testing.assert_array_equal(w, 1)
