@@ -542,3 +542,111 @@ def test_a_write_that_fails_leaves_the_checkpoint(
     assert path.read_bytes() == kept
     assert list(tmp_path.glob("*.writing")) == []
     assert_same(MLPClassifier(**options, checkpoint=path).fit(*digits), MLPClassifier(**options).fit(*digits))
+
+
+# ---- validation data, callbacks, several targets, batches of another dtype
+
+
+@pytest.mark.parametrize("make", ALL)
+def test_validation_data_are_scored_every_epoch_and_change_nothing(make: Any, digits: tuple[Array, Array]) -> None:
+    x, y = digits
+    options = {"max_iter": 4, "tol": None, "random_state": 0}
+    model = make(**options).fit(x[:300], y[:300], validation_data=(x[300:500], y[300:500]))
+    plain = make(**options).fit(x[:300], y[:300])
+    for a, b in zip(params(model), params(plain), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert model.loss_curve_ == plain.loss_curve_
+    assert len(model.history_["score"]) == 4
+    assert model.history_["score"][-1] == pytest.approx(model.score(x[300:500], y[300:500]))
+    weight = np.arange(200) % 2
+    weighted = make(**options).fit(x[:300], y[:300], validation_data=(x[300:500], y[300:500], weight))
+    assert weighted.history_["score"][-1] == pytest.approx(model.score(x[300:500][1::2], y[300:500][1::2]))
+
+
+@pytest.mark.parametrize("make", ALL)
+def test_early_stopping_listens_to_validation_data(make: Any, digits: tuple[Array, Array]) -> None:
+    x, y = digits
+    options = {"max_iter": 300, "early_stopping": True, "n_iter_no_change": 3, "tol": 1e-3, "random_state": 0}
+    options |= {"batch_size": 20, "momentum": 0.0}
+    model = make(**options).fit(x[:300], y[:300], validation_data=(x[300:500], y[300:500]))
+    scores = model.history_["score"]
+    assert len(scores) < 300
+    assert model.score(x[300:500], y[300:500]) == pytest.approx(scores.max())
+    whole = make(**{**options, "early_stopping": False, "max_iter": len(scores), "tol": None}).fit(x[:300], y[:300])
+    assert whole.loss_curve_ == model.loss_curve_  # no row is held out
+
+
+@pytest.mark.parametrize("make", ALL)
+def test_callbacks_are_told_every_epoch_and_may_end_the_fit(
+    make: Any, digits: tuple[Array, Array], tmp_path: Path
+) -> None:
+    x, y = digits[0][:200], digits[1][:200]
+    rows: list[dict[str, float]] = []
+    options = {"max_iter": 6, "tol": None, "random_state": 0, "checkpoint": tmp_path / "fit.ckpt"}
+
+    def stop(row: dict[str, float]) -> bool:
+        rows.append(row)
+        return row["epoch"] == 3
+
+    model = make(**options).fit(x, y, callbacks=[stop, lambda row: None])
+    assert model.n_iter_ == 3
+    assert [row["epoch"] for row in rows] == [1, 2, 3]
+    assert [row["loss"] for row in rows] == model.loss_curve_
+    assert make(**options).fit(x, y).n_iter_ == 3  # it has ended
+    assert make(**{**options, "checkpoint": None}).fit(x, y).n_iter_ == 6
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"validation_data": [1, 2]}, TypeError, "validation_data: expected a tuple"),
+        ({"validation_data": (np.ones((2, 3)), [0, 1])}, ValueError, "3 features"),
+        ({"validation_data": (np.ones((2, 64)), [0, 11])}, ValueError, "validation_data: expected classes of"),
+        ({"validation_data": (np.ones((2, 64)), [0])}, ValueError, "inconsistent numbers of samples"),
+        ({"callbacks": [3]}, TypeError, "callbacks: expected functions"),
+    ],
+)
+@pytest.mark.parametrize("make", [MLPClassifier, LinearClassifier])
+def test_wrong_validation_data_and_callbacks_are_refused(
+    make: Any, arguments: dict[str, Any], error: Any, message: str, digits: tuple[Array, Array]
+) -> None:
+    with pytest.raises(error, match=message):
+        make().fit(*digits, **arguments)
+    if "callbacks" not in arguments:
+        return
+    with pytest.raises(ValueError, match="has no epochs"):
+        MLPClassifier(solver="lbfgs").fit(*digits, callbacks=[print])
+
+
+def test_a_linear_regressor_has_several_targets() -> None:
+    x = np.random.default_rng(0).standard_normal((300, 4))
+    y = x @ np.arange(12.0).reshape(4, 3) + [1, 2, 3]
+    for solver in ("sgd", "lbfgs"):
+        options = {"alpha": 0.0, "solver": solver, "tol": 1e-8, "max_iter": 3000, "random_state": 0}
+        model = LinearRegressor(**options).fit(x, y)
+        assert (model.coef_.shape, model.intercept_.shape, model.predict(x).shape) == ((3, 4), (3,), (300, 3))
+        np.testing.assert_allclose(model.coef_, np.arange(12.0).reshape(4, 3).T, atol=1e-2)
+        np.testing.assert_allclose(model.intercept_, [1, 2, 3], atol=1e-2)
+        assert model.score(x, y) > 0.9999
+        alone = LinearRegressor(**options).fit(x, y[:, 1])
+        assert alone.coef_.shape == (4,)
+        np.testing.assert_allclose(alone.coef_, model.coef_[1], atol=1e-2)
+
+
+@pytest.mark.parametrize("make", ALL)
+@pytest.mark.parametrize(("first", "later"), [(np.float64, np.float32), (np.float32, np.float64)])
+def test_later_batches_may_have_another_dtype(make: Any, first: Any, later: Any, digits: tuple[Array, Array]) -> None:
+    x, y = digits
+    classes = {"classes": np.arange(10)} if "Classifier" in make.__name__ else {}
+    model, same = make(random_state=0), make(random_state=0)
+    for one, dtypes in ((model, (first, later)), (same, (first, first))):
+        one.partial_fit(x[:50].astype(dtypes[0]), y[:50], **classes)
+        one.partial_fit(x[50:57].astype(np.float32).astype(dtypes[1]), y[50:57])
+        one.partial_fit(x[57:58].astype(np.float32).astype(dtypes[1]), y[57:58])
+    if first == np.float64:
+        same.partial_fit(x[58:60], y[58:60])
+        model.partial_fit(x[58:60], y[58:60])
+    assert model._fitted.net.dtype == first
+    assert_same(model, same)
+    warm = make(random_state=0, warm_start=True, max_iter=2, tol=None).fit(x.astype(first), y)
+    assert warm.fit(x.astype(later), y)._fitted.net.dtype == first

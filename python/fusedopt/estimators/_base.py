@@ -7,6 +7,7 @@ import math
 import numbers
 import warnings
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from sklearn.base import BaseEstimator
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.model_selection import train_test_split
 from sklearn.utils import check_random_state
-from sklearn.utils.validation import _check_sample_weight
+from sklearn.utils.validation import _check_sample_weight, check_consistent_length, validate_data
 
 from .. import _core
 from ..config import get_num_threads
@@ -24,6 +25,8 @@ from . import _checkpoint
 from ._fit import Augment, Data, Fit, Split, Task, earlier_split
 from ._network import Array, LossFunction, Network, blas_threads
 from ._rates import Rate, make_optimizer, solver_names
+
+FLOATS = (np.float64, np.float32)
 
 # Settings that may change between a fit and its resumption.
 _FREE = ("checkpoint", "progress", "verbose", "max_iter", "n_jobs", "warm_start")
@@ -64,6 +67,23 @@ def check_flag(name: str, value: Any) -> None:
     """Raises ValueError, naming the setting, unless it is True or False."""
     if not isinstance(value, bool | np.bool_):
         raise ValueError(f"{name}: expected True or False, got {value!r}")
+
+
+def targets_like(like: Array, y: Any) -> Array:
+    """The numbers to predict of ``validation_data``, in the columns and dtype of those of the training data."""
+    target = np.asarray(y, like.dtype)
+    target = np.ascontiguousarray(target.reshape(len(target), -1))
+    if target.shape[1] != like.shape[1]:
+        raise ValueError(f"validation_data: expected {like.shape[1]} targets a row, got {target.shape[1]}")
+    return target
+
+
+@dataclass
+class Watch:
+    """What a fit is watched by: rows that it is not trained on, and functions that are told every epoch."""
+
+    data: Data | None
+    callbacks: tuple[Callable[[dict[str, float]], Any], ...]
 
 
 class Estimator(BaseEstimator):
@@ -144,6 +164,27 @@ class Estimator(BaseEstimator):
 
     # ---- the fit
 
+    def _as_before(self, X: Any, first: bool) -> Any:
+        """The rows in the dtype of the fit that goes on."""
+        old: Fit | None = None if first else getattr(self, "_fitted", None)
+        return X if old is None or old.net.dtype == X.dtype else X.astype(old.net.dtype)
+
+    def _watch(
+        self, validation_data: Any, callbacks: Any, encode: Callable[[Any, Any], Array], dtype: Any
+    ) -> Watch | None:
+        """``validation_data`` and ``callbacks`` of a fit, checked; ``encode`` makes targets of y."""
+        callbacks = tuple(callbacks)
+        if wrong := [one for one in callbacks if not callable(one)]:
+            raise TypeError(f"callbacks: expected functions of a dict, got {wrong[0]!r:.80}")
+        if validation_data is None:
+            return Watch(None, callbacks) if callbacks else None
+        if not isinstance(validation_data, tuple) or len(validation_data) not in (2, 3):
+            raise TypeError("validation_data: expected a tuple (X, y) or (X, y, sample_weight)")
+        X, y, *rest = validation_data
+        X = validate_data(self, X, accept_sparse=["csr"], dtype=FLOATS, order="C", reset=False).astype(dtype)
+        check_consistent_length(X, y)
+        return Watch(Data(X, encode(y, X), self._weights(rest[0] if rest else None, X)), callbacks)
+
     def _weights(self, sample_weight: Any, X: Any) -> Array | None:
         if sample_weight is None:
             return None
@@ -151,6 +192,10 @@ class Estimator(BaseEstimator):
         if not weight.sum() > 0:
             raise ValueError("sample_weight: expected a positive sum")
         return weight
+
+    def _refuse_watching(self, watch: Watch | None) -> None:
+        if watch is not None:
+            raise ValueError("solver='lbfgs' has no epochs: it does not go with validation_data and callbacks")
 
     def _new_fit(self, net: Network, random: np.random.RandomState, rate: Rate) -> Fit:
         s: Any = self
@@ -176,6 +221,7 @@ class Estimator(BaseEstimator):
         *,
         once: bool = False,
         stratify: Any = None,
+        watch: Watch | None = None,
     ) -> None:
         """Splits where a part is held out, runs, and shows what came of it."""
         s: Any = self
@@ -190,12 +236,18 @@ class Estimator(BaseEstimator):
         if s.checkpoint is not None and not once:
             task.checkpoint = Path(s.checkpoint)
             settings = {k: v for k, v in self.get_params(deep=False).items() if k not in _FREE}
-            task.mark = _checkpoint.fingerprint(
-                {**settings, "estimator": type(self).__name__}, data.x, data.y, data.weight
-            )
+            arrays = [data.x, data.y, data.weight]
+            if watch is not None and watch.data is not None:
+                arrays += [watch.data.x, watch.data.y, watch.data.weight]
+            task.mark = _checkpoint.fingerprint({**settings, "estimator": type(self).__name__}, *arrays)
             task.details = _checkpoint.details(settings)
         split: Split | None = None
-        if s.early_stopping:
+        if watch is not None:
+            task.callbacks = watch.callbacks
+        if watch is not None and watch.data is not None:
+            given = watch.data
+            task.score, task.by_score = lambda weights, biases: score(given, weights, biases), bool(s.early_stopping)
+        elif s.early_stopping:
             if once:
                 raise ValueError("partial_fit does not support early_stopping=True")
             split = earlier_split(task)

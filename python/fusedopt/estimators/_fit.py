@@ -8,7 +8,7 @@ import math
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -58,6 +58,8 @@ class Task:
     tol_params: float | None = None
     patience: int = 10  # epochs without a better one that are let pass
     score: Callable[[Any, Any], float] | None = None  # of weights and intercepts on the held-out part
+    by_score: bool = True  # the score decides when to stop and which parameters are best; else it is only kept
+    callbacks: Sequence[Callable[[dict[str, float]], Any]] = ()  # told each epoch's row; one that returns True ends it
     restore_best: bool = True
     ema_decay: float | None = None
     average: int = 0  # the step from which the mean of all parameters is kept; 0: none
@@ -69,6 +71,9 @@ class Task:
     progress: bool = False
     verbose: bool | int = False
     advice: str = "learning_rate_init"  # the setting to lower when the loss is not finite
+
+
+_COLUMNS = ("loss", "lr", "score", "grad_norm", "seconds")
 
 
 @dataclass
@@ -87,8 +92,10 @@ class Progress:
     seconds: list[float] = field(default_factory=list)
 
     def history(self) -> dict[str, Array]:
-        names = ("loss", "lr", "score", "grad_norm", "seconds")
-        return {name: np.array(getattr(self, name)) for name in names if getattr(self, name)}
+        return {name: np.array(getattr(self, name)) for name in _COLUMNS if getattr(self, name)}
+
+    def last_row(self) -> dict[str, float]:
+        return {"epoch": self.epoch} | {name: getattr(self, name)[-1] for name in _COLUMNS if getattr(self, name)}
 
 
 _MADE = ("_gathered", "_spare", "_threads", "_weights", "_grads")  # not pickled, made anew
@@ -263,6 +270,9 @@ class Fit:
                 if self.opt.last_grad_norm is not None:
                     p.grad_norm.append(self.opt.last_grad_norm)
                 p.seconds.append(time.perf_counter() - start)
+                row = p.last_row()
+                if [True for callback in task.callbacks if callback(row) is True]:
+                    p.finished = "callback"
                 if task.checkpoint is not None:
                     self._save(task, order, best, split)
                 self._tell(task, bar)
@@ -292,11 +302,12 @@ class Fit:
         if task.score is not None:
             score = task.score(*self.net.folded(self.in_force))
             p.score.append(score)
-            p.stale = p.stale + 1 if not score >= p.best_score + task.tol else 0
+            if task.by_score:
+                p.stale = p.stale + 1 if not score >= p.best_score + task.tol else 0
             if score > p.best_score:
                 p.best_score = score
-                best = self._snapshot()
-        else:
+                best = self._snapshot() if task.by_score else best
+        if task.score is None or not task.by_score:
             p.stale = p.stale + 1 if p.loss[-1] > p.best_loss - task.tol else 0
         p.best_loss = min(p.best_loss, p.loss[-1])
         self.rate.observe(p.loss[-1], p.score[-1] if p.score else None)
@@ -304,7 +315,7 @@ class Fit:
             if p.loss[-1] > 1e3 * abs(p.loss[0]) + 1e3:
                 raise self._diverged(task, f"the loss has grown from {p.loss[0]:.3g} to {p.loss[-1]:.3g}")
             if self.rate.no_better():
-                p.finished = "score" if task.score is not None else "tol"
+                p.finished = "score" if task.score is not None and task.by_score else "tol"
             else:
                 p.stale = 0
         return best

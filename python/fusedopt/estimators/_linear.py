@@ -15,9 +15,9 @@ from sklearn.utils.validation import validate_data
 
 from .. import _core
 from ..config import get_num_threads
-from ._base import POSITIVE, check_number
+from ._base import FLOATS, POSITIVE, check_number, targets_like
 from ._fit import Data
-from ._linear_base import FLOATS, Linear
+from ._linear_base import Linear
 from ._network import ACTIVATIONS, Array, predict
 
 
@@ -150,11 +150,20 @@ class LinearClassifier(ClassifierMixin, Linear):
         self.progress = progress
 
     def _fit(
-        self, X: Any, y: Any, sample_weight: Any, incremental: bool, coef_init: Any = None, intercept_init: Any = None
+        self,
+        X: Any,
+        y: Any,
+        sample_weight: Any,
+        incremental: bool,
+        coef_init: Any = None,
+        intercept_init: Any = None,
+        validation_data: Any = None,
+        callbacks: Any = (),
     ) -> LinearClassifier:
         self._check_settings()
         first = not hasattr(self, "coef_") or (not self.warm_start and not incremental)
         X, y = validate_data(self, X, y, accept_sparse=["csr"], dtype=FLOATS, order="C", reset=first)
+        X = self._as_before(X, first)
         check_classification_targets(y)
         weight = self._weights(sample_weight, X)
         found = unique_labels(y)
@@ -167,21 +176,50 @@ class LinearClassifier(ClassifierMixin, Linear):
         elif len(np.setdiff1d(found, self.classes_)):
             raise ValueError(f"y: expected classes of the first call, {self.classes_}, got {found}")
         index = np.searchsorted(self.classes_, y)
+        if incremental and self.class_weight == "balanced":
+            raise ValueError("class_weight='balanced' needs all rows: for partial_fit give a dict of weights")
         if self.class_weight is not None:
             by_class = compute_class_weight(self.class_weight, classes=self.classes_, y=y).astype(X.dtype)[index]
             weight = by_class if weight is None else weight * by_class
+        watch = self._watch(validation_data, callbacks, self._encoded_validation, X.dtype)
+        target = self._sides(index, X.dtype)
+        self._learn_linear(Data(X, target, weight), incremental, index, coef_init, intercept_init, watch)
+        return self
+
+    def _sides(self, index: Array, dtype: Any) -> Array:
+        """A column for each class against the rest, or one for two classes; as the loss wants them."""
         low = 0 if self.loss == "log_loss" else -1
         many = len(self.classes_) > 2
         sides = index[:, None] == (np.arange(len(self.classes_)) if many else np.array([1]))
-        target = np.where(sides, X.dtype.type(1), X.dtype.type(low))
-        self._learn_linear(Data(X, target, weight), incremental, index, coef_init, intercept_init)
-        return self
+        return np.where(sides, np.dtype(dtype).type(1), np.dtype(dtype).type(low))
+
+    def _encoded_validation(self, y: Any, X: Any) -> Array:
+        y = column_or_1d(y)
+        if len(new := np.setdiff1d(y, self.classes_)):
+            raise ValueError(f"validation_data: expected classes of the training data, {self.classes_}, got {new}")
+        return self._sides(np.searchsorted(self.classes_, y), X.dtype)
 
     def fit(
-        self, X: Any, y: Any, coef_init: Any = None, intercept_init: Any = None, sample_weight: Any = None
+        self,
+        X: Any,
+        y: Any,
+        coef_init: Any = None,
+        intercept_init: Any = None,
+        sample_weight: Any = None,
+        *,
+        validation_data: Any = None,
+        callbacks: Any = (),
     ) -> LinearClassifier:
-        """Fits to rows ``X`` (array or CSR matrix) and their classes ``y``; rows may have weights >= 0."""
-        return self._fit(X, y, sample_weight, False, coef_init, intercept_init)
+        """Fits to rows ``X`` (array or CSR matrix) and their classes ``y``; rows may have weights >= 0.
+
+        Args:
+            X, y, coef_init, intercept_init, sample_weight: as in SGDClassifier.
+            validation_data: ``(X, y)`` or ``(X, y, sample_weight)``, whose score is in ``history_["score"]``; with
+                ``early_stopping`` it takes the place of the held-out part.
+            callbacks: functions that are told a dict after every epoch (``epoch, loss, lr, score, ...``); one that
+                returns True ends the fit.
+        """
+        return self._fit(X, y, sample_weight, False, coef_init, intercept_init, validation_data, callbacks)
 
     def partial_fit(self, X: Any, y: Any, classes: Any = None, sample_weight: Any = None) -> LinearClassifier:
         """One epoch over these rows; the first call needs all ``classes``."""
@@ -248,6 +286,7 @@ class LinearRegressor(RegressorMixin, Linear):
             + \alpha \left( (1 - \rho) / 2 \, ||w||_2^2 + \rho ||w||_1 \right)
 
     Arguments, defaults and attributes of ``sklearn.linear_model.SGDRegressor``; it steps by mini-batches with momentum.
+    With several targets, y of shape (n, outputs), ``coef_`` is (outputs, features).
 
     Args:
         loss: ``"squared_error"`` (half of it), ``"huber"``, ``"epsilon_insensitive"`` (support vector regression) or
@@ -263,6 +302,11 @@ class LinearRegressor(RegressorMixin, Linear):
         >>> model.coef_.round(1), model.intercept_.round(1)
         (array([3.]), array([2.]))
     """
+
+    def __sklearn_tags__(self) -> Any:
+        tags = super().__sklearn_tags__()
+        tags.target_tags.multi_output = True
+        return tags
 
     _LOSSES = {  # noqa: RUF012
         "squared_error": "half_mse",
@@ -339,7 +383,15 @@ class LinearRegressor(RegressorMixin, Linear):
         self.progress = progress
 
     def _fit(
-        self, X: Any, y: Any, sample_weight: Any, incremental: bool, coef_init: Any = None, intercept_init: Any = None
+        self,
+        X: Any,
+        y: Any,
+        sample_weight: Any,
+        incremental: bool,
+        coef_init: Any = None,
+        intercept_init: Any = None,
+        validation_data: Any = None,
+        callbacks: Any = (),
     ) -> LinearRegressor:
         self._check_settings()
         if self.loss == "huber":
@@ -348,18 +400,35 @@ class LinearRegressor(RegressorMixin, Linear):
         X, y = validate_data(
             self, X, y, accept_sparse=["csr"], dtype=FLOATS, order="C", y_numeric=True, multi_output=True, reset=first
         )
-        y = column_or_1d(y, warn=True, dtype=X.dtype)
+        X = self._as_before(X, first)
+        if y.ndim == 2 and y.shape[1] == 1:
+            y = column_or_1d(y, warn=True)
         weight = self._weights(sample_weight, X)
-        target = np.ascontiguousarray(y, X.dtype)[:, None]
-        self._learn_linear(Data(X, target, weight), incremental, None, coef_init, intercept_init)
-        self.coef_ = self.coef_.ravel()
+        target = np.ascontiguousarray(y.reshape(len(y), -1), X.dtype)
+        watch = self._watch(validation_data, callbacks, lambda y, X: targets_like(target, y), X.dtype)
+        self._learn_linear(Data(X, target, weight), incremental, None, coef_init, intercept_init, watch)
+        if y.ndim == 1:
+            self.coef_ = self.coef_.ravel()
         return self
 
     def fit(
-        self, X: Any, y: Any, coef_init: Any = None, intercept_init: Any = None, sample_weight: Any = None
+        self,
+        X: Any,
+        y: Any,
+        coef_init: Any = None,
+        intercept_init: Any = None,
+        sample_weight: Any = None,
+        *,
+        validation_data: Any = None,
+        callbacks: Any = (),
     ) -> LinearRegressor:
-        """Fits to rows ``X`` (array or CSR matrix) and their values ``y``; rows may have weights >= 0."""
-        return self._fit(X, y, sample_weight, False, coef_init, intercept_init)
+        """Fits to rows ``X`` (array or CSR matrix) and their values ``y``, (n,) or (n, outputs).
+
+        Args:
+            X, y, coef_init, intercept_init, sample_weight: as in SGDRegressor.
+            validation_data, callbacks: as in :meth:`LinearClassifier.fit`.
+        """
+        return self._fit(X, y, sample_weight, False, coef_init, intercept_init, validation_data, callbacks)
 
     def partial_fit(self, X: Any, y: Any, sample_weight: Any = None) -> LinearRegressor:
         """One epoch over these rows."""
@@ -372,5 +441,6 @@ class LinearRegressor(RegressorMixin, Linear):
         return float(r2_score(data.y, values, sample_weight=data.weight))
 
     def predict(self, X: Any) -> Array:
-        """The value of every row."""
-        return self._raw(X).ravel()
+        """The value of every row, (n,) or (n, outputs)."""
+        raw = self._raw(X)
+        return raw.ravel() if raw.shape[1] == 1 else raw

@@ -10,12 +10,11 @@ from sklearn.utils import check_random_state
 from sklearn.utils.extmath import row_norms
 from sklearn.utils.validation import check_is_fitted, validate_data
 
-from ._base import NOT_NEGATIVE, POSITIVE, UNIT, Estimator, check_choice, check_flag, check_number
+from ._base import FLOATS, NOT_NEGATIVE, POSITIVE, UNIT, Estimator, Watch, check_choice, check_flag, check_number
 from ._fit import Data, Fit, Task
 from ._network import Array, LossFunction, Network, element_loss, predict
 from ._rates import Rate, first_optimal_rate, highest_rate
 
-FLOATS = (np.float64, np.float32)
 _SMALL, _LARGE = 0.5, 100.0  # of the largest feature: what standardised, one-hot and [0, 1] features never leave
 
 
@@ -87,7 +86,13 @@ class Linear(Estimator):
             )
 
     def _learn_linear(
-        self, data: Data, incremental: bool, stratify: Any, coef_init: Any = None, intercept_init: Any = None
+        self,
+        data: Data,
+        incremental: bool,
+        stratify: Any,
+        coef_init: Any = None,
+        intercept_init: Any = None,
+        watch: Watch | None = None,
     ) -> None:
         s: Any = self
         if incremental and s.solver == "lbfgs":
@@ -107,6 +112,7 @@ class Linear(Estimator):
             if intercept_init is not None and s.fit_intercept:
                 net.biases[0][...] = np.asarray(intercept_init).reshape(-1)
             if s.solver == "lbfgs":
+                self._refuse_watching(watch)
                 fit = self._learn_lbfgs(net, data, self._loss(), 1, self._penalties()[1])
                 self.coef_, self.intercept_ = np.ascontiguousarray(net.weights[0].T), net.biases[0].copy()
                 return
@@ -126,7 +132,7 @@ class Linear(Estimator):
         # A lasting gradient moves a weight by rate / (1 - momentum) times it.
         proximal = 1 / (1 - float(s.momentum)) if s.solver == "sgd" and s.momentum < 1 else 0.0
         task = Task(self._loss(), l1=l1, l2=l2, proximal=proximal, average=int(s.average))
-        self._learn(fit, task, data, self._score_of, once=incremental, stratify=stratify)
+        self._learn(fit, task, data, self._score_of, once=incremental, stratify=stratify, watch=watch)
         weights, biases = fit.net.folded(fit.in_force)
         self.coef_, self.intercept_ = np.ascontiguousarray(weights[0].T), biases[0]
 

@@ -17,9 +17,9 @@ from sklearn.utils.validation import validate_data
 
 from .. import _core
 from ..config import get_num_threads
-from ._base import POSITIVE, check_choice, check_number
+from ._base import FLOATS, POSITIVE, check_choice, check_number, targets_like
 from ._fit import Data
-from ._mlp_base import FLOATS, MLP
+from ._mlp_base import MLP
 from ._network import ACTIVATIONS, Array, element_loss, predict, softmax_loss
 
 
@@ -170,10 +170,19 @@ class MLPClassifier(ClassifierMixin, MLP):
                 f"`y` has classes not in `self.classes_`. `self.classes_` has {self.classes_}. 'y' has {classes}."
             )
 
-    def _fit(self, X: Any, y: Any, sample_weight: Any, incremental: bool) -> MLPClassifier:
+    def _fit(
+        self,
+        X: Any,
+        y: Any,
+        sample_weight: Any,
+        incremental: bool,
+        validation_data: Any = None,
+        callbacks: Any = (),
+    ) -> MLPClassifier:
         self._check_settings()
         first = not hasattr(self, "coefs_") or (not self.warm_start and not incremental)
         X, y = validate_data(self, X, y, accept_sparse=["csr"], multi_output=True, dtype=FLOATS, order="C", reset=first)
+        X = self._as_before(X, first)
         if y.ndim == 2 and y.shape[1] == 1:
             y = column_or_1d(y, warn=True)
         check_classification_targets(y)
@@ -184,25 +193,43 @@ class MLPClassifier(ClassifierMixin, MLP):
             weight = by_class if weight is None else weight * by_class
         multiclass = self._binarizer.y_type_ == "multiclass"
         self.out_activation_ = "softmax" if multiclass else "logistic"
-        coded: Array
+        coded = self._coded(y, X)
         if multiclass:
-            coded, loss, outputs = (
-                np.searchsorted(self.classes_, y).astype(np.int64),
-                softmax_loss(),
-                len(self.classes_),
-            )
+            loss, outputs = softmax_loss(), len(self.classes_)
         else:
-            dense = self._binarizer.transform(y)
-            coded = np.ascontiguousarray(dense.toarray() if hasattr(dense, "toarray") else dense, X.dtype)
             loss, outputs = element_loss("binary_cross_entropy"), coded.shape[1]
+        watch = self._watch(validation_data, callbacks, self._encoded_validation, X.dtype)
         stratify = coded if outputs == 1 else None  # as scikit-learn does it
         # The reported loss is, as in scikit-learn, summed over outputs.
-        self._learn_network(X, coded, weight, loss, outputs, 1, incremental, stratify)
+        self._learn_network(X, coded, weight, loss, outputs, 1, incremental, stratify, watch)
         return self
 
-    def fit(self, X: Any, y: Any, sample_weight: Any = None) -> MLPClassifier:
-        """Fits to rows ``X`` (array or CSR matrix) and their classes ``y``; rows may have weights >= 0."""
-        return self._fit(X, y, sample_weight, incremental=False)
+    def _coded(self, y: Any, X: Any) -> Array:
+        """Labels for the softmax; else a column of 0 and 1 for each output."""
+        if self._binarizer.y_type_ == "multiclass":
+            return np.searchsorted(self.classes_, y).astype(np.int64)
+        dense = self._binarizer.transform(y)
+        return np.ascontiguousarray(dense.toarray() if hasattr(dense, "toarray") else dense, X.dtype)
+
+    def _encoded_validation(self, y: Any, X: Any) -> Array:
+        y = np.asarray(y)
+        if y.ndim == 1 and len(new := np.setdiff1d(y, self.classes_)):
+            raise ValueError(f"validation_data: expected classes of the training data, {self.classes_}, got {new}")
+        return self._coded(y, X)
+
+    def fit(
+        self, X: Any, y: Any, sample_weight: Any = None, *, validation_data: Any = None, callbacks: Any = ()
+    ) -> MLPClassifier:
+        """Fits to rows ``X`` (array or CSR matrix) and their classes ``y``; rows may have weights >= 0.
+
+        Args:
+            X, y, sample_weight: as in scikit-learn's.
+            validation_data: ``(X, y)`` or ``(X, y, sample_weight)``, whose score is in ``history_["score"]``; with
+                ``early_stopping`` it takes the place of the held-out part.
+            callbacks: functions that are told a dict after every epoch (``epoch, loss, lr, score, ...``); one that
+                returns True ends the fit.
+        """
+        return self._fit(X, y, sample_weight, False, validation_data, callbacks)
 
     @available_if(lambda est: est._partial())
     def partial_fit(self, X: Any, y: Any, classes: Any = None, sample_weight: Any = None) -> MLPClassifier:
@@ -353,7 +380,15 @@ class MLPRegressor(RegressorMixin, MLP):
         "epsilon_insensitive": "epsilon_insensitive",
     }
 
-    def _fit(self, X: Any, y: Any, sample_weight: Any, incremental: bool) -> MLPRegressor:
+    def _fit(
+        self,
+        X: Any,
+        y: Any,
+        sample_weight: Any,
+        incremental: bool,
+        validation_data: Any = None,
+        callbacks: Any = (),
+    ) -> MLPRegressor:
         self._check_settings()
         check_choice("loss", self.loss, self._LOSSES)
         check_number("delta", self.delta, POSITIVE)
@@ -361,18 +396,28 @@ class MLPRegressor(RegressorMixin, MLP):
         X, y = validate_data(
             self, X, y, accept_sparse=["csr"], multi_output=True, y_numeric=True, dtype=FLOATS, order="C", reset=first
         )
+        X = self._as_before(X, first)
         if y.ndim == 2 and y.shape[1] == 1:
             y = column_or_1d(y, warn=True)
         weight = self._weights(sample_weight, X)
         target = np.ascontiguousarray(y.reshape(len(y), -1), X.dtype)
         self.out_activation_ = "exp" if self.loss == "poisson" else "identity"
         loss = element_loss(self._LOSSES[self.loss], float(self.delta))
-        self._learn_network(X, target, weight, loss, target.shape[1], target.shape[1], incremental, None)
+        watch = self._watch(validation_data, callbacks, lambda y, X: targets_like(target, y), X.dtype)
+        outputs = target.shape[1]
+        self._learn_network(X, target, weight, loss, outputs, outputs, incremental, None, watch)
         return self
 
-    def fit(self, X: Any, y: Any, sample_weight: Any = None) -> MLPRegressor:
-        """Fits to rows ``X`` (array or CSR matrix) and their values ``y`` (n,) or (n, outputs)."""
-        return self._fit(X, y, sample_weight, incremental=False)
+    def fit(
+        self, X: Any, y: Any, sample_weight: Any = None, *, validation_data: Any = None, callbacks: Any = ()
+    ) -> MLPRegressor:
+        """Fits to rows ``X`` (array or CSR matrix) and their values ``y`` (n,) or (n, outputs).
+
+        Args:
+            X, y, sample_weight: as in scikit-learn's.
+            validation_data, callbacks: as in :meth:`MLPClassifier.fit`.
+        """
+        return self._fit(X, y, sample_weight, False, validation_data, callbacks)
 
     @available_if(lambda est: est._partial())
     def partial_fit(self, X: Any, y: Any, sample_weight: Any = None) -> MLPRegressor:

@@ -9,12 +9,10 @@ import numpy as np
 from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted, validate_data
 
-from ._base import BELOW_ONE, NOT_NEGATIVE, POSITIVE, Estimator, check_choice, check_flag, check_number
+from ._base import BELOW_ONE, FLOATS, NOT_NEGATIVE, POSITIVE, Estimator, Watch, check_choice, check_flag, check_number
 from ._fit import Data, Fit, Task
 from ._network import ACTIVATIONS, Array, LossFunction, Network, predict
 from ._rates import Rate
-
-FLOATS = (np.float64, np.float32)
 
 
 class MLP(Estimator):
@@ -56,6 +54,7 @@ class MLP(Estimator):
         reported: int,
         incremental: bool,
         stratify: Any,
+        watch: Watch | None = None,
     ) -> None:
         s: Any = self
         old: Fit | None = getattr(self, "_fitted", None) if incremental or s.warm_start else None
@@ -77,6 +76,7 @@ class MLP(Estimator):
                 follows_solver=callable(s.solver),
             )
             if s.solver == "lbfgs":
+                self._refuse_watching(watch)
                 self.n_layers_, self.n_outputs_ = len(widths), outputs
                 fit = self._learn_lbfgs(net, Data(x, y, weight), loss, reported, float(s.alpha))
                 self.coefs_, self.intercepts_ = fit.net.folded(fit.in_force)
@@ -91,7 +91,7 @@ class MLP(Estimator):
             fit.progress.stale = 0
         self.n_layers_, self.n_outputs_ = len(widths), outputs
         task = Task(loss, outputs=reported, l1=float(s.l1), l2=float(s.alpha))
-        self._learn(fit, task, Data(x, y, weight), self._score_of, once=incremental, stratify=stratify)
+        self._learn(fit, task, Data(x, y, weight), self._score_of, once=incremental, stratify=stratify, watch=watch)
         self.coefs_, self.intercepts_ = fit.net.folded(fit.in_force)
 
     def _raw(self, X: Any, check: bool = True) -> Array:
