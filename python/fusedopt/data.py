@@ -169,11 +169,11 @@ def arrays(source: PathLike) -> np.ndarray[Any, Any]:
     kind = _kind(source)
     if kind == "folder":
         table = _mnist(Path(source))
-        return table.x if table.test is None else table.test[0]
+        return np.asarray(table.x if table.test is None else table.test[0])
     if kind == "npz":
-        return _npz(Path(source), None).x
+        return np.asarray(_npz(Path(source), None).x)
     if str(source) == "digits":
-        return _digits().x
+        return np.asarray(_digits().x)
     raise ValueError(f"data: expected an array, as in the training data, got {str(source)!r}")
 
 

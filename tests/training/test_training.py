@@ -694,3 +694,80 @@ def test_it_is_reached_from_the_torch_front_end() -> None:
     assert {"Trainer", "fit", "Callback", "ScheduledLR"} <= set(dir(optim))
     for one in (Trainer, fit, Callback, Trainer.fit, Trainer.evaluate, Trainer.forward):
         assert (one.__doc__ or "").strip()
+
+
+# ---- batches and data of other kinds, predictions
+
+
+class Named(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = network()
+
+    def forward(self, first: Any, second: Any) -> Any:
+        return self.net(torch.cat([first, second], 1))
+
+
+@pytest.mark.parametrize("key", ["target", "labels", "y"])
+def test_batches_may_be_dicts(key: str) -> None:
+    pairs = plain_data()
+    dicts = [{"first": x[:, :2], "second": x[:, 2:], key: y} for x, y in pairs]
+    plain, named = trainer_of(network()), trainer_of(Named())
+    named.model.net.load_state_dict(plain.model.state_dict())  # type: ignore[union-attr, operator]
+    plain.fit(pairs, pairs, epochs=2)
+    named.fit(dicts, dicts, epochs=2)
+    for name in ("loss", "val_loss"):
+        assert named.history[name] == plain.history[name]
+    assert torch.equal(named.predict(dicts), plain.predict(pairs))
+    assert torch.equal(named.predict([{k: v for k, v in d.items() if k != key} for d in dicts]), plain.predict(pairs))
+    with pytest.raises(ValueError, match="expected one of target, targets, label, labels, y in the dict, got a, b"):
+        trainer_of(Named()).fit([{"a": 1, "b": 2}], epochs=1)
+
+
+@pytest.mark.parametrize("kind", [torch.Tensor, np.ndarray])
+def test_arrays_of_all_rows_are_trained_on_in_shuffled_batches(kind: Any) -> None:
+    data = Noisy(70)
+    arrays: tuple[Any, ...] = (data.x, data.y)
+    if kind is np.ndarray:
+        arrays = (data.x.double().numpy(), data.y.numpy())
+    by_loader, by_array = trainer_of(network()), trainer_of(network())
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(data.x, data.y), batch_size=16, shuffle=True)
+    seed()
+    by_loader.fit(loader, torch.utils.data.DataLoader(loader.dataset, batch_size=16), epochs=3)
+    seed()
+    by_array.fit(arrays, arrays, epochs=3, batch_size=16)
+    assert by_array.history["loss"] == by_loader.history["loss"]
+    np.testing.assert_allclose(by_array.history["val_loss"], by_loader.history["val_loss"], rtol=1e-6)
+    torch.testing.assert_close(by_array.predict(arrays[0], batch_size=9), by_loader.predict([data.x]))
+    with pytest.raises(ValueError, match="arrays of one length, got 70, 69 rows"):
+        by_array.fit((arrays[0], arrays[1][:-1]), epochs=4)
+
+
+def test_predictions_are_those_of_the_model_in_evaluation() -> None:
+    data = plain_data()
+    x = torch.cat([x for x, _ in data])
+    trainer = trainer_of(network(dropout=0.5))
+    trainer.fit(data, epochs=2)
+    trainer.model.train()
+    found = trainer.predict(data)
+    assert trainer.model.training
+    trainer.model.eval()
+    with torch.no_grad():
+        expected = trainer.model(x)
+    torch.testing.assert_close(found, expected)
+    assert not found.requires_grad
+    assert torch.equal(trainer.predict([(x,)]), trainer.predict([x]))
+    assert torch.equal(trainer.predict([(x, None)]), trainer.predict([x]))
+    with pytest.raises(ValueError, match="no batch"):
+        trainer.predict([])
+    averaged = trainer_of(network(), ema_decay=0.5)
+    averaged.fit(data, epochs=2)
+    assert averaged.ema is not None
+    averaged.ema.module.eval()
+    with torch.no_grad():
+        torch.testing.assert_close(averaged.predict([x]), averaged.ema.module(x))
+
+
+def test_a_metric_cannot_take_the_place_of_the_loss() -> None:
+    with pytest.raises(ValueError, match="metrics: 'loss' is the name of the loss"):
+        trainer_of(network(), metrics={"loss": lambda output, target: 0.0})

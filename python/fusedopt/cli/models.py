@@ -52,7 +52,7 @@ SCHEDULES: dict[str, Callable[[float, int], schedules.Schedule]] = {
 """By the name of the option: the schedule from the learning rate over all steps."""
 
 # What the files of our models hold beside scikit-learn's own types. Nothing else is loaded.
-_PARTS = ("_fit.Fit", "_fit.Progress", "_network.Network", "_rates.Rate", "_linear.LinearClassifier")
+_PARTS: tuple[str, ...] = ("_fit.Fit", "_fit.Progress", "_network.Network", "_rates.Rate", "_linear.LinearClassifier")
 _PARTS += ("_linear.LinearRegressor", "_mlp.MLPClassifier", "_mlp.MLPRegressor")
 _TRUSTED = frozenset(
     [f"fusedopt.{name}" for name in RULES]

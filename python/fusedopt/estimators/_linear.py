@@ -191,7 +191,7 @@ class LinearClassifier(ClassifierMixin, Linear):
         low = 0 if self.loss == "log_loss" else -1
         many = len(self.classes_) > 2
         sides = index[:, None] == (np.arange(len(self.classes_)) if many else np.array([1]))
-        return np.where(sides, np.dtype(dtype).type(1), np.dtype(dtype).type(low))
+        return np.asarray(np.where(sides, np.dtype(dtype).type(1), np.dtype(dtype).type(low)))
 
     def _encoded_validation(self, y: Any, X: Any) -> Array:
         y = column_or_1d(y)

@@ -207,7 +207,7 @@ class MLPClassifier(ClassifierMixin, MLP):
     def _coded(self, y: Any, X: Any) -> Array:
         """Labels for the softmax; else a column of 0 and 1 for each output."""
         if self._binarizer.y_type_ == "multiclass":
-            return np.searchsorted(self.classes_, y).astype(np.int64)
+            return np.asarray(np.searchsorted(self.classes_, y), np.int64)
         dense = self._binarizer.transform(y)
         return np.ascontiguousarray(dense.toarray() if hasattr(dense, "toarray") else dense, X.dtype)
 

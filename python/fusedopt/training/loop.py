@@ -15,11 +15,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import distributed, nn
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 from .._files import previous
 from ..torch._schedule import ScheduledLR
@@ -27,11 +28,14 @@ from .log import Logger, loggers, progress_bar
 from .state import (
     PRECISIONS,
     PathLike,
+    are_arrays,
+    as_loader,
     check_counts,
     check_options,
     distribute,
     gathered,
     length_of,
+    parts_of,
     processes,
     read_checkpoint,
     rng_state,
@@ -92,7 +96,7 @@ class Trainer:
         callbacks: :class:`Callback` objects, or functions of the trainer and a row.
         progress: a progress bar; None shows one where tqdm is installed and a terminal watches.
 
-    For batches that are no pair of inputs and targets override :meth:`forward`.
+    A batch is ``(input, ..., target)`` or a dict; for others override :meth:`forward`.
 
     Attributes:
         epoch, step: how many are done.
@@ -140,6 +144,8 @@ class Trainer:
         progress: bool | None = None,
     ) -> None:
         check_options(locals())
+        if "loss" in (metrics or {}):
+            raise ValueError("metrics: 'loss' is the name of the loss; give the metric another")
         self.model, self.loss, self.optimizer, self.metrics = model, loss, optimizer, dict(metrics or {})
         self.device = next((p.device for p in model.parameters()), torch.device("cpu"))
         self.schedule = scheduler_of(schedule, optimizer)
@@ -176,10 +182,41 @@ class Trainer:
         return {name: [row.get(name, math.nan) for row in self.rows] for name in names}
 
     def forward(self, net: nn.Module, batch: Any) -> tuple[torch.Tensor, Any, Any]:
-        """Loss, outputs and targets of a batch ``(input, ..., target)``. Override it for batches of another kind."""
-        *inputs, target = batch
-        output = net(*inputs)
+        """Loss, outputs and targets of a batch. Override it for batches of another kind.
+
+        A batch is ``(input, ..., target)``, or a dict whose ``target``, ``targets``, ``label``, ``labels`` or ``y`` is
+        the target; the rest are the model's keyword arguments.
+        """
+        inputs, named, target = parts_of(batch)
+        output = net(*inputs, **named)
         return self.loss(output, target), output, target
+
+    def predict(self, data: Any, *, targets: bool | None = None, batch_size: int = 32) -> Any:
+        """The outputs of the averaged weights if there are any, else of the model's, for all rows, on the CPU.
+
+        Args:
+            data: a DataLoader or another iterable of batches; or one array or tensor of rows.
+            targets: whether the last part of a batch is a target, as in training. None: if there is more than one.
+            batch_size: of an array or tensor.
+
+        Returns:
+            The outputs of all batches, concatenated; of several processes each gives those of its own batches.
+        """
+        check_counts({"batch_size": batch_size})
+        if isinstance(data, torch.Tensor | np.ndarray):
+            data = as_loader((data,), batch_size, self.model, shuffle=False)
+        net: nn.Module = self.model if self.ema is None else self.ema.module
+        was_training, outputs = net.training, list[Any]()
+        net.eval()
+        with self._averaged(), torch.no_grad():
+            for batch in data:
+                inputs, named, _ = parts_of(self._moved(batch), targets)
+                with self._autocast():
+                    outputs.append(tree_map_only(torch.Tensor, lambda t: t.cpu(), net(*inputs, **named)))
+        net.train(was_training)
+        if not outputs:
+            raise ValueError("data: no batch; expected rows to predict")
+        return tree_map(lambda *parts: torch.cat(parts), *outputs)
 
     # --- training ---
 
@@ -190,15 +227,18 @@ class Trainer:
         *,
         epochs: int | None = None,
         steps: int | None = None,
+        batch_size: int = 32,
         resume: bool = False,
     ) -> Trainer:
         """Trains until so many epochs or steps are done, counted from the very first; whichever comes first.
 
         Args:
-            train: a DataLoader, or anything that can be iterated over again for each epoch.
+            train: a DataLoader, or anything that can be iterated over again for each epoch; or arrays or tensors
+                ``(input, ..., target)`` of all rows, which are shuffled.
             validation: likewise, for the columns ``val_...``.
             epochs: of the whole training, what is done already included.
             steps: of the optimizer, likewise.
+            batch_size: of arrays.
             resume: go on from the file ``checkpoint``, if there is one: with the same bits as if nothing had
                 happened, given the same data. Batches of the begun epoch are drawn again and skipped.
 
@@ -212,7 +252,10 @@ class Trainer:
         """
         if epochs is None and steps is None:
             raise ValueError("epochs, steps: expected at least one of the two")
-        check_counts({"epochs": epochs, "steps": steps})
+        check_counts({"epochs": epochs, "steps": steps, "batch_size": batch_size})
+        train = as_loader(train, batch_size, self.model, shuffle=True) if are_arrays(train) else train
+        if validation is not None and are_arrays(validation):
+            validation = as_loader(validation, batch_size, self.model, shuffle=False)
         self.stop = False
         if resume:
             self._resume()
@@ -494,6 +537,7 @@ def fit(
     optimizer: torch.optim.Optimizer,
     epochs: int | None = None,
     steps: int | None = None,
+    batch_size: int = 32,
     resume: bool = False,
     **options: Any,
 ) -> Trainer:
@@ -501,7 +545,7 @@ def fit(
 
     Args:
         model: as in :class:`Trainer`; so are loss, optimizer and all further options.
-        train: as in :meth:`Trainer.fit`; so are validation, epochs, steps and resume.
+        train: as in :meth:`Trainer.fit`; so are validation, epochs, steps, batch_size and resume.
 
     Returns:
         The trainer.
@@ -510,4 +554,4 @@ def fit(
         As both of them do.
     """
     trainer = Trainer(model, loss, optimizer, **options)
-    return trainer.fit(train, validation, epochs=epochs, steps=steps, resume=resume)
+    return trainer.fit(train, validation, epochs=epochs, steps=steps, batch_size=batch_size, resume=resume)

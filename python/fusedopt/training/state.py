@@ -7,7 +7,7 @@ import os
 import random
 import warnings
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,14 @@ import torch
 from torch import distributed, nn
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils._pytree import tree_leaves
-from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, RandomSampler, SequentialSampler
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    DistributedSampler,
+    RandomSampler,
+    SequentialSampler,
+    TensorDataset,
+)
 
 from .._files import previous, write_whole
 from ..rules import check_max_grad_norm
@@ -65,6 +72,51 @@ def scheduler_of(schedule: Any, optimizer: torch.optim.Optimizer) -> Any:
     if not callable(schedule):
         raise TypeError(f"schedule: expected a function of the step or a torch scheduler, got {schedule!r}")
     return ScheduledLR(optimizer, lr=schedule)
+
+
+# --- batches ---
+
+TARGETS = ("target", "targets", "label", "labels", "y")
+"""What the target of a batch that is a dict may be called."""
+
+
+def parts_of(batch: Any, targets: bool | None = True) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
+    """Inputs, named inputs and the target of a batch; None decides by the number of parts whether there is a target."""
+    if isinstance(batch, Mapping):
+        names = [name for name in TARGETS if name in batch]
+        if targets and len(names) != 1:
+            raise ValueError(
+                f"batch: expected one of {', '.join(TARGETS)} in the dict, got {', '.join(map(str, batch))}"
+            )
+        return (), {k: v for k, v in batch.items() if k not in names}, batch[names[0]] if names else None
+    if isinstance(batch, torch.Tensor) or not isinstance(batch, Sequence):
+        if targets:
+            raise ValueError(f"batch: expected (input, ..., target) or a dict, got a {type(batch).__name__}")
+        return (batch,), {}, None
+    if targets is None:
+        targets = len(batch) > 1
+    return (tuple(batch[:-1]), {}, batch[-1]) if targets else (tuple(batch), {}, None)
+
+
+def are_arrays(data: Any) -> bool:
+    """Whether it is all rows at once: a tuple of arrays or tensors of one length, and no sequence of batches."""
+    if not isinstance(data, tuple) or len(data) < 2 or not all(isinstance(a, torch.Tensor | np.ndarray) for a in data):
+        return False
+    if len({len(a) for a in data}) > 1:
+        raise ValueError(f"train: expected arrays of one length, got {', '.join(str(len(a)) for a in data)} rows")
+    return True
+
+
+def as_loader(arrays: Iterable[Any], batch_size: int, model: nn.Module, shuffle: bool) -> DataLoader[Any]:
+    """Batches of arrays or tensors; NumPy's floats become the dtype of the model's parameters."""
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    tensors = [
+        torch.from_numpy(np.ascontiguousarray(a)).to(dtype if a.dtype.kind == "f" else None)
+        if isinstance(a, np.ndarray)
+        else a
+        for a in arrays
+    ]
+    return DataLoader(TensorDataset(*tensors), batch_size=batch_size, shuffle=shuffle)
 
 
 # --- random generators ---
