@@ -4,6 +4,7 @@ In-place functions (``fusedopt.adam_``) and optimizer classes (``fusedopt.Adam``
 ``torch.optim`` classes in ``fusedopt.torch``. Importing this package imports NumPy only.
 """
 
+from . import losses
 from ._core import __version__
 from .config import config, get_isa, get_num_threads, isas, set_isa, set_num_threads, show_config
 from .numpy import *  # noqa: F403
@@ -15,6 +16,7 @@ __all__ = [
     "get_isa",
     "get_num_threads",
     "isas",
+    "losses",
     "set_isa",
     "set_num_threads",
     "show_config",

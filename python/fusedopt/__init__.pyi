@@ -1,6 +1,6 @@
 # Made by python/make_stubs.py from the rules: do not edit, run `make stubs`.
 
-from .config import config, get_isa, get_num_threads, isas, set_isa, set_num_threads, show_config
+from .config import config, get_isa, get_num_threads, isas, losses, set_isa, set_num_threads, show_config
 from .numpy import (
     SGD,
     Adadelta,
@@ -48,6 +48,7 @@ __all__ = [
     "get_num_threads",
     "isas",
     "lion_",
+    "losses",
     "nadam_",
     "radam_",
     "rmsprop_",

@@ -248,6 +248,7 @@ def binary_cross_entropy(
     prediction: Array,
     target: Array,
     *,
+    pos_weight: Any = None,
     sample_weight: Any = None,
     reduction: str = "mean",
     out: Array | None = None,
@@ -260,9 +261,47 @@ def binary_cross_entropy(
 
     Args:
         prediction: logits :math:`p`; large values do not overflow.
-        target: probabilities :math:`y \in [0, 1]`. Other arguments as in :func:`mse`.
+        target: probabilities :math:`y \in [0, 1]`.
+        pos_weight: multiplies the first term: a number >= 0, or an array that broadcasts to the target's shape, such as
+            one number for each column. As in torch it does not change what a mean is divided by.
+        sample_weight, reduction, out: as in :func:`mse`.
     """
+    if pos_weight is not None:
+        return _weighted_binary_cross_entropy(prediction, target, pos_weight, sample_weight, reduction, out)
     return _element("binary_cross_entropy", prediction, target, sample_weight, reduction, out)
+
+
+def _weighted_binary_cross_entropy(
+    prediction: Any, target: Any, pos_weight: Any, weight: Any, reduction: str, out: Any
+) -> tuple[Value, Array]:
+    """The same loss with other weights and targets: a y f + (1 - y) g = w (t f + (1 - t) g).
+
+    Here w = a y + 1 - y and t = a y / w.
+    """
+    p, y = _contiguous(prediction, "prediction"), _contiguous(target, "target")
+    if y.size and not (y.min() >= 0 and y.max() <= 1):
+        raise ValueError("target: expected probabilities in [0, 1]")
+    positive = _weights(pos_weight, p, "pos_weight")
+    assert positive is not None
+    try:
+        positive = np.broadcast_to(positive, y.shape)
+    except ValueError:
+        raise ValueError(f"pos_weight: expected a shape that broadcasts to {y.shape}, got {positive.shape}") from None
+    w = _weights(weight, p, "sample_weight")
+    if w is not None and w.shape not in (y.shape, y.shape[:1]):
+        raise ValueError(f"sample_weight: expected shape {y.shape[:1]} or {y.shape}, got {w.shape}")
+    rows = None if w is None else np.broadcast_to(w.reshape(w.shape + (1,) * (y.ndim - w.ndim)), y.shape)
+    scale = _scale(reduction, y.size, None if rows is None else float(rows.sum(dtype=np.float64)))
+    combined = positive * y + (1 - y)
+    shifted = np.divide(positive * y, combined, out=np.zeros_like(y), where=combined > 0)
+    if rows is not None:
+        combined = combined * rows
+    value = np.empty_like(p) if reduction == "none" else None
+    gradient = _gradient(out, p, (prediction, target, weight))
+    index, threads = _INDEX["binary_cross_entropy"], get_num_threads()
+    combined = np.ascontiguousarray(combined, p.dtype)
+    added = _core.element_loss(index, p, shifted, combined, value, gradient, 0.0, scale, threads)
+    return (added * scale if value is None else value), gradient
 
 
 def hinge(
@@ -334,6 +373,7 @@ def softmax_cross_entropy(
     *,
     label_smoothing: float = 0.0,
     class_weight: Any = None,
+    ignore_index: int | None = None,
     sample_weight: Any = None,
     reduction: str = "mean",
     out: Array | None = None,
@@ -345,11 +385,12 @@ def softmax_cross_entropy(
         \ell_i = -\sum_c t_{ic} \log p_{ic}
 
     Args:
-        logits: :math:`x`, of shape (n, C); large values do not overflow.
-        labels: n integers in [0, C), or distributions :math:`y` of shape (n, C) in the logits' dtype.
+        logits: :math:`x`, of shape (n, C) or, for sequences, (n, ..., C); large values do not overflow.
+        labels: integers in [0, C) of shape (n,) or (n, ...), or distributions :math:`y` of the logits' shape and dtype.
         label_smoothing: :math:`\epsilon \in [0, 1]`, the share of each target spread over all classes.
         class_weight: :math:`w`, of shape (C,).
-        sample_weight: of shape (n,).
+        ignore_index: rows with this label count for nothing, neither in the loss nor in what a mean is divided by.
+        sample_weight: of shape (n,), or (n, ...) of sequences.
         reduction, out: see the module. As in torch, the mean is over rows, and with integer labels a row's weight is
             that of its class.
 
@@ -363,6 +404,11 @@ def softmax_cross_entropy(
     Label smoothing: Szegedy et al.: Rethinking the Inception Architecture, arXiv 1512.00567.
     """
     x = _contiguous(logits, "logits")
+    if x.ndim > 2:
+        return _of_sequences(
+            x, logits, labels, out, sample_weight, label_smoothing=label_smoothing, class_weight=class_weight,
+            ignore_index=ignore_index, reduction=reduction,
+        )  # fmt: skip
     smoothing = float(label_smoothing)
     if not 0 <= smoothing <= 1:
         raise ValueError(f"label_smoothing: expected a number in [0, 1], got {label_smoothing!r}")
@@ -377,6 +423,17 @@ def softmax_cross_entropy(
             raise ValueError("labels: expected probabilities >= 0")
     w, classes = _weights(sample_weight, x, "sample_weight"), _weights(class_weight, x, "class_weight")
     n = len(x) if x.ndim else 0
+    if ignore_index is not None:
+        if integers is None:
+            raise ValueError("ignore_index: expected labels that are integers, got distributions")
+        if integers.shape == (n,) and (ignored := integers == ignore_index).any():
+            if reduction == "mean" and ignored.all():
+                raise ValueError(f"labels: all are {ignore_index}, which ignore_index leaves out: no mean")
+            integers = np.where(ignored, 0, integers)
+            w = np.ones(n, x.dtype) if w is None else w
+            w = np.where(ignored, x.dtype.type(0), w) if w.shape == (n,) else w  # else the kernel has a message
+            if not np.isfinite(x[ignored]).all():  # zero times NaN is NaN
+                x = np.where(ignored[:, None], x.dtype.type(0), x)
     total = None
     if integers is not None and classes is not None and integers.shape == (n,) and classes.ndim == 1:
         inside = integers[(integers >= 0) & (integers < classes.size)]
@@ -390,6 +447,27 @@ def softmax_cross_entropy(
     gradient = _gradient(out, x, (logits, labels))
     added = _core.softmax_loss(x, integers, targets, classes, w, value, gradient, smoothing, scale, get_num_threads())
     return (added * scale if value is None else value), gradient
+
+
+def _of_sequences(x: Array, logits: Any, labels: Any, out: Any, weight: Any, **options: Any) -> tuple[Value, Array]:
+    """Sequences as rows: all axes but the last are one."""
+    if not isinstance(labels, np.ndarray):
+        raise TypeError(f"labels: expected a NumPy array of integers or of distributions, got {type(labels).__name__}")
+    expected = x.shape[:-1] if labels.dtype.kind in "iu" else x.shape
+    if labels.shape != expected:
+        raise ValueError(f"labels: expected shape {expected}, got {labels.shape}")
+    if weight is not None:
+        weight = np.asarray(weight)
+        if weight.shape != x.shape[:-1]:
+            raise ValueError(f"sample_weight: expected shape {x.shape[:-1]}, got {weight.shape}")
+        weight = weight.reshape(-1)
+    gradient = _gradient(out, x, (logits, labels))
+    if gradient.shape != x.shape or not gradient.flags.c_contiguous:
+        raise ValueError(f"out: expected a C-contiguous array of shape {x.shape}, got {gradient.shape}")
+    flat = labels.reshape(-1, *labels.shape[x.ndim - 1 :])
+    rows, slopes = x.reshape(-1, x.shape[-1]), gradient.reshape(-1, x.shape[-1])
+    value, _ = softmax_cross_entropy(rows, flat, sample_weight=weight, out=slopes, **options)
+    return (value.reshape(x.shape[:-1]) if options["reduction"] == "none" else value), gradient
 
 
 def _penalty(weights: Any, alpha: Any, out: Any, l1: float, l2: float) -> tuple[float, Array]:

@@ -20,6 +20,7 @@ import scipy.sparse  # noqa: E402
 from sklearn.metrics import f1_score, r2_score, roc_auc_score  # noqa: E402
 from sklearn.model_selection import train_test_split  # noqa: E402
 
+import fusedopt  # noqa: E402
 from fusedopt.cli import arguments as command_line  # noqa: E402
 from fusedopt.cli import models  # noqa: E402
 from fusedopt.cli import train as train_cli  # noqa: E402
@@ -570,3 +571,22 @@ def test_ctrl_c_elsewhere_is_a_line_and_130(
     assert run("train", "--data", "iris", "--output", tmp_path / "out") == 130
     assert capsys.readouterr().err == "fusedopt train: interrupted; nothing was saved\n"
     assert not (tmp_path / "out").exists()
+
+
+def test_the_version_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        run("--version")
+    assert ended.value.code == 0
+    assert capsys.readouterr().out == f"fusedopt {fusedopt.__version__}\n"
+
+
+@pytest.mark.parametrize("command", ["train", "compare", "predict"])
+def test_what_is_missing_is_named_with_what_installs_it(
+    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """There is no release yet: the message is for somebody who has a checkout."""
+    monkeypatch.setattr(command_line, "_missing", lambda modules: ["pandas"])
+    more = ["--model", "m.skops", "--output", "p.csv"] if command == "predict" else []
+    assert run(command, "--data", "iris", *more) == 2
+    said = capsys.readouterr().err
+    assert said == f"fusedopt {command} needs pandas: pip install '.[train]' in a checkout of fusedopt\n"

@@ -3,6 +3,8 @@ set and thread count; refusals with their messages, nothing written."""
 
 import itertools
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -439,3 +441,77 @@ def test_penalties_and_their_gradients(dtype: Any) -> None:
     _, added = losses.l2_penalty(w, 0.3, out=before)
     assert added is before
     np.testing.assert_allclose(added, 1 + 0.3 * wide, rtol=1e-6, atol=1e-7)
+
+
+# ---- torch's further options
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_labels_may_be_ignored_and_logits_may_be_sequences(reduction: str, weighted: bool) -> None:
+    torch = pytest.importorskip("torch")
+    rng = np.random.default_rng(0)
+    x, labels = rng.standard_normal((4, 5, 3)), rng.integers(0, 3, (4, 5))
+    labels[rng.random((4, 5)) < 0.3] = -100
+    x[labels == -100] = np.nan  # what is ignored may be anything
+    classes = np.array([0.5, 1.0, 2.0]) if weighted else None
+    value, gradient = losses.softmax_cross_entropy(
+        x, labels, ignore_index=-100, class_weight=classes, label_smoothing=0.1, reduction=reduction
+    )
+    t = torch.tensor(np.nan_to_num(x), requires_grad=True)
+    expected = torch.nn.functional.cross_entropy(
+        t.movedim(-1, 1), torch.tensor(labels), None if classes is None else torch.tensor(classes), ignore_index=-100,
+        label_smoothing=0.1, reduction=reduction,
+    )  # fmt: skip
+    expected.sum().backward()
+    np.testing.assert_allclose(value, expected.detach().numpy(), rtol=1e-12, atol=1e-14)
+    np.testing.assert_allclose(gradient, t.grad.numpy(), rtol=1e-12, atol=1e-14)
+    flat, slope = losses.softmax_cross_entropy(
+        x.reshape(-1, 3), labels.ravel(), ignore_index=-100, class_weight=classes, label_smoothing=0.1,
+        reduction=reduction, out=np.empty((20, 3)),
+    )  # fmt: skip
+    np.testing.assert_array_equal(np.ravel(value), np.ravel(flat))
+    np.testing.assert_array_equal(gradient.reshape(-1, 3), slope)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("pos_weight", [3.0, [0.0, 1.0, 2.5]], ids=str)
+@pytest.mark.parametrize("hard", [False, True])
+def test_positives_may_have_a_weight(reduction: str, pos_weight: Any, hard: bool) -> None:
+    torch = pytest.importorskip("torch")
+    p, y = pair("binary_cross_entropy", (50, 3), np.float64)
+    y = y.round() if hard else y
+    value, gradient = losses.binary_cross_entropy(p, y, pos_weight=pos_weight, reduction=reduction)
+    t = torch.tensor(p, requires_grad=True)
+    expected = torch.nn.functional.binary_cross_entropy_with_logits(
+        t, torch.tensor(y), pos_weight=torch.tensor(pos_weight, dtype=torch.float64), reduction=reduction
+    )
+    expected.sum().backward()
+    np.testing.assert_allclose(value, expected.detach().numpy(), rtol=1e-12)
+    np.testing.assert_allclose(gradient, t.grad.numpy(), rtol=1e-11, atol=1e-16)
+    rows = np.linspace(0, 2, 50)
+    weighted, _ = losses.binary_cross_entropy(p, y, pos_weight=pos_weight, sample_weight=rows)
+    each, _ = losses.binary_cross_entropy(p, y, pos_weight=pos_weight, reduction="none")
+    assert weighted == pytest.approx((each * rows[:, None]).sum() / (3 * rows.sum()))
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: losses.softmax_cross_entropy(np.ones((2, 3)), np.array([7, 7]), ignore_index=7), "labels: all are 7"),
+        (lambda: losses.softmax_cross_entropy(np.ones((2, 3)), np.ones((2, 3)), ignore_index=7), "ignore_index"),
+        (lambda: losses.softmax_cross_entropy(np.ones((2, 4, 3)), np.ones(2, int)), r"labels: expected shape \(2, 4\)"),
+        (lambda: losses.binary_cross_entropy(np.ones(3), np.ones(3), pos_weight=[1, 2]), "pos_weight: expected a"),
+        (lambda: losses.binary_cross_entropy(np.ones(3), np.ones(3), pos_weight=-1), "pos_weight: expected finite"),
+        (lambda: losses.binary_cross_entropy(np.ones(3), 2 * np.ones(3), pos_weight=1), "target: expected prob"),
+    ],
+)  # fmt: skip
+def test_further_options_are_refused_by_name(call: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_losses_need_no_import_of_their_own() -> None:
+    program = "import fusedopt; print(fusedopt.losses.mae.__module__)"
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "fusedopt.losses"

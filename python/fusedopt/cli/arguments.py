@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from .._core import __version__
 from ..rules import RULES
 
 SUITES = {
@@ -32,6 +33,7 @@ SUITES = {
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="fusedopt", description="Fused in-place optimizer steps.")
+    parser.add_argument("--version", action="version", version=f"fusedopt {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("info", help="version, instruction sets, threads, and the libraries found")
     run = commands.add_parser(
