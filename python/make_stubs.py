@@ -195,8 +195,16 @@ def torch_stub() -> str:
 def init_stub() -> str:
     """fusedopt/__init__.pyi: all names, for type checkers that cannot evaluate ``__all__``."""
     made = importlib.import_module("fusedopt.numpy").__all__
-    config = [name for name in fusedopt.__all__ if name not in (*made, "__version__")]
-    parts = [_imports("config", config), _imports("numpy", made), "", _all(fusedopt.__all__), "", "__version__: str\n"]
+    config = [name for name in fusedopt.__all__ if name not in (*made, "__version__", "losses")]
+    parts = [
+        "from . import losses as losses",
+        _imports("config", config),
+        _imports("numpy", made),
+        "",
+        _all(fusedopt.__all__),
+        "",
+        "__version__: str\n",
+    ]
     return HEAD + "\n" + "\n".join(parts)
 
 

@@ -1,6 +1,7 @@
 # Made by python/make_stubs.py from the rules: do not edit, run `make stubs`.
 
-from .config import config, get_isa, get_num_threads, isas, losses, set_isa, set_num_threads, show_config
+from . import losses as losses
+from .config import config, get_isa, get_num_threads, isas, set_isa, set_num_threads, show_config
 from .numpy import (
     SGD,
     Adadelta,

@@ -5,6 +5,7 @@ import json
 import re
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,16 @@ pd = pytest.importorskip("pandas")
 pytest.importorskip("skops")
 
 import scipy.sparse  # noqa: E402
+import sklearn.datasets  # noqa: E402
+from sklearn.base import is_classifier  # noqa: E402
+from sklearn.compose import ColumnTransformer, TransformedTargetRegressor  # noqa: E402
+from sklearn.exceptions import ConvergenceWarning  # noqa: E402
+from sklearn.impute import SimpleImputer  # noqa: E402
 from sklearn.metrics import f1_score, r2_score, roc_auc_score  # noqa: E402
 from sklearn.model_selection import train_test_split  # noqa: E402
+from sklearn.neural_network import MLPClassifier, MLPRegressor  # noqa: E402
+from sklearn.pipeline import make_pipeline  # noqa: E402
+from sklearn.preprocessing import FunctionTransformer, OneHotEncoder, StandardScaler  # noqa: E402
 
 import fusedopt  # noqa: E402
 from fusedopt.cli import arguments as command_line  # noqa: E402
@@ -387,8 +396,6 @@ class Evil:
 def test_a_model_file_of_other_types_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     import skops.io
     from sklearn.linear_model import LogisticRegression
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import FunctionTransformer
 
     foreign = {
         "function": make_pipeline(FunctionTransformer(print), LogisticRegression()),
@@ -590,3 +597,51 @@ def test_what_is_missing_is_named_with_what_installs_it(
     assert run(command, "--data", "iris", *more) == 2
     said = capsys.readouterr().err
     assert said == f"fusedopt {command} needs pandas: pip install '.[train]' in a checkout of fusedopt\n"
+
+
+# ---- against scikit-learn
+
+
+def by_hand(x: Any, y: Any, seed: int, prepare: Any, model: Any) -> float:
+    """The score of a pipeline that a user of scikit-learn would write."""
+    stratify = y if is_classifier(model) else None
+    x_train, x_test, y_train, y_test = train_test_split(x, y, test_size=0.2, random_state=seed, stratify=stratify)
+    pipeline: Any = make_pipeline(prepare, model)
+    if stratify is None:
+        pipeline = TransformedTargetRegressor(pipeline, transformer=StandardScaler())
+    return float(pipeline.fit(x_train, y_train).score(x_test, y_test))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("source", ["digits", "breast_cancer", "diabetes", "flats.csv"])
+def test_the_score_is_that_of_a_pipeline_by_hand(tmp_path: Path, source: str) -> None:
+    prepare: Any = FunctionTransformer(lambda x: x / 16) if source == "digits" else StandardScaler()
+    data: object = source
+    if source == "flats.csv":
+        data = tmp_path / source
+        table_of_flats(tmp_path / source, 2000)
+        x = pd.read_csv(data)
+        x["sold"] = (pd.to_datetime(x["sold"]) - pd.Timestamp(0)).dt.days
+        x["tax"], x["income"] = x["tax"].str.rstrip("%").astype(float), x["income"].str.replace(",", "").astype(float)
+        x["lift"] = x["lift"].map({True: 1.0, False: 0.0})
+        y = x.pop("price")
+        numbers = make_pipeline(SimpleImputer(strategy="median"), StandardScaler())
+        towns = make_pipeline(SimpleImputer(strategy="most_frequent"), OneHotEncoder(handle_unknown="ignore"))
+        prepare = ColumnTransformer([
+            ("numbers", numbers, ["area", "sold", "tax", "income", "lift"]), ("towns", towns, ["town"]),
+        ])  # fmt: skip
+    else:
+        x, y = getattr(sklearn.datasets, f"load_{source}")(return_X_y=True)
+    regression = source in ("diabetes", "flats.csv")
+    ours, theirs = [], []
+    for seed in range(3):
+        result = train(tmp_path / str(seed), "--data", data, "--lr", 0.003, "--epochs", 20, "--seed", seed)
+        ours.append(result["metrics"]["r2" if regression else "accuracy"])
+        make = MLPRegressor if regression else MLPClassifier
+        model = make(
+            max_iter=20, tol=0, n_iter_no_change=20, batch_size=32, learning_rate_init=0.003, random_state=seed
+        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConvergenceWarning)
+            theirs.append(by_hand(x, y, seed, prepare, model))
+    assert np.mean(ours) > np.mean(theirs) - max(np.std(theirs), 0.005), (ours, theirs)

@@ -17,7 +17,6 @@ from typing import Any
 
 import joblib  # type: ignore[import-untyped, unused-ignore]
 import numpy as np
-import skops.io
 from sklearn.compose import (  # type: ignore[import-untyped, unused-ignore]
     ColumnTransformer,
     TransformedTargetRegressor,
@@ -29,7 +28,6 @@ from sklearn.preprocessing import (  # type: ignore[import-untyped, unused-ignor
     OneHotEncoder,
     StandardScaler,
 )
-from skops.io.exceptions import UnsupportedTypeException
 
 from .. import columns, estimators, schedules
 from ..data import Table
@@ -150,6 +148,8 @@ def save(pipeline: Pipeline, path: Path) -> None:
     if path.suffix == ".joblib":
         joblib.dump(pipeline, path)
     else:
+        import skops.io  # here, as it imports all of scikit-learn, which imports torch
+
         skops.io.dump(pipeline, path)
 
 
@@ -173,10 +173,12 @@ def load(path: str | os.PathLike[str]) -> Pipeline:
             print(f"{path}: a joblib file can run code when it is loaded; use only files you trust", file=sys.stderr)
             model = joblib.load(path)
         else:
+            import skops.io
+
             if foreign := sorted(set(skops.io.get_untrusted_types(file=path)) - _TRUSTED):
                 raise ValueError(f"it holds {', '.join(foreign)}, which the models of fusedopt train do not")
             model = skops.io.load(path, trusted=sorted(_TRUSTED))
-    except (ValueError, KeyError, TypeError, OSError, EOFError, zipfile.BadZipFile, UnsupportedTypeException) as e:
+    except (ValueError, KeyError, TypeError, OSError, EOFError, zipfile.BadZipFile) as e:
         raise ValueError(f"model: {path} cannot be loaded: {e}") from None
     if not isinstance(model, Pipeline) or not isinstance(fitted(model), estimators._base.Estimator):
         raise ValueError(f"model: {path} does not hold a model of fusedopt train")
