@@ -1,5 +1,6 @@
 """Plots of training and of trained models draw the given data. Their appearance is not tested."""
 
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -94,6 +95,55 @@ def test_paths_and_predictions_are_drawn_as_they_are() -> None:
     np.testing.assert_allclose(line.get_ydata(), 3 * line.get_xdata())
     with pytest.raises(ValueError, match="one feature"):
         plots.fit(np.ones((5, 2)), np.ones(5), lambda x: x)
+
+
+def boxes(figure: Any, texts: Any) -> list[Any]:
+    figure.draw_without_rendering()
+    return [text.get_window_extent() for text in texts if text.get_visible() and text.get_text()]
+
+
+def test_a_confusion_matrix_of_many_classes_stays_readable() -> None:
+    names = [f"class number {i}" for i in range(35)]
+    truth = np.repeat(names, 30)
+    axes = plots.confusion_matrix(truth, np.where(RNG.random(len(truth)) < 0.9, truth, truth[::-1]), labels=names).axes[
+        0
+    ]
+    for labels in (axes.get_xticklabels(), axes.get_yticklabels()):
+        assert [label.get_text() for label in labels] == names
+        found = boxes(axes.figure, labels)
+        assert not any(a.overlaps(b) for a, b in itertools.pairwise(found))
+    cells = boxes(axes.figure, axes.texts)
+    assert 35 <= len(cells) < 35 * 35
+    assert all(box.width < axes.get_window_extent().width / 35 for box in cells)
+    many = np.arange(300)
+    figure = plots.confusion_matrix(many, many)
+    assert max(figure.get_size_inches()) < 31
+    found = boxes(figure, figure.axes[0].get_xticklabels())
+    assert len(found) <= 31
+    assert not any(a.overlaps(b) for a, b in itertools.pairwise(found))
+
+
+def test_the_legend_of_many_series_stays_within_the_plot() -> None:
+    histories = {f"an optimizer with a long name {i}, lr 0.0001": {"loss": [1.0, 1 / (i + 2)]} for i in range(12)}
+    figure = plots.compare(histories)
+    figure.draw_without_rendering()
+    (box,) = (legend.get_window_extent() for legend in figure.legends)
+    assert box.x1 <= figure.bbox.x1
+    assert box.y0 >= 0
+    drawn = [(line.get_color(), line.get_linestyle()) for line in figure.axes[0].get_lines()]
+    assert len(set(drawn)) == 12
+    several = plots.schedule({f"s{i}": lambda t: 1.0 for i in range(12)}, 3).axes[0].get_lines()
+    assert len({(line.get_color(), line.get_linestyle()) for line in several}) == 12
+    assert not box.overlaps(figure.axes[0].get_window_extent())
+
+
+def test_a_million_points_are_drawn_as_a_density() -> None:
+    x = RNG.standard_normal(1_000_000)
+    for figure in (plots.predictions(x, x + 0.1), plots.fit(x, 3 * x, lambda g: 3 * g[:, 0])):
+        points = [line for line in figure.axes[0].get_lines() if len(line.get_xdata()) > 1000]
+        assert not points
+        (cells,) = figure.axes[0].collections
+        assert cells.get_array().sum() == 1_000_000
 
 
 def test_confusion_and_area_are_scikit_learns() -> None:

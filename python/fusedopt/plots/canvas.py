@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -50,5 +50,25 @@ def finish(figure: Figure, path: PathLike | None) -> Figure:
 
 
 def legend(figure: Figure, columns: int = 4) -> None:
-    """One legend for all axes, below the plot."""
-    figure.legend(frameon=False, loc="outside lower left", ncols=columns, fontsize=9)
+    """The legend of all axes, below the plot, in as many columns as the longest name lets fit."""
+    names = [name for axes in figure.axes for name in axes.get_legend_handles_labels()[1]]
+    inches = 0.55 + 0.075 * max(map(len, names), default=0)  # a line and a name of 9 points
+    fit = max(1, min(columns, int(figure.get_figwidth() / inches)))
+    figure.legend(frameon=False, loc="outside lower left", ncols=fit, fontsize=9)
+
+
+def line_style(i: int) -> dict[str, Any]:
+    """Colour and dashes of the line with this number; no two of the first 30 are equal."""
+    return {"color": CYCLE[i % len(CYCLE)], "linestyle": _DASHES[i // len(CYCLE) % len(_DASHES)]}
+
+
+_DASHES = ("-", (0, (5, 2)), (0, (1, 1.5)))
+SCATTER = 20_000  # beyond so many points a plot shows their density
+
+
+def density(axes: Axes, x: Any, y: Any) -> None:
+    """Points too many to tell apart, as the logarithm of how many there are."""
+    from matplotlib.colors import LinearSegmentedColormap
+
+    shades = LinearSegmentedColormap.from_list("density", ["#d9ece6", OURS, INK])
+    axes.hexbin(x, y, gridsize=80, bins="log", cmap=shades, linewidths=0.1)

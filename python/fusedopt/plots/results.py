@@ -7,7 +7,21 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .canvas import CYCLE, GRID, INK, OURS, QUIET, PathLike, canvas, finish, legend, plain, sheet
+from .canvas import (
+    GRID,
+    INK,
+    OURS,
+    QUIET,
+    SCATTER,
+    PathLike,
+    canvas,
+    density,
+    finish,
+    legend,
+    line_style,
+    plain,
+    sheet,
+)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -39,7 +53,10 @@ def fit(
     if x.size != len(x) or x.size != y.size:
         raise ValueError(f"x, y: expected one feature and as many targets, got shapes {x.shape} and {y.shape}")
     figure, axes = canvas(title, 7, f"{ylabel} by {xlabel}")
-    axes.plot(x.ravel(), y.ravel(), "o", color=QUIET, markersize=4, alpha=0.6, markeredgewidth=0, label="data")
+    if x.size > SCATTER:
+        density(axes, x.ravel(), y.ravel())
+    else:
+        axes.plot(x.ravel(), y.ravel(), "o", color=QUIET, markersize=4, alpha=0.6, markeredgewidth=0, label="data")
     grid = np.linspace(x.min(), x.max(), 200)
     axes.plot(grid, np.asarray(predict(grid[:, None]), float).ravel(), color=OURS, linewidth=2.4, label="fit")
     axes.set_xlabel(xlabel)
@@ -64,7 +81,10 @@ def predictions(
     axes = plain(figure.add_subplot(), "prediction by true value")
     ends = [min(true.min(), predicted.min()), max(true.max(), predicted.max())]
     axes.plot(ends, ends, color=INK, linewidth=1, zorder=1)
-    axes.plot(true, predicted, "o", color=OURS, markersize=5, alpha=0.55, markeredgewidth=0)
+    if len(true) > SCATTER:
+        density(axes, true, predicted)
+    else:
+        axes.plot(true, predicted, "o", color=OURS, markersize=5, alpha=0.55, markeredgewidth=0)
     axes.set_xlabel("true")
     axes.set_ylabel("predicted")
     axes.set_aspect("equal")
@@ -91,13 +111,23 @@ def confusion_matrix(
     """
     from sklearn.metrics import ConfusionMatrixDisplay  # type: ignore[import-untyped, unused-ignore]
 
-    n = len(np.unique(np.asarray(y_true))) if labels is None else len(labels)
-    figure = sheet(title, 2.4 + 0.42 * max(n, 5), 2.2 + 0.46 * max(n, 5))
+    names = np.unique(np.asarray(y_true)) if labels is None else labels
+    n, longest = len(names), max((len(str(name)) for name in names), default=0)
+    cells = min(max(n, 5), 60)
+    figure = sheet(title, 2.4 + 0.42 * cells, 2.2 + 0.46 * cells)
     axes = plain(figure.add_subplot())
     ConfusionMatrixDisplay.from_predictions(
-        y_true, y_pred, labels=labels, ax=axes, colorbar=False,
-        cmap=_shades(), text_kw={"fontsize": 9},
+        y_true, y_pred, labels=labels, ax=axes, colorbar=False, include_values=n <= 60,
+        xticks_rotation="vertical" if longest > 3 else "horizontal",
+        cmap=_shades(), text_kw={"fontsize": 9 if n <= 20 else 7},
     )  # fmt: skip
+    if n > 20:
+        for text in axes.texts:  # zeros are what hides the rest
+            text.set_visible(text.get_text() != "0")
+    if n > 60:
+        every = -(-n // 30)
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_ticks(range(0, n, every), [str(name) for name in names[::every]])
     axes.spines[:].set_visible(False)
     return finish(figure, path)
 
@@ -117,10 +147,10 @@ def roc(curves: Any, path: PathLike | None = None, *, title: str = "Receiver ope
     axes.plot([0, 1], [0, 1], color=QUIET, linewidth=1, linestyle=(0, (4, 3)))
     for i, (name, (truth, score)) in enumerate(curves.items()):
         false, true, _ = roc_curve(truth, score)
-        axes.plot(false, true, color=CYCLE[i % len(CYCLE)], linewidth=2, label=f"{name}: area {auc(false, true):.4f}")
+        axes.plot(false, true, linewidth=2, **line_style(i), label=f"{name}: area {auc(false, true):.4f}")
     axes.set_aspect("equal")
     axes.grid(color=GRID)
-    axes.legend(frameon=False, loc="lower right")
+    axes.legend(frameon=False, loc="lower right", fontsize=10 if len(curves) < 8 else 7)
     return finish(figure, path)
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .canvas import COLOURS, CYCLE, GRID, INK, OURS, PathLike, canvas, finish, legend, plain, sheet
+from .canvas import COLOURS, CYCLE, GRID, INK, OURS, PathLike, canvas, finish, legend, line_style, plain, sheet
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -51,7 +51,7 @@ def schedule(
     figure, axes = canvas(title, 7, f"{ylabel} by step")
     for i, (name, function) in enumerate(several.items()):
         values = [function(t) for t in range(steps)]
-        axes.step(range(steps), values, where="post", color=CYCLE[i % len(CYCLE)], label=name)
+        axes.step(range(steps), values, where="post", label=name, **line_style(i))
     axes.set_xlabel("step")
     axes.grid(color=GRID)
     if "" not in several:
@@ -88,12 +88,13 @@ def _curves(axes: Axes, label: str, columns: Columns, names: Sequence[str]) -> N
     for i, name in enumerate(names):
         values = np.asarray(columns[name], float)
         at = columns["step"] if "step" in columns else np.arange(1, len(values) + 1)
-        style = "o-" if len(values) < 3 else "-"
-        axes.plot(at, values, style, color=CYCLE[i % len(CYCLE)], label=_NAMES.get(name, name.removeprefix("val_")))
+        marker = "o" if len(values) < 3 else None
+        label_of = _NAMES.get(name, name.removeprefix("val_"))
+        axes.plot(at, values, marker=marker, label=label_of, **line_style(i))
     axes.set_xlabel("step" if "step" in columns else "epoch")
     axes.grid(color=GRID)
     if len(names) > 1 or label == "score":
-        axes.legend(frameon=False, fontsize=9)
+        axes.legend(frameon=False, fontsize=9 if len(names) < 8 else 6)
     finite = np.concatenate([np.asarray(columns[name], float) for name in names])
     finite = finite[np.isfinite(finite)]
     if label == "learning rate":
@@ -130,11 +131,9 @@ def compare(
     if not rows:
         raise ValueError(f"column: none of the histories has {column!r}")
     figure, axes = canvas(title, 8, f"{ylabel or column} by epoch")
-    styles = ("-", (0, (5, 2)), (0, (1, 1.5)))
     for i, (name, values) in enumerate(rows.items()):
-        style: Any = styles[i // len(CYCLE) % len(styles)]
         at = np.arange(1, len(values) + 1)
-        axes.plot(at, values, color=CYCLE[i % len(CYCLE)], linestyle=style, label=name)
+        axes.plot(at, values, label=name, **line_style(i))
     if log and all((values[np.isfinite(values)] > 0).all() for values in rows.values()):
         axes.set_yscale("log")
     axes.set_xlabel("epoch")
