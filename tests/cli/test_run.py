@@ -93,7 +93,7 @@ def test_a_script_runs_unchanged(tmp_path: Path) -> None:
     got = fusedopt(tmp_path, "run", "--report", "out/report.json", "train.py", "--report", "x", "-m", "y")
     assert got.returncode == 7, got.stderr
     first, second = got.stdout.splitlines()
-    assert first == "['train.py', '--report', 'x', '-m', 'y'] __main__ train.py"
+    assert first == "['train.py', '--report', 'x', '-m', 'y'] __main__ " + str(tmp_path / "train.py")
     assert second.startswith("fusedopt.torch ")
     alone = subprocess.run([sys.executable, "train.py"], cwd=tmp_path, capture_output=True, text=True, check=False)
     mine, theirs = (json.loads(text.split(" ", 1)[1]) for text in (second, alone.stdout.splitlines()[1]))
@@ -170,3 +170,53 @@ def test_help_names_the_options(tmp_path: Path) -> None:
     got = fusedopt(tmp_path, "run", "--help")
     assert got.returncode == 0
     assert "--report FILE" in got.stdout
+
+
+def run_script(folder: Path, text: str, *options: str, **environment: str) -> Any:
+    (folder / "script.py").write_text(text)
+    return subprocess.run(
+        [sys.executable, "-m", "fusedopt", "run", *options, "script.py", "--one"], cwd=folder, capture_output=True,
+        text=True, timeout=120, check=False, env={**os.environ, **environment},
+    )  # fmt: skip
+
+
+def test_a_script_knows_where_it_stands_as_under_python(tmp_path: Path) -> None:
+    text = "import __main__, sys\nprint([__file__, sys.argv, __name__, __main__.__file__, __doc__, sys.path[0]])"
+    ours = run_script(tmp_path, text)
+    command = [sys.executable, "script.py", "--one"]
+    plain = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert ours.stdout == plain.stdout
+    assert str(tmp_path / "script.py") in ours.stdout
+
+
+TRAINS = """
+import threading, time, torch
+p = torch.nn.Parameter(torch.ones(3))
+p.grad = torch.ones(3)
+opt = torch.optim.Adam([p])
+"""
+
+
+def test_a_report_that_cannot_be_written_changes_nothing_else(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    done = run_script(tmp_path, TRAINS + "opt.step()\nraise SystemExit(5)", "--report", "file/report.json")
+    assert done.returncode == 5
+    assert "fusedopt run: the report cannot be written" in done.stderr
+    assert "Adam: 1 step," in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_steps_of_threads_that_outlive_the_script_are_counted(tmp_path: Path) -> None:
+    more = """
+def train():
+    time.sleep(0.5)
+    for _ in range(7):
+        opt.step()
+    threading.Thread(target=opt.step).start()
+threading.Thread(target=train).start()
+threading.Thread(target=time.sleep, args=(1000,), daemon=True).start()
+"""
+    done = run_script(tmp_path, TRAINS + more, "--report", "report.json")
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["optimizers"][0]["steps"] == 8

@@ -6,6 +6,8 @@ it starts through ``multiprocessing`` get the same treatment and report for them
 
 from __future__ import annotations
 
+import builtins
+import io
 import json
 import multiprocessing.spawn
 import multiprocessing.util
@@ -13,7 +15,9 @@ import os
 import runpy
 import statistics
 import sys
+import threading
 import time
+import types
 import warnings
 import weakref
 from array import array
@@ -168,9 +172,12 @@ class Recorder:
     def report(self, what: str) -> None:
         """To stderr, and to the file as JSON."""
         if self.file is not None:
-            self.file.parent.mkdir(parents=True, exist_ok=True)
             text = {"ran": what, "torch": str(torch.__version__), "optimizers": [r.as_dict() for r in self.records]}
-            self.file.write_text(json.dumps(text, indent=2) + "\n")
+            try:
+                self.file.parent.mkdir(parents=True, exist_ok=True)
+                self.file.write_text(json.dumps(text, indent=2) + "\n")
+            except OSError as e:  # what the script has done and its exit status stay as they are
+                print(f"fusedopt run: the report cannot be written: {e}", file=sys.stderr)
         if not self.quiet:
             lines = [f"  {record}" for record in self.records] or ["  no optimizer made a step"]
             print("\n".join([f"fusedopt run: {what}", *lines]), file=sys.stderr, flush=True)
@@ -205,6 +212,27 @@ def begin(recorder: Recorder) -> Recorder:
     return recorder
 
 
+def _run_script(path: Path) -> None:
+    """As ``python script.py``: an absolute ``__file__``, but ``sys.argv[0]`` as given, which runpy changes."""
+    main = types.ModuleType("__main__")
+    main.__dict__.update(__file__=str(path), __builtins__=builtins, __cached__=None)
+    before = sys.modules["__main__"]
+    sys.modules["__main__"] = main
+    try:
+        with io.open_code(str(path)) as file:
+            code = compile(file.read(), str(path), "exec")
+        exec(code, main.__dict__)
+    finally:
+        sys.modules["__main__"] = before
+
+
+def _wait_for_threads() -> None:
+    """Python waits for them at its end; their steps belong into the report."""
+    while left := [t for t in threading.enumerate() if t is not threading.current_thread() and not t.daemon]:
+        for thread in left:
+            thread.join()
+
+
 def run(
     target: str, args: Sequence[str] = (), *, module: bool = False, report: Path | None = None, quiet: bool = False
 ) -> None:
@@ -229,7 +257,10 @@ def run(
     try:
         if module:
             runpy.run_module(target, run_name="__main__", alter_sys=True)
+        elif Path(target).suffix == ".py" and Path(target).is_file():
+            _run_script(Path(target).absolute())
         else:
             runpy.run_path(target, run_name="__main__")
     finally:
+        _wait_for_threads()
         recorder.report(f"{target}, rank {rank}" if "RANK" in os.environ else target)
