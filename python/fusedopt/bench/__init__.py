@@ -1,6 +1,6 @@
 """The benchmark: suites of cases, contenders, timing, results, tables.
 
-Needs ``pip install fusedopt[bench]``.
+Needs ``pip install '.[bench]'`` in a checkout.
 
 ``python -m fusedopt bench`` runs it; from Python::
 

@@ -1,12 +1,15 @@
 """Estimators with scikit-learn's conventions over the fused step: networks and linear models, for NumPy alone.
 
-Change the import: ``from fusedopt.estimators import MLPClassifier``. Needs ``pip install fusedopt[sklearn]``.
+Change the import: ``from fusedopt.estimators import MLPClassifier``. Needs scikit-learn:
+``pip install '.[sklearn]'`` in a checkout.
 """
 
 try:
     import sklearn as _sklearn  # noqa: F401
 except ImportError as error:  # pragma: no cover
-    raise ImportError("fusedopt.estimators needs scikit-learn: pip install fusedopt[sklearn]") from error
+    raise ImportError(
+        "fusedopt.estimators needs scikit-learn: pip install '.[sklearn]' in a checkout of fusedopt"
+    ) from error
 
 from ._augment import Compose, Flip, Noise, Rotate, Shift
 from ._linear import LinearClassifier, LinearRegressor
