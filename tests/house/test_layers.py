@@ -38,6 +38,7 @@ CPP: Layers = (
 )
 """The layers of the core, the lowest first: folders of cpp/, and files outside of them."""
 
+
 def top_of(name: str) -> str:
     """The folder or file at the top of a module's name or a file's path."""
     return re.split(r"/|\.(?!h$)", name)[0]
