@@ -135,6 +135,7 @@ class TorchPlan {
       if (negative(tensor.ptr())) return "is a lazily negated view";
       const View v = view(tensor.ptr());
       if (!v.data && v.size() > 0) return "has no memory";
+      if (!aligned(v)) return "is not aligned to its elements";
       return written && overlaps_itself(v) ? "has elements that share memory" : "";
     } catch (const Stale&) {
       return "cannot be read by way of DLPack";
@@ -293,11 +294,12 @@ class TorchPlan {
                                std::to_string(bytes) + " bytes");
     return v;
   }
+  static bool aligned(const View& v) { return reinterpret_cast<uintptr_t>(v.data) % size_of(v.format) == 0; }
   // What may be written: has memory, one place for each element, and no negative bit.
   View written(PyObject* o) const {
     if (!exact(o)) throw Stale();
     const View v = view(o);
-    if (negative(o) || (!v.data && v.size() > 0) || overlaps_itself(v)) throw Stale();
+    if (negative(o) || (!v.data && v.size() > 0) || !aligned(v) || overlaps_itself(v)) throw Stale();
     return v;
   }
   Scalar scalar(const py::object& o) const {
@@ -469,7 +471,7 @@ class TorchPlan {
     for (int k = 0; k < n; ++k) {
       if (k == 1) {
         v[k] = view(grad.ptr());
-        if (!v[k].data && v[k].size() > 0) throw Stale();
+        if ((!v[k].data && v[k].size() > 0) || !aligned(v[k])) throw Stale();
       } else {
         v[k] = written(k == 0 ? p.tensor.ptr() : p.operands[k - 2].ptr());
         moved |= v[k].data != p.last[k];

@@ -213,7 +213,10 @@ def generate(seed: int, names: Sequence[str] = IN_TORCH) -> Program:
     r = random.Random(seed)
     name = r.choice(names)
     options = _options(name, r)
-    fused = name in TORCH_FUSED and not options.get("differentiable") and not options.get("capturable")
+    wide_default = r.random() < 0.03  # in which torch's fused step has another type of counter
+    fused = (
+        not wide_default and name in TORCH_FUSED and not options.get("differentiable") and not options.get("capturable")
+    )
     dtype = r.choices(list(DTYPES), (3, 5, 3, 2))[0]
     params = [_parameter(r, dtype) for _ in range(r.choice([1, 1, 2, 3, 4, 6, 9]))]
     events: list[tuple[str, int, int]] = []
@@ -236,7 +239,7 @@ def generate(seed: int, names: Sequence[str] = IN_TORCH) -> Program:
         "name": name,
         "options": options,
         "ours": r.choice([{}, {"foreach": False}, {"foreach": None}] + [{"fused": True}, {"fused": None}] * fused),
-        "wide_default": r.random() < 0.03,
+        "wide_default": wide_default,
         "groups": r.choice([1, 1, 2, 3]),
         "params": params,
         "events": events,
@@ -412,7 +415,9 @@ def state_data(side: Side, p: Any, r: random.Random, key: str) -> None:
 @event("between")
 @_with_state
 def state_set(side: Side, p: Any, r: random.Random, key: str) -> None:
-    side.state(p)[key].set_(laid_out(side.state(p)[key], _some_layout(r), r))
+    layout = _some_layout(r)
+    layout = "plain" if layout == "negated" else layout  # set_() would lose the bit, and a count of -1 has no meaning
+    side.state(p)[key].set_(laid_out(side.state(p)[key], layout, r))
 
 
 @event("between")
@@ -450,7 +455,7 @@ def state_storage_resized(side: Side, p: Any, r: random.Random, key: str) -> Non
 def state_swapped(side: Side, p: Any, r: random.Random, key: str) -> None:
     t = side.state(p)[key]
     other = r.choice(side.entries(p))
-    if other != key and r.random() < 0.3 and side.state(p)[other].shape == t.shape:
+    if other != key and r.random() < 0.3 and side.state(p)[other].shape == t.shape and not {key, other} & set(SCALARS):
         torch.utils.swap_tensors(t, side.state(p)[other])
         return
     new = laid_out(t, _some_layout(r), r)
@@ -469,7 +474,7 @@ def state_overlapping(side: Side, p: Any, r: random.Random, key: str) -> None:
     side.state(p)[key] = laid_out(side.state(p)[key], r.choice(["expanded", "sliding"]), r)
 
 
-@event("between", 0.2)
+@event("between", 0.0)
 @_with_state
 def state_aliased(side: Side, p: Any, r: random.Random, key: str) -> None:
     """Two states, or those of two parameters, are one tensor."""
@@ -761,7 +766,8 @@ class Snapshot:
             if jitter is None or not t.is_floating_point():
                 return t.detach().to(torch.float64, copy=True)
             eps = torch.finfo(max(t.dtype, torch.float32, key=lambda d: d.itemsize)).eps
-            return t.double() * (1 + eps * (2 * torch.rand(t.shape, generator=jitter, dtype=torch.float64) - 1))
+            up = torch.rand(t.shape, generator=jitter) < 0.5
+            return t.double() * torch.where(up, 1 + eps, 1 - eps)
 
         def number(v: Any) -> Any:
             if isinstance(v, Tensor):
@@ -780,7 +786,7 @@ class Snapshot:
         for twin, state in zip(twins, self.states, strict=True):
             if state:
                 opt.state[twin] = {
-                    k: v if not isinstance(v, Tensor) else v.double() if k in SCALARS else wide(v)
+                    k: wide(v) if isinstance(v, Tensor) and k not in SCALARS else copy.deepcopy(v)
                     for k, v in state.items()
                 }
         opt.step()
@@ -807,7 +813,7 @@ class Comparison:
     def exact(self, place: tuple[int, str]) -> tuple[Tensor, Tensor]:
         """(the value by a float64 step, how far it moves with the inputs' last bits)."""
         if self._exact is None:
-            runs = [self.before.exact(self.name, j) for j in (None, generator(1), generator(2))]
+            runs = [self.before.exact(self.name, j) for j in (None, *map(generator, range(4)))]
             self._exact = [
                 {(i, "param"): p for i, p in enumerate(params)}
                 | {(i, k): v for i, s in enumerate(states) for k, v in s.items()}
@@ -820,7 +826,9 @@ class Comparison:
         what = f"parameter {i}, {key} ({_text(mine)})"
         old = self.before.params[i] if key == "param" else self.before.states[i].get(key)
         if theirs is not None:
-            if mine.dtype != theirs.dtype and key != "mu_product":  # torch rounds the product to 16 bits in a load
+            # torch's load rounds mu_product to 16 bits; its first momentum is the gradient, in the gradient's dtype.
+            odd = key == "mu_product" or (key == "momentum_buffer" and mine.dtype == self.before.params[i].dtype)
+            if mine.dtype != theirs.dtype and not odd:
                 raise Difference(f"{what}: torch has {theirs.dtype}")
             if mine.shape != theirs.shape:
                 raise Difference(f"{what}: torch has shape {tuple(theirs.shape)}")
@@ -847,13 +855,18 @@ class Comparison:
             truth, moves = self.exact((i, key))
         except Exception as error:
             raise Difference(f"{what}: {self._worst(mine, theirs)}; no exact step: {error!r}") from error
-        room = (16 if mine.dtype == torch.float64 else 2) * _unit(mine, old, truth) + 8 * moves
+        room = (16 if mine.dtype == torch.float64 else 4 if mine.dtype == torch.float32 else 1) * _unit(
+            mine, old, truth
+        ) + 8 * moves
         off = (mine.double() - truth).abs()
         fine = off <= room
         if theirs is not None:
             off_torch = (theirs.double() - truth).abs()
             fine |= (off <= off_torch) | same_elements(mine, theirs) | (off_torch.isnan() & mine.isfinite())
         fine |= ~(truth.abs() <= torch.finfo(mine.dtype).max)  # beyond the type's range there is no error to speak of
+        gradient = self.before.grads[i]
+        if theirs is None and gradient is not None and gradient.squeeze().shape == mine.shape:  # nor where a square is
+            fine |= gradient.squeeze().abs().nan_to_num(torch.inf) > 1e9
         if not bool(fine.all()):
             at = int((~fine).reshape(-1).int().argmax())
             was = None if old is None else old.reshape(-1)[at].item()
@@ -872,6 +885,8 @@ class Comparison:
 
 
 def same_elements(a: Tensor, b: Tensor) -> Tensor:
+    if a.layout != torch.strided:  # a first momentum, for example
+        a, b = a.to_dense(), b.to_dense()
     a, b = a.squeeze(), b.squeeze()  # not everything in torch takes more than 64 dimensions
     return (a == b) | (a.isnan() & b.isnan())
 
@@ -958,6 +973,11 @@ class Run:
             raise Difference(f"{what}: ours {mine!r}, torch {theirs!r}"[:2000])
 
     def step(self, which: int) -> bool:
+        if self.program["ours"].get("fused") and self.odd():
+            # torch's fused step, where ours leaves a tensor to it, has traps of its own: it takes a gradient's strides
+            # for the parameter's, and writes beside a parameter that is not dense.
+            self.counts["would take torch's fused step"] += 1
+            return False
         before = Snapshot(self.theirs)
         grads = [None if p.grad is None else p.grad.detach().clone() for p in self.mine.params]
         versions = [[p._version for p in side.params] for side in (self.mine, self.theirs)]
@@ -971,11 +991,6 @@ class Run:
             for i, p in enumerate(self.mine.params):
                 for key, mine in self.tensors(self.mine, p):
                     self.checked(comparison, i, key, mine, None)
-            return False
-        if self.program["ours"].get("fused") and (errors[0] is not None or self.left()):
-            self.counts["takes torch's fused step"] += (
-                1  # which has traps of its own, such as a gradient's strides taken for the parameter's
-            )
             return False
         self.alike(self.at, *errors)
         if any(errors):
@@ -1000,6 +1015,16 @@ class Run:
                 raise Difference(f"{self.at}: the step wrote into memory that is not its own")
         self.follow()
         return True
+
+    def odd(self) -> bool:
+        """Whether there is a tensor that the kernels may leave to torch."""
+        held = [t for p in self.mine.params for _, t in self.tensors(self.mine, p)]
+        held += [p.grad for p in self.mine.params if p.grad is not None]
+        usual = ("contiguous", "offset", "permuted", "channels_last", "gaps")
+        counters = [self.mine.state(p).get("step") for p in self.mine.params]
+        if any(isinstance(t, Tensor) and t.dtype != torch.float32 for t in counters):
+            return True
+        return self.mine.unusual or mixed(self.mine) or any(layout_of(t) not in usual or t.dim() > 64 for t in held)
 
     def left(self) -> set[int]:
         """Parameters with a gradient that took torch's own step."""
@@ -1046,7 +1071,7 @@ class Run:
         mine = self.mine
         tensors = [t for p in mine.params for _, t in self.tensors(mine, p)]
         tensors += [p.grad for p in mine.params if p.grad is not None]
-        odd = ("sparse", "negated", "expanded", "sliding")
+        odd = ("sparse", "negated", "expanded", "sliding", "misaligned")  # a copy is stored in another way
         if mine.unusual or any(layout_of(t) in odd for t in tensors):
             return True
         params, opt = copy.deepcopy((mine.params, mine.opt))
@@ -1083,12 +1108,17 @@ class Run:
             return False
         for _ in range(sum(done)):
             opt.step()
+        values_too = not self.left()  # torch's own step depends on the layout in the last bit, and copies are dense
         twin = copy.copy(mine)
         twin.params, twin.opt = params, opt
         for i, (p, q) in enumerate(zip(mine.params, params, strict=True)):
             a, b = dict(self.tensors(mine, p)), dict(self.tensors(twin, q))
             for key in sorted(a.keys() | b.keys()):
-                if key not in a or key not in b or not same_elements(a[key], b[key]).all():
+                if (
+                    key not in a
+                    or key not in b
+                    or not (same_elements(a[key], b[key]).all() or (values_too is False and key not in SCALARS))
+                ):
                     raise Difference(
                         f"{self.at}: {done} steps in four threads: parameter {i}, {key} is not where {sum(done)} steps "
                         f"in one thread end: {a.get(key)}, {b.get(key)}"[:600]

@@ -265,3 +265,26 @@ def test_a_refused_step_does_not_refuse_the_next_one() -> None:
     p.grad = torch.ones(4, 2)
     opt.step()
     assert torch.equal(p, torch.full((4, 2), 0.5))
+
+
+@pytest.mark.parametrize("which", ["parameter", "gradient", "exp_avg"])
+def test_memory_that_is_not_aligned_to_its_elements_takes_torchs_step(which: str) -> None:
+    def odd(t: torch.Tensor) -> torch.Tensor:
+        memory = bytearray(4 * t.numel() + 1)
+        moved = torch.frombuffer(memory, dtype=torch.float32, offset=1)
+        return moved.copy_(t)
+
+    results = []
+    for make, fallbacks in ((ours, 1), (plain, 0)):
+        start = torch.linspace(-1, 1, 37)
+        p = torch.nn.Parameter(odd(start) if which == "parameter" else start.clone())
+        opt = make("Adam", [p], lr=0.1)
+        with count_fallbacks(fallbacks):
+            for i in range(3):
+                g = torch.linspace(1, 2, 37) + i
+                p.grad = odd(g) if which == "gradient" else g
+                opt.step()
+                if which == "exp_avg" and i == 0:
+                    opt.state[p]["exp_avg"] = odd(opt.state[p]["exp_avg"])
+        results.append(snapshot(opt, [p]))
+    assert_close(*results, rtol=1e-5, atol=1e-6)

@@ -16,7 +16,7 @@ Layers = tuple[tuple[str, ...], ...]
 
 PYTHON: Layers = (
     ("_core", "rules", "forms", "config", "_make", "_files"),
-    ("numpy", "", "losses", "data", "schedules"),
+    ("numpy", "", "losses", "columns", "data", "schedules"),
     ("torch",),
     ("training", "estimators", "keras"),
     ("bench", "plots"),
