@@ -165,14 +165,15 @@ def _class(rule: Rule, bases: str, init: Any, kinds: dict[str, str]) -> str:
 
 def numpy_stub() -> str:
     """fusedopt/numpy.pyi."""
-    kinds = KINDS | {"params": "_Params", "betas": "tuple[_Timed, _Timed]"}
+    kinds = KINDS | {"params": "_Params"}
     kinds |= dict.fromkeys(("lr", "momentum", "weight_decay"), "_Timed")
     parts = [NUMPY.replace("{all}", _all(importlib.import_module("fusedopt.numpy").__all__))]
     for rule in RULES.values():
         parameters = _parameters(getattr(fusedopt, rule.function), {"step": "_Steps"})
         head = _listed(f"def {rule.function}(", parameters, ") -> None:")
         parts.append(f"{head}\n{_docstring(rule)}")
-        parts.append(_class(rule, "Optimizer", getattr(fusedopt, rule.name).__init__, kinds))
+        timed = {"betas": f"tuple[{', '.join('_Timed' for _ in rule.defaults.get('betas', ()))}]"}
+        parts.append(_class(rule, "Optimizer", getattr(fusedopt, rule.name).__init__, kinds | timed))
     return HEAD + "\n".join(parts)
 
 

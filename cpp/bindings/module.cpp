@@ -89,6 +89,15 @@ PYBIND11_MODULE(_core, m) {
       "kernel -> the combinations that exist: (param, grad, state, master, noisy, noisy_state).");
   m.attr("BLOCK") = kBlock;
   m.def(
+      "masters",
+      [] {
+        py::dict masters;
+        for (int i = kNoMaster + 1; i < kMasters; ++i)
+          masters[name_of(Master(i))] = py::make_tuple(i, name_of(residual_format(Master(i))));
+        return masters;
+      },
+      "Name of a master -> (its number, the dtype of the residual).");
+  m.def(
       "code_of",
       [](const std::string& state) {
         const Format f = code_of(state);

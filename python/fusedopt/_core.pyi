@@ -13,6 +13,9 @@ BLOCK: int
 def formats() -> dict[str, list[tuple[str, str, str, str, bool, bool]]]:
     """kernel -> the combinations that exist: (param, grad, state, master, noisy, noisy_state)."""
 
+def masters() -> dict[str, tuple[int, str]]:
+    """Name of a master -> (its number, the dtype of the residual)."""
+
 def code_of(state: str) -> str:
     """The dtype of the codes of a state of this name; empty where it is not quantised."""
 

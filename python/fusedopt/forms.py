@@ -34,7 +34,7 @@ OPTIONS: dict[str, Any] = {
 OURS = ("state_dtype", "master", "stochastic_rounding", "ema_decay")
 """Options that select the form; loading a checkpoint does not change them."""
 
-MASTERS: dict[str, tuple[int, str]] = {"split16": (1, "int16"), "split8": (2, "int8"), "float32": (3, "float32")}
+MASTERS: dict[str, tuple[int, str]] = _core.masters()
 """``master`` of a 16-bit weight -> its number in cpp/rules/formats.h, and the dtype of the residual."""
 
 FLOATS = ("float64", "float32", "bfloat16", "float16")

@@ -27,7 +27,6 @@ if keras.backend.backend() != "torch":
 
 __all__: list[str] = []  # filled below
 _Optimizer: Any = keras.optimizers.Optimizer
-_WORDS = {"eps": "epsilon", "alpha": "rho"}
 _BASE = {
     p.name: p.default
     for p in inspect.signature(_Optimizer.__init__).parameters.values()
@@ -69,7 +68,7 @@ class _Face(_Optimizer):  # type: ignore[misc]
     @property
     def _decays(self) -> bool:
         """Whether weight decay is part of the kernel; else Keras applies it before the step."""
-        return self._rule.name in ("AdamW", "Lion")
+        return self._rule.decoupled
 
     def build(self, variables: Sequence[Any]) -> None:
         """Creates the state of the variables."""
@@ -146,13 +145,14 @@ class _Face(_Optimizer):  # type: ignore[misc]
 def _words(rule: Rule) -> dict[str, tuple[str, int]]:
     """The rule's options under Keras's names, without those of the base class; Keras has no maximize."""
     out: dict[str, tuple[str, int]] = {}
-    for option in rule.defaults:
+    names = {"eps": "epsilon", **rule.keras_names}
+    for option, default in rule.defaults.items():
         if option in ("lr", "weight_decay", "maximize", "decoupled_weight_decay"):
             continue
-        if option == "betas":
-            out.update(beta_1=(option, 0), beta_2=(option, 1))
+        if isinstance(default, tuple):
+            out |= {f"{option.removesuffix('s')}_{i + 1}": (option, i) for i in range(len(default))}
         else:
-            out[_WORDS.get(option, option)] = (option, -1)
+            out[names.get(option, option)] = (option, -1)
     return out
 
 

@@ -49,21 +49,13 @@ def _kernel(name: str, rule: Rule) -> Kernel:
     for h in hyper:
         if h in rule.constants:
             sources.append((None, -1, rule.constants[h]))
-        elif h in ("beta1", "beta2"):
-            sources.append(("betas", int(h[-1]) - 1, 0.0))
+        elif h.removeprefix("beta").isdigit():
+            sources.append(("betas", int(h.removeprefix("beta")) - 1, 0.0))
         else:
             sources.append((h, -1, 0.0))
     items = (repr(c) if key is None else f"o[{key!r}]" + f"[{i}]" * (i >= 0) for key, i, c in sources)
     operands = ("param", "grad", *states, *rule.carried)
     return Kernel(name, index, states, operands, tuple(sources), eval(f"lambda o: [{', '.join(items)}]"))
-
-
-# Option: lower bound, upper bound, whether the upper bound is included. Options not listed are in [0, inf).
-_RANGES: dict[str, tuple[float, float, bool]] = {
-    "betas": (0.0, 1.0, False),
-    "alpha": (0.0, 1.0, True),
-    "rho": (0.0, 1.0, True),
-}
 
 
 def check_max_grad_norm(value: Any) -> float | None:
@@ -91,6 +83,13 @@ class Rule:
     """The in-place function's time argument: ``step``, counted from 1; ``first``, a bool; or none."""
     constants: ClassVar[dict[str, float]] = {}
     """Hyperparameters of the kernel that are not options of this optimizer, with their values."""
+    decoupled: ClassVar[bool] = False
+    """Whether weight decay scales the parameter, instead of being added to the gradient, whatever the options."""
+    ranges: ClassVar[dict[str, tuple[float, float, bool]]] = {}
+    """Options that are not in [0, inf): lower bound, upper bound, whether the upper bound is included. betas are in
+    [0, 1)."""
+    keras_names: ClassVar[dict[str, str]] = {}
+    """Options that Keras calls by another name, beside eps (epsilon) and betas (beta_1, beta_2, ...)."""
     initial: ClassVar[dict[str, str | float]] = {}
     """Initial values of states that do not start at 0: a number, or the name of an option."""
 
@@ -144,7 +143,8 @@ class Rule:
 
     @cached_property
     def _ranges(self) -> list[tuple[str, type, float, float, bool]]:
-        return [(o, type(d), *_RANGES.get(o, (0.0, math.inf, False))) for o, d in self.defaults.items()]
+        ranges = {"betas": (0.0, 1.0, False), **self.ranges}
+        return [(o, type(d), *ranges.get(o, (0.0, math.inf, False))) for o, d in self.defaults.items()]
 
     @cached_property
     def _clearly_right(self) -> Callable[[Options], bool]:
@@ -345,6 +345,8 @@ class RMSprop(Rule):
         ("centered",): "rmsprop_centered",
         ("centered", "momentum"): "rmsprop_centered_momentum",
     }
+    ranges: ClassVar = {"alpha": (0.0, 1.0, True)}
+    keras_names: ClassVar = {"alpha": "rho"}
     clock = None
 
     def _reference(self, p: Array, g: Array, s: State, t: int, o: Options) -> None:
@@ -394,7 +396,6 @@ class Adam(Rule):
         "decoupled_weight_decay": False,
     }
     variants: ClassVar = {(): "adam", ("amsgrad",): "amsgrad"}
-    decoupled: ClassVar[bool] = False
 
     def _reference(self, p: Array, g: Array, s: State, t: int, o: Options) -> None:
         b1, b2 = o["betas"]
@@ -581,6 +582,7 @@ class Adadelta(Rule):
     """
 
     function = "adadelta_"
+    ranges: ClassVar = {"rho": (0.0, 1.0, True)}
     defaults: ClassVar = {"lr": 1.0, "rho": 0.9, "eps": 1e-6, "weight_decay": 0.0, "maximize": False}
     variants: ClassVar = {(): "adadelta"}
     clock = None
@@ -615,6 +617,7 @@ class Lion(Rule):
     function = "lion_"
     defaults: ClassVar = {"lr": 1e-4, "betas": (0.9, 0.99), "weight_decay": 0.0, "maximize": False}
     variants: ClassVar = {(): "lion"}
+    decoupled = True
     scalars = ()
     clock = None
 
