@@ -41,6 +41,26 @@ struct F32 {
 // The bits of x, with one NaN for all: what is added below to round could carry another's payload into the sign.
 FUSEDOPT_HD uint32_t bits_one_nan(float x) { return bits<uint32_t>(x == x ? x : bits<float>(0x7fc00000u)); }
 
+// Conversions in one instruction, on devices that have it: the same bits, except that a NaN may have another payload.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+#define FUSEDOPT_CONVERTS
+FUSEDOPT_HD uint32_t to_bf16(float x) {
+  uint16_t r;
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(r) : "f"(x));
+  return r;
+}
+FUSEDOPT_HD uint32_t to_f16(float x) {
+  uint16_t r;
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(r) : "f"(x));
+  return r;
+}
+FUSEDOPT_HD float from_f16(uint32_t x) {
+  float r;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(r) : "h"(uint16_t(x)));
+  return r;
+}
+#endif
+
 struct BF16 {
   using Stored = uint16_t;
   using Word = uint32_t;
@@ -50,8 +70,12 @@ struct BF16 {
   static constexpr bool noisy = false;
   static FUSEDOPT_HD float load(uint32_t x) { return bits<float>(x << 16); }
   static FUSEDOPT_HD uint32_t store(float x, uint32_t = 0) {
+#ifdef FUSEDOPT_CONVERTS
+    return x == x ? to_bf16(x) : 0x7fc0u;
+#else
     const uint32_t b = bits_one_nan(x);
     return (b + 0x7fffu + ((b >> 16) & 1u)) >> 16;
+#endif
   }
   // Up with the probability of what is cut off. Infinity stays: its digits are 0.
   static FUSEDOPT_HD uint32_t store_noisy(float x, uint32_t random) { return (bits_one_nan(x) + random) >> 16; }
@@ -65,6 +89,9 @@ struct F16 {
   static constexpr Format format = kF16;
   static constexpr bool noisy = false;
   static FUSEDOPT_HD float load(uint32_t x) {
+#ifdef FUSEDOPT_CONVERTS
+    return from_f16(x);
+#else
     uint32_t sign = (x & 0x8000u) << 16, rest = (x & 0x7fffu) << 13;
     uint32_t normal = rest + (112u << 23);  // exponent bias 15 -> 127
     uint32_t infinite = rest + (224u << 23);
@@ -72,13 +99,18 @@ struct F16 {
     uint32_t denormal = bits<uint32_t>(bits<float>(rest + (113u << 23)) - bits<float>(113u << 23));
     uint32_t b = rest >= (31u << 23) ? infinite : rest < (1u << 23) ? denormal : normal;
     return bits<float>(sign | b);
+#endif
   }
   static FUSEDOPT_HD uint32_t store(float x, uint32_t = 0) {
+#ifdef FUSEDOPT_CONVERTS
+    return to_f16(x);
+#else
     uint32_t rest = bits<uint32_t>(x) & 0x7fffffffu;
     uint32_t normal = (rest - (112u << 23) + 0xfffu + ((rest >> 13) & 1u)) >> 13;
     // Too small for a normal f16: adding 1/2 lets the adder round at f16's last denormal digit, 2^-24.
     uint32_t denormal = bits<uint32_t>(bits<float>(rest) + 0.5f) - 0x3f000000u;
     return finish(x, rest, normal, denormal);
+#endif
   }
   static FUSEDOPT_HD uint32_t store_noisy(float x, uint32_t random) {
     uint32_t rest = bits<uint32_t>(x) & 0x7fffffffu;

@@ -68,6 +68,22 @@ def test_every_option_gives_the_cpus_bits(name: str, options: dict[str, Any]) ->
     assert_same(there, here)
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_every_float32_is_rounded_to_16_bits_as_on_the_cpu(dtype: str) -> None:
+    """By the first value of a momentum buffer, which is the gradient."""
+    n = 1 << 26
+    for first in range(-(1 << 31), 1 << 31, n):
+        g = torch.arange(first, first + n).to(torch.int32).view(torch.float32)
+
+        def run(device: str, g: torch.Tensor = g) -> torch.Tensor:
+            buffer = torch.zeros(n, dtype=DTYPES[dtype], device=device)
+            fusedopt.sgd_(torch.zeros(n, device=device), g.to(device), buffer, lr=0.0, momentum=0.5)
+            return buffer.cpu()
+
+        here, there = both(run)
+        assert_same_bits(there, here, f"from {first}")
+
+
 # ---- layouts
 
 
