@@ -75,7 +75,10 @@ struct DeviceKernel {
   int (*prepare)(const void* self, const DeviceTables& t, int64_t first_row, int64_t rows, void* stream);
   int (*update)(const void* self, const DeviceTables& t, int64_t first_row, int64_t rows, int64_t first_chunk,
                 int64_t chunks, void* stream);
-  int (*load)(const void* self);  // both, as a graph may not
+  // The same for rows that are all aligned and dense, without l1 or a moving average of the weights.
+  int (*update_plain)(const void* self, const DeviceTables& t, int64_t first_row, int64_t rows, int64_t first_chunk,
+                      int64_t chunks, void* stream);
+  int (*load)(const void* self);  // all of them, as a graph may not
 };
 
 // What a kernel library for a device has beside its description.

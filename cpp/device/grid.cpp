@@ -19,19 +19,25 @@ int launch_update(const void*, const DeviceTables& t, int64_t first_row, int64_t
                   int64_t chunks, void* stream) {
   return launch(update<U>, chunks, kThreads, stream, t, first_row, rows, first_chunk);
 }
+template <class U>
+int launch_update_plain(const void*, const DeviceTables& t, int64_t first_row, int64_t rows, int64_t first_chunk,
+                        int64_t chunks, void* stream) {
+  return launch(update_plain<U>, chunks, kThreads, stream, t, first_row, rows, first_chunk);
+}
 
 template <class U>
-int load_both(const void*) {
-  const int error = load(prepare<typename U::Alone>);
+int load_all(const void*) {
+  int error = load(prepare<typename U::Alone>);
+  if (!error) error = load(update_plain<U>);
   return error ? error : load(update<U>);
 }
 
 template <class U>
 constexpr DeviceKernel device_kernel() {
   if constexpr (U::exists) {
-    return {nullptr, launch_prepare<typename U::Alone>, launch_update<U>, load_both<U>};
+    return {nullptr, launch_prepare<typename U::Alone>, launch_update<U>, launch_update_plain<U>, load_all<U>};
   } else {
-    return {nullptr, nullptr, nullptr, nullptr};
+    return {nullptr, nullptr, nullptr, nullptr, nullptr};
   }
 }
 

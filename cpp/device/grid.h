@@ -1,7 +1,6 @@
-// The loop of a device: update.h over chunks of many tensors in one launch. Every thread works on `width` neighbours,
-// in accesses of 16 bytes where all operands are aligned; what lies beyond a tensor's end counts as zero and is not
-// written. Compiled by nvcc as CUDA, and by any compiler for the simulated device (runtime_*.h say what a block of
-// threads is).
+// The loop of a device: update.h over chunks of many tensors in one launch. Aligned operands are accessed by 16 bytes,
+// others element by element; what lies beyond a tensor's end counts as zero and is not written. Compiled by nvcc as
+// CUDA, and by any compiler for the simulated device (runtime_*.h say what a block of threads is).
 #pragma once
 #include "device/device.h"
 #include "rules/update.h"
@@ -51,9 +50,11 @@ FUSEDOPT_DEVICE int64_t row_of(const int64_t* firsts, int64_t first_row, int64_t
   return low;
 }
 
-// The largest over the 8 threads that share a block of codes.
-FUSEDOPT_DEVICE uint32_t largest_of_8(uint32_t x) {
-  for (int distance = 1; distance < 8; distance *= 2) {
+// The largest over so many neighbouring threads.
+template <int threads>
+FUSEDOPT_DEVICE uint32_t largest_of(uint32_t x) {
+  FUSEDOPT_UNROLL
+  for (int distance = 1; distance < threads; distance *= 2) {
     const uint32_t other = uint32_t(exchange(int32_t(x), distance));
     x = other > x ? other : x;
   }
@@ -88,7 +89,10 @@ FUSEDOPT_KERNEL prepare(DeviceTables t, int64_t first, int64_t rows) {
   ready.key = noise_key(group.seed, clock.t, row.sequence);
 }
 
-template <class U>
+// How the threads of a block share a chunk. Packed: a thread takes `width` neighbours, in accesses of 16 bytes.
+// Otherwise its elements lie a warp apart, so that the scalar accesses of a warp are coalesced. `plain`: the operands
+// are dense, and neither l1 nor a moving average follows the update.
+template <class U, bool packed, bool plain>
 struct Grid {
   using W = typename U::W;
   using G = typename U::G;
@@ -98,54 +102,77 @@ struct Grid {
   using Residual = typename U::Residual;
   using Ready = typename U::Ready;
   static constexpr int N = U::N;
-  template <class Stored>
-  static constexpr bool narrow = sizeof(Stored) < 4;
-  static constexpr int width =
-      sizeof(T) == 8                                                                                         ? 2
-      : U::blocked || narrow<typename P::Stored> || narrow<typename G::Stored> || narrow<typename S::Stored> ? 8
-                                                                                                             : 4;
+  static constexpr bool wide = sizeof(T) == 8;
+  static constexpr bool narrow =
+      sizeof(typename P::Stored) < 4 || sizeof(typename G::Stored) < 4 || sizeof(typename S::Stored) < 4;
+  // Scalar accesses to a block of codes: two of each thread of a warp, which share its scale.
+  static constexpr int width = !packed ? (U::blocked ? kBlock / kWarp : 1) : wide ? 2 : U::blocked || narrow ? 8 : 4;
+  static constexpr int stride = packed ? 1 : kWarp, stretch = kThreads * width, sharing = kBlock / width;
+  // A stretch of packed accesses ends at a multiple of this.
+  static constexpr uint32_t whole = U::blocked ? kBlock : width;
   template <class Stored>
   struct alignas(sizeof(Stored) * width < 16 ? sizeof(Stored) * width : 16) Pack {
     Stored x[width];
   };
-  static constexpr int kSlot = width * int(sizeof(T));
-  static constexpr bool kept = W::master != kNoMaster;
-  static constexpr int residual_operand = 2 + N, ema_operand = residual_operand + kept;
+  static constexpr bool kept = W::master != kNoMaster, any_layout = !packed && !plain;
+  static constexpr int residual_operand = 2 + N, ema_operand = residual_operand + kept, operands = ema_operand + 1;
 
-  // A thread's elements of a row.
+  // A thread's elements: i, i + stride, ..., counted from the chunk's beginning.
   struct Place {
-    const int64_t* layout;
-    int64_t i, n;
-    bool whole;  // in one go
-    char* slot;  // this thread's share of the block's memory, for the elements that are not
+    int64_t begin, base;  // of the chunk: its first element, and where that lies
+    uint32_t i, end;
+    int64_t at[any_layout ? operands : 1][width];  // where the elements of each operand lie
+
+    FUSEDOPT_DEVICE Place(const int64_t* layout, int n_operands, int64_t begin_, uint32_t i_, uint32_t end_)
+        : begin(begin_), base(any_layout && layout ? 0 : begin_), i(i_), end(end_) {
+      if constexpr (any_layout) {
+        FUSEDOPT_UNROLL
+        for (int k = 0; k < width; ++k) {
+          FUSEDOPT_UNROLL
+          for (int o = 0; o < operands; ++o) at[o][k] = layout ? 0 : i + k * stride;
+          if (layout) walk(layout, n_operands, k);
+        }
+      }
+    }
+    FUSEDOPT_DEVICE void walk(const int64_t* layout, int n_operands, int k) {
+      const int64_t dims = *layout;
+      int64_t left = number(k);
+      FUSEDOPT_ROLLED
+      for (int64_t d = dims - 1; d >= 0; --d) {
+        const int64_t size = layout[1 + d], index = left % size;
+        left /= size;
+        FUSEDOPT_UNROLL
+        for (int o = 0; o < operands; ++o)
+          if (o < n_operands) at[o][k] += index * layout[1 + dims * (1 + o) + d];
+      }
+    }
+    FUSEDOPT_DEVICE int64_t number(int k) const { return begin + i + k * stride; }
+    FUSEDOPT_DEVICE bool inside(int k) const { return i + k * stride < end; }
+    FUSEDOPT_DEVICE int64_t place(int operand, int k) const {
+      if constexpr (any_layout) return at[operand][k];
+      return i + k * stride;
+    }
 
     template <class Stored>
     FUSEDOPT_DEVICE void get(int operand, const void* from, Pack<Stored>& to) const {
-      auto* x = static_cast<const Stored*>(from);
-      if (whole) {
-        to = *reinterpret_cast<const Pack<Stored>*>(x + i);
-        return;
+      auto* x = global(static_cast<const Stored*>(from) + base);
+      if constexpr (packed) {
+        if (inside(0)) to = *reinterpret_cast<const Pack<Stored>*>(x + i);
+      } else {
+        FUSEDOPT_UNROLL
+        for (int k = 0; k < width; ++k)
+          if (inside(k)) to.x[k] = x[place(operand, k)];
       }
-      FUSEDOPT_ROLLED
-      for (int k = 0; k < width; ++k) {
-        const Stored one = i + k < n ? x[place(layout, operand, i + k)] : Stored(0);
-        memcpy(slot + k * int(sizeof one), &one, sizeof one);
-      }
-      memcpy(&to, slot, sizeof to);
     }
     template <class Stored>
     FUSEDOPT_DEVICE void put(int operand, const Pack<Stored>& from, void* to) const {
-      auto* x = static_cast<Stored*>(to);
-      if (whole) {
-        *reinterpret_cast<Pack<Stored>*>(x + i) = from;
-        return;
-      }
-      memcpy(slot, &from, sizeof from);
-      FUSEDOPT_ROLLED
-      for (int k = 0; k < width && i + k < n; ++k) {
-        Stored one;
-        memcpy(&one, slot + k * int(sizeof one), sizeof one);
-        x[place(layout, operand, i + k)] = one;
+      auto* x = global(static_cast<Stored*>(to) + base);
+      if constexpr (packed) {
+        if (inside(0)) *reinterpret_cast<Pack<Stored>*>(x + i) = from;
+      } else {
+        FUSEDOPT_UNROLL
+        for (int k = 0; k < width; ++k)
+          if (inside(k)) x[place(operand, k)] = from.x[k];
       }
     }
   };
@@ -167,144 +194,226 @@ struct Grid {
     }
   };
 
-  static FUSEDOPT_DEVICE void flat(const Ready& ready, uint32_t key, int64_t i, Elements& e) {
+  static FUSEDOPT_DEVICE void flat(const Ready& ready, uint32_t key, const Place& at, Elements& e) {
     uint32_t both = 0;
     FUSEDOPT_UNROLL
     for (int k = 0; k < width; ++k) {
-      if (U::random && k % 2 == 0) both = noise(key, uint32_t((i + k) >> 1));
+      uint32_t random = 0;
+      if (U::random && packed && k % 2 == 0) both = noise(key, uint32_t(at.number(k) >> 1));
+      if (U::random) random = !packed ? noise_at(key, at.number(k)) : k % 2 ? both >> 16 : both & 0xffffu;
       typename P::Word w = e.p.x[k];
       typename W::ResidualWord r = e.residual_word(k);
       typename S::Word s[N + 1];
       FUSEDOPT_UNROLL
       for (int j = 0; j < N; ++j) s[j] = e.state[j].x[k];
-      U::element(ready, w, r, e.g.x[k], s, k % 2 ? both >> 16 : both & 0xffffu);
+      U::element(ready, w, r, e.g.x[k], s, random);
       e.set(k, w, r);
       FUSEDOPT_UNROLL
       for (int j = 0; j < N; ++j) e.state[j].x[k] = typename S::Stored(s[j]);
     }
   }
 
-  template <int J = 0>
-  static FUSEDOPT_DEVICE void decode(const Elements& e, float* const* scale, int64_t block, bool inside,
-                                     T (*s)[width]) {
-    if constexpr (J < N) {
-      if constexpr (U::quantised) {
-        const Decoder<typename U::template CodeOf<J>> decoder(inside ? scale[J][block] : 0.0f);
-        FUSEDOPT_UNROLL
-        for (int k = 0; k < width; ++k) s[J][k] = decoder(e.state[J].x[k]);
-      } else {
-        FUSEDOPT_UNROLL
-        for (int k = 0; k < width; ++k) s[J][k] = S::load(e.state[J].x[k]);
+  // A thread's share of a block: numbers, and where the form rounds stochastically, random bits.
+  struct Block {
+    int64_t number;
+    int first;  // the thread's first element in it
+    bool inside;
+    T s[N + 1][width];
+    uint32_t random[width];
+  };
+
+  // Threads that share a random number compute some of them each and tell the others.
+  static FUSEDOPT_DEVICE void draw(uint32_t key, Block& b) {
+    if constexpr (packed && U::quantised) {
+      constexpr int own = width / U::parts, apart = sharing / U::parts;
+      const int thread = b.first / width, part = thread / apart, first = b.first % U::numbers;
+      uint32_t some[own];
+      FUSEDOPT_UNROLL
+      for (int k = 0; k < own; ++k) some[k] = U::block_noise(key, b.number, first + part * own + k);
+      FUSEDOPT_UNROLL
+      for (int k = 0; k < width; ++k) {
+        const int computed_by = thread % apart + k / own * apart;
+        b.random[k] = U::part_of(uint32_t(value_of(int32_t(some[k % own]), computed_by, sharing)), part);
       }
-      decode<J + 1>(e, scale, block, inside, s);
-    }
-  }
-  template <int J = 0>
-  static FUSEDOPT_DEVICE void encode(const T (*s)[width], const uint32_t* random, float* const* scale, int64_t block,
-                                     bool first, Elements& e) {
-    if constexpr (J < N) {
-      if constexpr (U::quantised) {
-        uint32_t top = 0;
-        FUSEDOPT_UNROLL
-        for (int k = 0; k < width; ++k) {
-          const uint32_t b = size_bits(s[J][k]);
-          top = b > top ? b : top;
-        }
-        const float size = bits<float>(largest_of_8(top));
-        if (first) scale[J][block] = size;
-        const Encoder<typename U::template CodeOf<J>> encoder(size);
-        FUSEDOPT_UNROLL
-        for (int k = 0; k < width; ++k) e.state[J].x[k] = encoder(s[J][k], U::shift_of(random[k]));
-      } else {
-        FUSEDOPT_UNROLL
-        for (int k = 0; k < width; ++k)
-          e.state[J].x[k] = typename S::Stored(S::store(s[J][k], S::noisy ? U::bits_of(random[k]) : 0));
+    } else {
+      FUSEDOPT_UNROLL
+      for (int k = 0; k < width; ++k) {
+        const int i = b.first + k * stride;
+        b.random[k] = U::part_of(U::block_noise(key, b.number, i % U::numbers), i / U::numbers);
       }
-      encode<J + 1>(s, random, scale, block, first, e);
     }
   }
 
-  // 8 threads work on a block of codes.
-  static FUSEDOPT_DEVICE void blocks(const Ready& ready, uint32_t key, const Place& at, float* const* scale,
-                                     Elements& e) {
-    T s[N + 1][width];
-    uint32_t random[width];
-    const int64_t block = at.i / kBlock;
-    const int begin = int(at.i % kBlock);
-    const bool inside = at.i - begin < at.n;
-    decode(e, scale, block, inside, s);
+  template <int J = 0>
+  static FUSEDOPT_DEVICE void decode(const Elements& e, float* const* scale, Block& b) {
+    if constexpr (J < N) {
+      if constexpr (U::quantised) {
+        const Decoder<typename U::template CodeOf<J>> decoder(b.inside ? global(scale[J])[b.number] : 0.0f);
+        FUSEDOPT_UNROLL
+        for (int k = 0; k < width; ++k) b.s[J][k] = decoder(e.state[J].x[k]);
+      } else {
+        FUSEDOPT_UNROLL
+        for (int k = 0; k < width; ++k) b.s[J][k] = S::load(e.state[J].x[k]);
+      }
+      decode<J + 1>(e, scale, b);
+    }
+  }
+
+  static FUSEDOPT_DEVICE void update(const Ready& ready, Elements& e, Block& b) {
     FUSEDOPT_UNROLL
     for (int k = 0; k < width; ++k) {
-      random[k] = 0;
-      if (U::random)
-        random[k] = U::part_of(U::block_noise(key, block, (begin + k) % U::numbers), (begin + k) / U::numbers);
       typename P::Word w = e.p.x[k];
       typename W::ResidualWord r = e.residual_word(k);
       T x = W::load(w, r), t[N + 1];
       FUSEDOPT_UNROLL
-      for (int j = 0; j < N; ++j) t[j] = s[j][k];
+      for (int j = 0; j < N; ++j) t[j] = b.s[j][k];
       apply<N>(ready.rule, x, T(G::load(e.g.x[k]) * ready.scale), t);
       FUSEDOPT_UNROLL
-      for (int j = 0; j < N; ++j) s[j][k] = t[j];
-      W::store(x, w, r, P::noisy ? U::bits_of(random[k]) : 0);
+      for (int j = 0; j < N; ++j) b.s[j][k] = t[j];
+      W::store(x, w, r, P::noisy ? U::bits_of(b.random[k]) : 0);
       e.set(k, w, r);
     }
-    encode(s, random, scale, block, inside && begin == 0, e);
   }
 
-  static FUSEDOPT_DEVICE void run(const DeviceTables& t, int64_t first_row, int64_t rows, int64_t chunk) {
-    alignas(16) FUSEDOPT_SHARED char slots[kThreads * kSlot];
-    if (skipped(*t.head)) return;
-    const int64_t r = row_of(t.firsts, first_row, rows, chunk);
-    const DeviceRow row = t.rows[r];
-    const void* const grad = t.grads[r];
-    const int64_t* const layout = row.layout ? t.words + row.layout : nullptr;
-    const DeviceReady& own = t.ready[r];
-    const Ready ready = *reinterpret_cast<const Ready*>(own.prepared);
-    const uint32_t key = uint32_t(own.key);
+  // The largest magnitude of a state in its block. Fast: a second moment below zero makes it unusual.
+  template <class C, bool fast>
+  static FUSEDOPT_DEVICE float largest(const T* s) {
+    uint32_t top = 0;
+    FUSEDOPT_UNROLL
+    for (int k = 0; k < width; ++k) {
+      const uint32_t x = fast ? bits<uint32_t>(C::size(s[k])) : size_bits(s[k]);
+      top = x > top ? x : top;
+    }
+    return bits<float>(largest_of<sharing>(top));
+  }
+  template <class C, bool fast>
+  static FUSEDOPT_DEVICE void encode_as(const T* s, const uint32_t* random, float size, uint8_t* codes) {
+    const Encoder<C, fast> encoder(size);
+    FUSEDOPT_UNROLL
+    for (int k = 0; k < width; ++k) codes[k] = encoder(s[k], U::shift_of(random[k]));
+  }
+  template <int J = 0>
+  static FUSEDOPT_DEVICE void encode(const Block& b, float* const* scale, Elements& e) {
+    if constexpr (J < N) {
+      if constexpr (U::quantised) {
+        using C = typename U::template CodeOf<J>;
+        float size = packed ? largest<C, true>(b.s[J]) : 0.0f;
+        if (packed && all_of_warp(usual(size))) {
+          encode_as<C, packed>(b.s[J], b.random, size, e.state[J].x);
+        } else {
+          size = largest<C, false>(b.s[J]);
+          encode_as<C, false>(b.s[J], b.random, size, e.state[J].x);
+        }
+        if (b.inside && b.first == 0) global(scale[J])[b.number] = size;
+      } else {
+        FUSEDOPT_UNROLL
+        for (int k = 0; k < width; ++k)
+          e.state[J].x[k] = typename S::Stored(S::store(b.s[J][k], S::noisy ? U::bits_of(b.random[k]) : 0));
+      }
+      encode<J + 1>(b, scale, e);
+    }
+  }
+
+  // Writes the weights, and what follows the update of them.
+  static FUSEDOPT_DEVICE void finish(const DeviceRow& row, const Place& at, uint32_t key, T shrink, T weight,
+                                     Elements& e) {
+    if (!plain && shrink != T(0)) {
+      FUSEDOPT_UNROLL
+      for (int k = 0; k < width; ++k) {
+        typename P::Word w = e.p.x[k];
+        typename W::ResidualWord r = e.residual_word(k);
+        U::threshold(shrink, w, r, P::noisy ? noise_at(~key, at.number(k)) : 0);
+        e.set(k, w, r);
+      }
+    }
+    at.put(0, e.p, row.param);
+    if constexpr (kept) at.put(residual_operand, e.residual, row.residual);
+    if (!plain && row.ema) {
+      Pack<T> ema{};
+      at.get(ema_operand, row.ema, ema);
+      FUSEDOPT_UNROLL
+      for (int k = 0; k < width; ++k) ema.x[k] = U::average(ema.x[k], e.p.x[k], e.residual_word(k), weight);
+      at.put(ema_operand, ema, row.ema);
+    }
+  }
+
+  // Elements [first, end) of the chunk that begins at this one.
+  static FUSEDOPT_DEVICE void run(const DeviceRow& described, const Ready& ready, const DeviceReady& own,
+                                  const void* const& grad, const int64_t* layout, int64_t begin, uint32_t first,
+                                  uint32_t end) {
+    const uint32_t key = uint32_t(own.key), thread = uint32_t(thread_index());
     const T shrink = T(own.shrink), weight = T(own.ema_weight);
-    const int64_t begin = (chunk - t.firsts[r]) * kChunk, end = begin + kChunk < row.n ? begin + kChunk : row.n;
-    for (int64_t base = begin; base < end; base += kThreads * width) {
-      const int64_t i = base + int64_t(thread_index()) * width;
-      const Place at{layout, i, row.n, row.vector && i + width <= row.n, slots + thread_index() * kSlot};
-      Elements e;
+    const uint32_t mine = packed ? thread * width : thread / kWarp * (kWarp * width) + thread % kWarp;
+    FUSEDOPT_ROLLED
+    for (uint32_t base = first; base < end; base += stretch) {
+      const DeviceRow row = described;  // read again: its pointers would take the registers of the elements
+      const Place at(layout, row.ema ? operands : operands - 1, begin, base + mine, end);
+      if (!U::quantised && !at.inside(0)) break;
+      Elements e{};
       at.get(0, row.param, e.p);
       at.get(1, grad, e.g);
       FUSEDOPT_UNROLL
       for (int j = 0; j < N; ++j) at.get(2 + j, row.state[j], e.state[j]);
       if constexpr (kept) at.get(residual_operand, row.residual, e.residual);
       if constexpr (U::blocked) {
-        blocks(ready, key, at, row.scale, e);
+        Block b;
+        b.number = begin / kBlock + at.i / kBlock;
+        b.first = int(at.i % kBlock);
+        b.inside = at.i - uint32_t(b.first) < end;
+        decode(e, row.scale, b);
+        if (P::noisy) draw(key, b);
+        update(ready, e, b);
+        finish(row, at, key, shrink, weight, e);
+        if (S::noisy && !P::noisy) draw(key, b);  // not before: random bits take registers, too
+        encode(b, described.scale, e);
       } else {
-        flat(ready, key, i, e);
+        flat(ready, key, at, e);
+        finish(row, at, key, shrink, weight, e);
       }
-      if (shrink != T(0)) {
-        FUSEDOPT_UNROLL
-        for (int k = 0; k < width; ++k) {
-          typename P::Word w = e.p.x[k];
-          typename W::ResidualWord r = e.residual_word(k);
-          U::threshold(shrink, w, r, P::noisy ? noise_at(~key, i + k) : 0);
-          e.set(k, w, r);
-        }
-      }
-      at.put(0, e.p, row.param);
       FUSEDOPT_UNROLL
-      for (int j = 0; j < N; ++j) at.put(2 + j, e.state[j], row.state[j]);
-      if constexpr (kept) at.put(residual_operand, e.residual, row.residual);
-      if (row.ema) {
-        Pack<T> ema;
-        at.get(ema_operand, row.ema, ema);
-        FUSEDOPT_UNROLL
-        for (int k = 0; k < width; ++k) ema.x[k] = U::average(ema.x[k], e.p.x[k], e.residual_word(k), weight);
-        at.put(ema_operand, ema, row.ema);
-      }
+      for (int j = 0; j < N; ++j) at.put(2 + j, e.state[j], (U::blocked ? described : row).state[j]);
     }
   }
 };
 
+// How many blocks a multiprocessor shall hold: as many as leave each thread enough registers for its operands as
+// stored, its states as numbers, and the arithmetic. `make cuda` fails where registers are spilled.
+template <class U>
+constexpr int blocks_wanted() {
+  using Packed = Grid<U, true, true>;
+  constexpr int bytes = int(sizeof(typename U::P::Stored) + sizeof(typename U::G::Stored)) +
+                        U::N * int(sizeof(typename U::S::Stored)) + Packed::kept * int(sizeof(typename U::Residual));
+  constexpr int words = Packed::width * bytes / 4 + Packed::width * U::N;
+  return U::quantised || Packed::wide ? 3 : words <= 24 ? 5 : words <= 32 ? 4 : words <= 48 ? 3 : 2;
+}
+
+template <class U, bool plain>
+FUSEDOPT_DEVICE void update_chunk(const DeviceTables& t, int64_t first_row, int64_t rows, int64_t first_chunk) {
+  if (skipped(*t.head)) return;
+  using Packed = Grid<U, true, plain>;
+  const int64_t chunk = first_chunk + block_index();
+  const int64_t r = row_of(t.firsts, first_row, rows, chunk);
+  const DeviceRow& row = t.rows[r];
+  const int64_t* const layout = !plain && row.layout ? t.words + row.layout : nullptr;
+  const int64_t begin = (chunk - t.firsts[r]) * kChunk, left = row.n - begin;
+  const uint32_t end = uint32_t(left < kChunk ? left : kChunk);
+  const auto ready = *reinterpret_cast<const typename U::Ready*>(t.ready[r].prepared);
+  uint32_t done = 0;
+  if (plain || row.vector) {
+    done = end / Packed::whole * Packed::whole;
+    Packed::run(row, ready, t.ready[r], t.grads[r], nullptr, begin, 0, done);
+  }
+  if (done < end) Grid<U, false, plain>::run(row, ready, t.ready[r], t.grads[r], layout, begin, done, end);
+}
+
 template <class U>
 FUSEDOPT_KERNEL update(DeviceTables t, int64_t first_row, int64_t rows, int64_t first_chunk) {
-  Grid<U>::run(t, first_row, rows, first_chunk + block_index());
+  update_chunk<U, false>(t, first_row, rows, first_chunk);
+}
+template <class U>
+FUSEDOPT_UPDATE_KERNEL(blocks_wanted<U>())
+update_plain(DeviceTables t, int64_t first_row, int64_t rows, int64_t first_chunk) {
+  update_chunk<U, true>(t, first_row, rows, first_chunk);
 }
 
 // --- the norm: the CPU's leaves (square_sum in sweep.h), then its tree, filled up with zeros to a power of 2 ---

@@ -9,6 +9,8 @@
 #define FUSEDOPT_DEVICE __device__ inline
 #define FUSEDOPT_KERNEL __global__ void
 #define FUSEDOPT_BIG_KERNEL(threads) __global__ void __launch_bounds__(threads)  // of so many that registers run short
+// At least so many blocks of kThreads fit on a multiprocessor, which bounds the registers.
+#define FUSEDOPT_UPDATE_KERNEL(blocks) __global__ void __launch_bounds__(kThreads, blocks)
 #define FUSEDOPT_SHARED __shared__
 #define FUSEDOPT_ROLLED _Pragma("unroll 1")
 #define FUSEDOPT_UNROLL _Pragma("unroll")
@@ -21,8 +23,21 @@ namespace {
 FUSEDOPT_DEVICE int64_t block_index() { return blockIdx.x; }
 FUSEDOPT_DEVICE int thread_index() { return int(threadIdx.x); }
 FUSEDOPT_DEVICE void block_barrier() { __syncthreads(); }
-// The value of the thread whose number differs by this power of 2; all threads of a warp take part.
+constexpr int kWarp = 32;
+// In these all threads of a warp take part. The value of the thread whose number differs by this power of 2;
 FUSEDOPT_DEVICE int32_t exchange(int32_t x, int distance) { return __shfl_xor_sync(0xffffffffu, x, distance); }
+// that of a thread by its number in a group of so many neighbours;
+FUSEDOPT_DEVICE int32_t value_of(int32_t x, int thread, int group) {
+  return __shfl_sync(0xffffffffu, x, thread, group);
+}
+// is it true for all?
+FUSEDOPT_DEVICE bool all_of_warp(bool x) { return __all_sync(0xffffffffu, x); }
+// Tells the compiler that a pointer read from memory points to global memory: otherwise accesses would be generic.
+template <class T>
+FUSEDOPT_DEVICE T* global(T* x) {
+  __builtin_assume(__isGlobal(x));
+  return x;
+}
 
 // Words that fit into a launch's arguments: of any, and of those since CUDA 12.1.
 constexpr int kFewWords = 480, kManyWords = CUDART_VERSION >= 12010 ? 4000 : kFewWords;

@@ -18,6 +18,7 @@
 #define FUSEDOPT_DEVICE inline
 #define FUSEDOPT_KERNEL inline void
 #define FUSEDOPT_BIG_KERNEL(threads) inline void
+#define FUSEDOPT_UPDATE_KERNEL(blocks) inline void
 #define FUSEDOPT_SHARED static
 #define FUSEDOPT_ROLLED
 #define FUSEDOPT_UNROLL
@@ -55,6 +56,8 @@ inline std::vector<Elsewhere>& elsewhere() {
 
 namespace {
 
+constexpr int kWarp = 32;
+
 class Block {
  public:
   void run(int64_t block, int threads, const std::function<void()>& body) {
@@ -69,41 +72,65 @@ class Block {
       f.context.uc_stack.ss_size = f.stack.size();
       f.context.uc_link = &home_;
       makecontext(&f.context, enter, 0);
-      f.done = false;
+      f.at = kRunning;
     }
-    for (int left = threads; left > 0;) {  // from barrier to barrier
-      int done = 0;
-      for (now_ = 0; now_ < threads; ++now_) {
-        swapcontext(&home_, &fibres_[size_t(now_)].context);
-        done += fibres_[size_t(now_)].done;
+    for (;;) {  // from barrier to barrier
+      for (now_ = 0; now_ < threads; ++now_)
+        if (fibres_[size_t(now_)].at == kRunning) swapcontext(&home_, &fibres_[size_t(now_)].context);
+      const int done = count(0, threads, kDone), blocked = count(0, threads, kAtBlock);
+      if (done == threads) return;
+      bool stuck = blocked != 0 && blocked != threads;
+      if (blocked == threads) release(0, threads);
+      for (int w = 0; w < threads; w += kWarp) {
+        const int end = w + kWarp < threads ? w + kWarp : threads, waiting = count(w, end, kAtWarp);
+        if (waiting == end - w) {
+          release(w, end);
+          stuck = false;
+        } else if (waiting) {
+          fail(waiting, end - w);
+        }
       }
-      if (done != 0 && done != left) {
-        fprintf(stderr, "simulated device: %d of %d threads wait at a barrier that the others never reach\n",
-                left - done, left);
-        abort();
-      }
-      left -= done;
+      if (stuck) fail(blocked, threads);
     }
   }
-  void barrier() { swapcontext(&fibres_[size_t(now_)].context, &home_); }
-  int32_t exchange(int32_t x, int distance) {
+  void barrier() { wait(kAtBlock); }
+  int32_t value_of(int32_t x, int thread) {
     values_[size_t(now_)] = x;
-    barrier();
-    const int32_t other = values_[size_t(now_ ^ distance)];
-    barrier();
+    wait(kAtWarp);
+    const int32_t other = values_[size_t(thread)];
+    wait(kAtWarp);
     return other;
   }
+  int32_t exchange(int32_t x, int distance) { return value_of(x, now_ ^ distance); }
   int64_t block() const { return block_; }
   int thread() const { return now_; }
 
  private:
   static constexpr size_t kStack = 64 * 1024;
+  enum Where { kRunning, kAtWarp, kAtBlock, kDone };
   struct Fibre {
     ucontext_t context;
     std::vector<char> stack;
-    bool done;
+    Where at;
   };
   static void enter();
+  int count(int begin, int end, Where where) const {
+    int n = 0;
+    for (int k = begin; k < end; ++k) n += fibres_[size_t(k)].at == where;
+    return n;
+  }
+  void release(int begin, int end) {
+    for (int k = begin; k < end; ++k) fibres_[size_t(k)].at = kRunning;
+  }
+  void wait(Where where) {
+    fibres_[size_t(now_)].at = where;
+    swapcontext(&fibres_[size_t(now_)].context, &home_);
+  }
+  [[noreturn]] static void fail(int waiting, int threads) {
+    fprintf(stderr, "simulated device: %d of %d threads wait at a barrier that the others never reach\n", waiting,
+            threads);
+    abort();
+  }
 
   const std::function<void()>* body_ = nullptr;
   std::vector<Fibre> fibres_;
@@ -120,13 +147,25 @@ inline Block& running() {
 inline void Block::enter() {
   Block& block = running();
   (*block.body_)();
-  block.fibres_[size_t(block.now_)].done = true;
+  block.fibres_[size_t(block.now_)].at = kDone;
 }
 
 FUSEDOPT_DEVICE int64_t block_index() { return running().block(); }
 FUSEDOPT_DEVICE int thread_index() { return running().thread(); }
 FUSEDOPT_DEVICE void block_barrier() { running().barrier(); }
 FUSEDOPT_DEVICE int32_t exchange(int32_t x, int distance) { return running().exchange(x, distance); }
+
+FUSEDOPT_DEVICE int32_t value_of(int32_t x, int thread, int group) {
+  return running().value_of(x, thread_index() / group * group + thread);
+}
+FUSEDOPT_DEVICE bool all_of_warp(bool x) {
+  for (int distance = 1; distance < kWarp; distance *= 2) x = exchange(x, distance) && x;
+  return x;
+}
+template <class T>
+FUSEDOPT_DEVICE T* global(T* x) {
+  return x;
+}
 
 constexpr int kFewWords = 4, kManyWords = 16;  // so that tests need several launches
 inline bool many_words() { return true; }

@@ -237,9 +237,10 @@ void DeviceStep::describe(const std::vector<Group>& groups, const Scaling& s) {
     words_[grads_at_ + at] = reinterpret_cast<uintptr_t>(span.grad);
     words_[firsts_at_ + at] = uint64_t(chunks_);
     if (at == 0 || id_of(order_[at]) != id_of(order_[at - 1]))
-      launches_.push_back({t.kernel, int64_t(at), 0, chunks_, 0});
+      launches_.push_back({t.kernel, int64_t(at), 0, chunks_, 0, true});
     Launch& launch = launches_.back();
     ++launch.rows;
+    launch.plain = launch.plain && to.vector && !to.ema && groups[size_t(t.group)].l1 == 0;
     const int64_t chunks = (span.n + kChunk - 1) / kChunk;
     launch.chunks += chunks;
     chunks_ += chunks;
@@ -352,7 +353,8 @@ void DeviceStep::run(const std::vector<Group>& groups, const Scaling& scaling, v
     for (const Launch& l : launches_)
       check_launch(kernel_of(l).prepare(kernel_of(l).self, t, l.row, l.rows, stream), "starting the update");
     for (const Launch& l : launches_)
-      check_launch(kernel_of(l).update(kernel_of(l).self, t, l.row, l.rows, l.chunk, l.chunks, stream),
+      check_launch((l.plain ? kernel_of(l).update_plain : kernel_of(l).update)(kernel_of(l).self, t, l.row, l.rows,
+                                                                               l.chunk, l.chunks, stream),
                    "starting the update");
   } catch (...) {
     known_ = false;

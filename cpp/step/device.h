@@ -48,6 +48,7 @@ class DeviceStep {
   struct Launch {
     KernelId kernel;
     int64_t row, rows, chunk, chunks;
+    bool plain;  // every row is: see DeviceKernel
   };
   static const DeviceKernel& kernel_of(const Launch& launch);
   void describe(const std::vector<Group>& groups, const Scaling& scaling);

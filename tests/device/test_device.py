@@ -90,8 +90,9 @@ def test_lengths_around_blocks_and_chunks_with_l1_and_average(case: Case) -> Non
     assert_same_bits(snapshot(here), snapshot(there))
 
 
+@pytest.mark.parametrize("options", [{}, BOTH], ids=["alone", "with l1 and average"])
 @pytest.mark.parametrize("case", FULL, ids=str)
-def test_layouts_that_differ_and_addresses_that_are_not_aligned(case: Case) -> None:
+def test_layouts_that_differ_and_addresses_that_are_not_aligned(case: Case, options: dict[str, Any]) -> None:
     def run() -> Any:
         base = filled((6, 40, 33), case.param, 3)
         odd = filled((5001,), case.param, 4)
@@ -100,13 +101,57 @@ def test_layouts_that_differ_and_addresses_that_are_not_aligned(case: Case) -> N
             odd[1:],
             filled((64, 33), case.param, 5).t(),
             filled((130,), case.param, 6)[::2],
+            filled((4099,), case.param, 7),
         ]
         params = [wrapped(case, p) for p in params]
-        opt = made(case, params, **BOTH)
+        opt = made(case, params, **options)
         for k in range(2):
             for i, p in enumerate(params):
                 g = filled((*p.shape[:-1], p.shape[-1] + 1), case.grad, 10 * k + i)
-                p.grad = g[..., 1:]
+                p.grad = g[..., 1:] if i < 4 else g[1:].clone()
+            opt.step()
+        return opt
+
+    here, there = both(run)
+    assert_same_bits(snapshot(here), snapshot(there))
+
+
+@pytest.mark.parametrize("changed", ["a gradient", "l1", "an average"])
+def test_one_tensor_that_is_not_plain_among_others(changed: str) -> None:
+    """Plain tensors, which are aligned and have neither l1 nor an average, have a kernel of their own."""
+
+    def run() -> Any:
+        params = [torch.nn.Parameter(filled((n,), "float32", n)) for n in (40, CHUNK + 9, 300)]
+        groups: list[dict[str, Any]] = [{"params": [p]} for p in params]
+        opt = optim.Adam(groups, lr=0.1, ema_decay=0.9 if changed == "an average" else None)
+        for k in range(4):
+            if changed == "l1":
+                opt.param_groups[1]["l1"] = 0.5 * (k % 2)
+            for i, p in enumerate(params):
+                g = filled((p.numel() + 1,), "float32", 10 * k + i)
+                p.grad = g[1:] if (changed, i, k % 2) == ("a gradient", 1, 0) else g[1:].clone()
+            opt.step()
+        return opt
+
+    here, there = both(run)
+    assert_same_bits(snapshot(here), snapshot(there))
+
+
+@pytest.mark.parametrize("case", [c for c in FULL if c.form.state == "int8"], ids=str)
+def test_blocks_with_unusual_scales_among_others(case: Case) -> None:
+    """Zero, tiny, huge and not finite: the warps of a block of threads take different paths."""
+    values = (0.0, 1e-30, 1e-38, 1e30, float("inf"), float("nan"))
+
+    def run() -> Any:
+        params = [parameter(case, (n,), i) for i, n in enumerate((CHUNK + 700, 640))]
+        opt = made(case, params)
+        for k in range(4):
+            for i, p in enumerate(params):
+                g = filled(p.shape, case.grad, 10 * k + i)
+                for block, value in enumerate(values):
+                    start = 64 * (7 * block + k)
+                    g[start : start + 64] = value
+                p.grad = g
             opt.step()
         return opt
 
