@@ -1,10 +1,12 @@
 """The GPU benchmark suite without a GPU: its cases, its clock on a simulated device, a case with the CPU in place of a
 GPU, the table, and the command line."""
 
+import dataclasses
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ import pytest
 
 pytest.importorskip("torch")
 
-from fusedopt.bench import LARGE, SUITES, Case, Result, gpu, render, run_case, save
+from fusedopt.bench import LARGE, SUITES, Case, Result, contenders, gpu, render, run_case, run_suites, save
 from fusedopt.bench.cases import CEILING
 from fusedopt.bench.contenders import OURS
 from fusedopt.bench.timing import Contender, Times, race
@@ -101,18 +103,99 @@ def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu, "clock", lambda: HOST)
 
 
-@pytest.mark.parametrize("label", ["Adam f32, 2K", "RMSprop f32", "SGD f32", "Lion f32", "split8"])
-def test_a_case_runs_with_the_cpu_in_a_gpus_place(on_the_cpu: None, label: str, tmp_path: Path) -> None:
+LABELS = (
+    "Adam f32, 2K", "RMSprop f32", "SGD f32", "Lion f32", "split8", "Adam bf16, 512", "EMA",
+    "gradients replaced, 1,000", "misaligned gradients, 512", "graph replay, 1,000",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("label", LABELS)
+def test_a_case_runs_with_the_cpu_in_a_gpus_place(
+    on_the_cpu: None, label: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     case = next(c for c in SUITES["gpu"](64) if c.label.startswith(label) or label in c.label)
+    steps: list[Callable[[], object]] = []
+    if case.graph:  # there are none on the CPU, and no capturable steps
+
+        def captured(step: Callable[[], object]) -> Callable[[], object]:
+            steps.append(step)
+            return step
+
+        monkeypatch.setattr(gpu, "captured", captured)
+        case = dataclasses.replace(case, options={})
     result = run_case(case, "gpu", rounds=2)
     ran = {OURS} | ({CEILING} & set(case.against)) | {n for n in gpu.TORCH if n in case.against}
     ran -= set(gpu.TORCH) if case.rule == "Lion" else {"fused"} if case.rule == "RMSprop" else set()
     assert ran <= set(result.times)
+    assert len(steps) == (len(ran) if case.graph else 0)
     text = render([result])
     assert case.label in text
-    assert "copy_" in text
+    assert "copy_" in text or CEILING not in case.against
     save([result], tmp_path / "gpu.json")
     assert json.loads((tmp_path / "gpu.json").read_text())["results"][0]["case"] == case.label
+
+
+def test_misaligned_gradients_are_those_of_the_aligned_case() -> None:
+    import torch
+
+    grads = [torch.arange(6.0).view(2, 3), torch.tensor([7.0, 8.0]), torch.arange(4.0)]
+    found = contenders._bucket(grads)
+    for a, b in zip(found, grads, strict=True):
+        assert torch.equal(a, b)
+        assert a.data_ptr() % 16 != 0
+    assert len({a.untyped_storage().data_ptr() for a in found}) == 1
+
+
+def test_a_case_is_found_by_its_whole_name() -> None:
+    names = [case.label for case in SUITES["short"](64)]
+    assert "Adam" in names
+    assert "NAdam" in names
+    for name in ("Adam", "adam"):
+        found = [r.case.label for r in run_suites(["short"], 64, only=name, rounds=1, progress=False)]
+        assert found == (["Adam"] if name == "Adam" else [n for n in names if "adam" in n.lower()])
+
+
+def test_each_case_has_a_process_and_is_written_when_it_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A case that fails, or does not end, is named and does not end the run."""
+    to = tmp_path / "results" / "gpu.json"
+    seen: list[int] = []
+
+    def run(command: list[str], *, check: bool, timeout: float) -> None:
+        label = command[command.index("--case") + 1]
+        seen.append(len(json.loads(to.read_text())["results"]) if to.exists() else -1)
+        assert command[-2:] == ["--seconds", "1"]
+        assert timeout > 60
+        if label == "broken":
+            raise subprocess.CalledProcessError(1, command)
+        if label == "endless":
+            raise subprocess.TimeoutExpired(command, timeout)
+        written = {"machine": {"gpu": "a GPU"}, "results": [{"case": label}]}
+        Path(command[command.index("--json") + 1]).write_text(json.dumps(written))
+
+    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setattr(gpu, "missing", lambda: "")
+    monkeypatch.setattr(gpu, "labels", lambda: ["first", "broken", "endless", "last", "other"])
+    assert gpu.main(["--json", str(to), "--case", "s", "--seconds", "1"]) == 1
+    assert seen == [-1, 1, 1]
+    data = json.loads(to.read_text())
+    assert [r["case"] for r in data["results"]] == ["first", "last"]
+    assert data["machine"] == {"gpu": "a GPU"}
+    assert set(data["failed"]) == {"endless"}
+    assert gpu.main(["--json", str(to), "--case", "broken", "--seconds", "1"]) == 1
+    assert gpu.main(["--json", str(to), "--case", "last", "--seconds", "1"]) == 0
+    assert gpu.main(["--json", str(to), "--case", "nothing has this name", "--seconds", "1"]) == 1
+    assert list(to.parent.iterdir()) == [to]
+
+
+def test_the_cases_are_listed_by_a_process_of_its_own() -> None:
+    assert gpu.labels(1024) == [case.label for case in SUITES["gpu"](1024)]
+
+
+def test_a_peer_that_is_missing_is_not_measured_rather_than_missed() -> None:
+    case = Case("AdamW", ("FlashOptim",), rule="AdamW", shapes=((8,),), kind="gpu", bars={"FlashOptim": 1.3})
+    text = render([Result("gpu", case, {OURS: Times(1, [1e-3] * 5)})])
+    assert "not measured" in text
+    assert "missed" not in text
 
 
 def test_ours_may_not_be_torchs_own_step(on_the_cpu: None, monkeypatch: pytest.MonkeyPatch) -> None:

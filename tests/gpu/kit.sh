@@ -3,7 +3,7 @@
 # that the tests import, tests and scripts. To use a kit takes the torch and NumPy that PYTHON has, and no network.
 #   kit.sh kit FOLDER                 makes one for the version of PYTHON and the GPUs of CUDAARCHS; needs nvcc, no GPU
 #   kit.sh test FOLDER [arguments]    of pytest, which stops at the first failure unless told otherwise
-#   kit.sh bench FOLDER [arguments]   of fusedopt bench
+#   kit.sh bench FOLDER --json FILE [--case TEXT] [arguments of fusedopt bench]    each case in a process of its own
 set -eu
 verb=$1 kit=$2
 shift 2
@@ -52,7 +52,10 @@ case $verb in
     ;;
   bench)
     install
-    PYTHONPATH=$(cd "$kit" && pwd)/site "$PYTHON" -m fusedopt bench --suite gpu "$@"
+    PYTHONPATH=$(cd "$kit" && pwd)/site "$PYTHON" -c '
+import sys
+from fusedopt.bench.gpu import main
+sys.exit(main())' "$@"
     ;;
   *) echo "kit.sh: kit, test or bench, not '$verb'" >&2 && exit 2 ;;
 esac

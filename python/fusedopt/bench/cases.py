@@ -40,6 +40,8 @@ class Case:
     model: str = ""  # of a training or estimators case
     grouped: bool = False  # one parameter group per tensor
     fresh: bool = False  # gradients are replaced before every step, untimed
+    misaligned: bool = False  # gradients are views of one buffer, from its second element on
+    graph: bool = False  # the step is captured in a CUDA graph, whose replays are timed
     ours: Mapping[str, Any] = field(default_factory=dict)  # options of fusedopt alone
     max_grad_norm: float | None = None  # clip to this global norm; torch's side calls clip_grad_norm_
     bars: Mapping[str, float] = field(default_factory=dict)  # contender (or ceiling) -> minimum ratio (or share)

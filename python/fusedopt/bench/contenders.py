@@ -130,6 +130,15 @@ def _data(case: Case) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     return normal(1.0, _dtype(case.format.param)), normal(1e-2, _dtype(case.format.grad))
 
 
+def _bucket(grads: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Copies of the gradients in one buffer, from its second element on, so that they need not be aligned."""
+    import torch
+
+    buffer = torch.empty(1 + sum(g.numel() for g in grads), dtype=grads[0].dtype, device=grads[0].device)
+    parts = buffer[1:].split([g.numel() for g in grads])
+    return [part.view(g.shape).copy_(g) for part, g in zip(parts, grads, strict=True)]
+
+
 def _works(contender: Contender, name: str) -> bool:
     """Calls the step once, to find out before timing whether it exists on a GPU. Ours must not fall back to torch's."""
     from fusedopt.torch import FallbackWarning
@@ -170,11 +179,15 @@ def _torch(case: Case) -> Builder:
         mixed = case.format.grad != case.format.param
         theirs = mixed and name != OURS  # torch requires the parameter's dtype: its time includes the cast
         grads = [torch.zeros_like(g) if denormal else g.clone() for g in base_grads]  # zeros keep a moment denormal
+        if case.misaligned:
+            grads = _bucket(grads)
         for p, g in zip(params, grads, strict=True):
             if mixed and not theirs:
                 p.grad_dtype = None  # torch >= 2.9: any type may be assigned
             p.grad = torch.empty_like(p) if theirs else g
-        if name == COMPILED:
+        if case.graph:
+            contender = Contender(gpu.captured(step))
+        elif name == COMPILED:
             contender = _compiled(step)
         elif theirs:
             wide = [p.grad for p in params]

@@ -1,17 +1,23 @@
 """The suite ``gpu``: cases, clock, and a description of the GPU. torch is imported on first use; no timing here.
 
 The cases can be listed on any machine. They run if torch finds a GPU and fusedopt was built with CUDA.
+``main`` runs each case in a process of its own and rewrites the results' file after each: ``make bench-gpu``.
 """
 
 from __future__ import annotations
 
+import argparse
 import gc
 import importlib.util
+import json
 import subprocess
-from collections.abc import Iterable
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
-from fusedopt.bench.cases import CEILING, FUSED_F32, Case, rows
+from fusedopt.bench.cases import CEILING, FUSED_F32, FUSED_LERP, LARGE, Case, rows
 from fusedopt.bench.shapes import MANY, Format, Shapes, count, gpt2, human, llama, resnet50
 from fusedopt.bench.timing import Clock
 
@@ -42,7 +48,7 @@ def cases(large: int) -> list[Case]:
     def case(label: str, tensors: Shapes, against: tuple[str, ...], **rest: Any) -> Case:
         return Case(label, against, shapes=tensors, kind="gpu", **rest)
 
-    bf16 = Format("bf16", "bf16", "int8")
+    bf16, int8 = Format("bf16", "bf16", "bf16"), Format("bf16", "bf16", "int8")
     eight_bit = ("FlashOptim", "bitsandbytes 8-bit", "torchao 8-bit", FUSED_F32, CEILING)
     return [
         case(f"Adam f32, {human(one)}", ((one,),), alone, bars={CEILING: 0.92, "fused": 1.0}),
@@ -56,9 +62,23 @@ def cases(large: int) -> list[Case]:
         case("Adam f32, ResNet-50", resnet50(), (*beside, CEILING)),
         case("Adam f32, GPT-2 small", gpt2(), (*beside, CEILING)),
         *[case("Adam f32, Llama 1B", network, (*TORCH, CEILING))] * (fitting(count(network), ()) == count(network)),
+        case(f"Adam bf16, {human(each)}", ((each,),), (*TORCH, CEILING), format=bf16),
         case(
-            f"AdamW bf16 + split8 + int8 states, {human(each)}", ((each,),), eight_bit, rule="AdamW", format=bf16,
+            f"AdamW bf16 + split8 + int8 states, {human(each)}", ((each,),), eight_bit, rule="AdamW", format=int8,
             ours={"master": "split8"}, bars={"FlashOptim": 1.3, "bitsandbytes 8-bit": 3.0},
+        ),
+        case(
+            f"AdamW f32 + EMA of the weights, {human(each)}", ((each,),), (FUSED_LERP, CEILING), rule="AdamW",
+            ours={"ema_decay": 0.999},
+        ),
+        case("Adam f32, gradients replaced, 1,000 of 64", MANY, TORCH, fresh=True),
+        case("Adam f32, clipping, GPT-2 small", gpt2(), TORCH, max_grad_norm=1.0),
+        case("Adam f32, clipping, gradients replaced, GPT-2 small", gpt2(), TORCH, max_grad_norm=1.0, fresh=True),
+        case("Adam f32, misaligned gradients, GPT-2 small", gpt2(), (*TORCH, CEILING), misaligned=True),
+        case(f"Adam bf16, misaligned gradients, {human(each)}", ((each,),), TORCH, format=bf16, misaligned=True),
+        *(
+            case(f"Adam f32, graph replay, {label}", tensors, TORCH, options={"capturable": True}, graph=True)
+            for label, tensors in (("1,000 of 64", MANY), ("GPT-2 small", gpt2()))
         ),
     ]  # fmt: skip
 
@@ -100,6 +120,22 @@ def clock() -> Clock:
     return events(torch.cuda)
 
 
+def captured(step: Callable[[], object]) -> Callable[[], object]:
+    """A replay of the step, captured in a CUDA graph after a few steps outside it."""
+    import torch
+
+    here, aside = torch.cuda.current_stream(), torch.cuda.Stream()
+    aside.wait_stream(here)
+    with torch.cuda.stream(aside):
+        for _ in range(3):
+            step()
+    here.wait_stream(aside)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay
+
+
 def let_go() -> None:
     """Releases unused memory, also torch's cache, to the device."""
     import torch
@@ -132,3 +168,48 @@ def _driver() -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return answer.split("\n", 1)[0].strip() or None
+
+
+def labels(large: int = LARGE) -> list[str]:
+    """Labels of the cases on this machine, from a process that leaves nothing on the GPU."""
+    listing = f"import json; from fusedopt.bench.gpu import cases; print(json.dumps([str(c) for c in cases({large})]))"
+    found = subprocess.run([sys.executable, "-c", listing], stdout=subprocess.PIPE, text=True, check=True).stdout
+    return [str(label) for label in json.loads(found.splitlines()[-1])]
+
+
+def each(wanted: Sequence[str], to: Path, *options: str, limit: float = 300.0) -> dict[str, str]:
+    """Runs every case in a process of its own. The file is rewritten after each; returns what went wrong, by case."""
+    to.parent.mkdir(parents=True, exist_ok=True)
+    data: dict[str, Any] = {"machine": None, "results": [], "failed": {}}
+    for label in wanted:
+        with tempfile.TemporaryDirectory() as folder:
+            result = Path(folder) / "result.json"
+            command = [sys.executable, "-m", "fusedopt", "bench", "--suite", "gpu", "--case", label, "--quiet"]
+            try:
+                subprocess.run([*command, "--json", str(result), *options], check=True, timeout=limit)
+                one = json.loads(result.read_text())
+            except (subprocess.SubprocessError, OSError) as error:
+                data["failed"][label] = str(error)
+            else:
+                data["machine"] = one["machine"]
+                data["results"] += one["results"]
+        partial = to.with_name(to.name + ".part")
+        partial.write_text(json.dumps(data, indent=1) + "\n")
+        partial.replace(to)
+    return dict(data["failed"])
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Other options are those of ``fusedopt bench``."""
+    parser = argparse.ArgumentParser(prog="bench-gpu", allow_abbrev=False)
+    parser.add_argument("--json", type=Path, required=True, metavar="FILE", help="rewritten after each case")
+    parser.add_argument("--case", default="", metavar="TEXT", help="only the cases whose name has this text in it")
+    args, options = parser.parse_known_args(argv)
+    if why := missing():
+        print(f"skipped gpu: {why}", file=sys.stderr)
+        return 2
+    wanted = [label for label in labels() if args.case.lower() in label.lower()]
+    failed = each(wanted, args.json, *options)
+    for label, why in failed.items():
+        print(f"{label}: {why}", file=sys.stderr)
+    return 0 if wanted and not failed else 1

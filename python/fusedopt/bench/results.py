@@ -163,8 +163,12 @@ def run_suites(
     progress: bool = True,
     **how: Any,
 ) -> list[Result]:
-    """Runs suites, or only their cases whose names contain ``only``; shows a progress bar if tqdm is installed."""
+    """Runs suites, or only the case named ``only``, or if there is none the cases whose names contain it.
+
+    Shows a progress bar if tqdm is installed.
+    """
     todo = [(name, case) for name in names for case in SUITES[name](large) if only.lower() in case.label.lower()]
+    todo = [(name, case) for name, case in todo if case.label == only] or todo
     results: list[Result] = []
     with _bar(len(todo), progress and bool(todo)) as bar:
         for suite, case in todo:

@@ -101,7 +101,7 @@ def _bars(results: Sequence[Result]) -> str:
     for r in results:
         for bar in r.bars:
             what = f"share of {ceiling_name(r.case)} (GB/s)" if bar.against == CEILING else f"{bar.against} / ours"
-            verdict = "ok" if bar.ok else "missed"
+            verdict = "ok" if bar.ok else "missed" if bar.measured is not None else "-"
             lines.append([r.case.label, what, f"{bar.least:.2f}", str(bar), verdict, duration(r.seconds())])
     return _grid(["case", "", "at least", "measured", "", "ours"], lines)
 
