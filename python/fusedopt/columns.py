@@ -170,8 +170,10 @@ def texts(values: pd.Series, missing: frozenset[str] = MISSING) -> pd.Series:
         whole = values.dropna() % 1 == 0
         if whole.all():
             values = values.astype("Int64")
-    known = values.astype("string").str.strip()
-    return known.mask(known.str.lower().isin(missing))
+    codes, distinct = pd.factorize(values)  # the work is done once for each different text
+    known = pd.Series(distinct).astype("string").str.strip()
+    known = known.mask(known.str.lower().isin(missing))
+    return pd.Series(known.array.take(codes, allow_fill=True), index=values.index, name=values.name)
 
 
 def number_style(distinct: pd.Series) -> str:

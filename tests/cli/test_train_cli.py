@@ -1,10 +1,12 @@
 """``fusedopt train`` and ``fusedopt compare``: from arguments to the files they write."""
 
 import csv
+import io
 import json
 import re
 import subprocess
 import sys
+import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -645,3 +647,54 @@ def test_the_score_is_that_of_a_pipeline_by_hand(tmp_path: Path, source: str) ->
             warnings.simplefilter("ignore", ConvergenceWarning)
             theirs.append(by_hand(x, y, seed, prepare, model))
     assert np.mean(ours) > np.mean(theirs) - max(np.std(theirs), 0.005), (ours, theirs)
+
+
+# ---- progress
+
+
+def test_what_takes_more_than_two_seconds_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def slow(*args: Any, **kwargs: Any) -> Any:
+        time.sleep(2.3)
+        return load(*args, **kwargs)
+
+    monkeypatch.setattr(train_cli, "load", slow)
+    assert run("train", "--data", "iris", "--epochs", 1, "--output", tmp_path / "out") == 0
+    said = capsys.readouterr().err
+    assert "fusedopt train: reading ..." in said
+    assert run("train", "--data", "iris", "--epochs", 1, "--output", tmp_path / "quiet", "--quiet") == 0
+    assert capsys.readouterr().err == ""
+
+
+def test_reading_a_large_file_shows_a_bar(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    read_csv = pd.read_csv
+
+    def slow(file: Any, **options: Any) -> Any:
+        begin = file.read(100)
+        time.sleep(2.2)
+        return read_csv(io.BytesIO(begin + file.read()), **options)
+
+    (tmp_path / "x.csv").write_text("a,y\n" + "".join(f"{i},{i / 7}\n" for i in range(100)))
+    monkeypatch.setattr(pd, "read_csv", slow)
+    assert len(load(tmp_path / "x.csv", progress=True).y) == 100
+    assert "reading x.csv" in capsys.readouterr().err
+    load(tmp_path / "x.csv")
+    assert capsys.readouterr().err == ""
+
+
+def test_compare_shows_how_many_fits_are_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fit = train_cli._fit
+
+    def slow(*args: Any) -> Any:
+        time.sleep(1.2)
+        return fit(*args)
+
+    monkeypatch.setattr(train_cli, "_fit", slow)
+    command = ["compare", "--data", "iris", "--epochs", 1, "--lrs", 0.1, 0.01, "--optimizers", "adam", "sgd"]
+    assert run(*command, "--output", tmp_path / "out") == 0
+    assert "/4 [" in capsys.readouterr().err
