@@ -167,7 +167,6 @@ class Trainer:
         self._restore = patience is not None if restore_best is None else restore_best
         self._checkpoint, self._loggers, self._callbacks = checkpoint, loggers(log), list(callbacks)
         self._progress = progress
-        self._wrote = False  # whether the file at _checkpoint is ours
         self.epoch = self.step = self._batch = self._bad = 0
         self.rows: list[dict[str, float]] = []
         self.best: dict[str, Any] = {}
@@ -475,13 +474,12 @@ class Trainer:
             value |= {"optimizer_class": type(self.optimizer).__name__}
             value |= {"format": "fusedopt.Trainer 1", "scaler": self._scaler.state_dict(), "place": place, "own": own}
             write_checkpoint(value, self._checkpoint)
-        self._wrote = True
         if processes()[1] > 1:
             distributed.barrier()
 
     def _refuse_overwriting(self) -> None:
         """A checkpoint that another training has written is not replaced without a word."""
-        if self._checkpoint is None or self._wrote:
+        if self._checkpoint is None or self.step:  # after a first step the file is this training's own
             return
         path = Path(self._checkpoint)
         exists = gathered(path.exists() or previous(path).exists())[0]
@@ -506,7 +504,6 @@ class Trainer:
             raise value
         if value is None:
             return
-        self._wrote = True
         if len(value["own"]) != world:
             raise ValueError(f"checkpoint: written by {len(value['own'])} processes; this is one of {world}")
         for name in ("schedule", "ema"):
