@@ -118,8 +118,6 @@ class Trainer:
         50
     """
 
-    _wrote = True  # of a trainer pickled by version 0.1.0, which had no such attribute
-
     def __init__(
         self,
         model: nn.Module,
