@@ -135,8 +135,11 @@ def _bucket(grads: list[torch.Tensor]) -> list[torch.Tensor]:
     import torch
 
     buffer = torch.empty(1 + sum(g.numel() for g in grads), dtype=grads[0].dtype, device=grads[0].device)
-    parts = buffer[1:].split([g.numel() for g in grads])
-    return [part.view(g.shape).copy_(g) for part, g in zip(parts, grads, strict=True)]
+    parts, begin = [], 1
+    for g in grads:
+        parts.append(buffer[begin : begin + g.numel()].view(g.shape).copy_(g))
+        begin += g.numel()
+    return parts
 
 
 def _works(contender: Contender, name: str) -> bool:

@@ -124,7 +124,7 @@ def captured(step: Callable[[], object]) -> Callable[[], object]:
     """A replay of the step, captured in a CUDA graph after a few steps outside it."""
     import torch
 
-    here, aside = torch.cuda.current_stream(), torch.cuda.Stream()
+    here, aside = torch.cuda.current_stream(), torch.cuda.Stream()  # type: ignore[no-untyped-call]
     aside.wait_stream(here)
     with torch.cuda.stream(aside):
         for _ in range(3):
