@@ -384,7 +384,9 @@ constexpr int blocks_wanted() {
   constexpr int bytes = int(sizeof(typename U::P::Stored) + sizeof(typename U::G::Stored)) +
                         U::N * int(sizeof(typename U::S::Stored)) + Packed::kept * int(sizeof(typename U::Residual));
   constexpr int words = Packed::width * bytes / 4 + Packed::width * U::N;
-  return U::quantised || Packed::wide ? 3 : words <= 24 ? 5 : words <= 32 ? 4 : words <= 48 ? 3 : 2;
+  if (U::quantised || Packed::wide) return 3;
+  if (Packed::width > 4) return words <= 24 ? 4 : words <= 32 ? 3 : 2;  // conversions need registers of their own
+  return words <= 24 ? 5 : words <= 32 ? 4 : words <= 48 ? 3 : 2;
 }
 
 template <class U, bool plain>
