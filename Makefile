@@ -59,8 +59,8 @@ format: $(VENV)/.dev ## what of lint can be put right by machine
 stubs: $(VENV)/.dev ## write the type stubs from the rules
 	$(PY) python/make_stubs.py
 
-sanitize: ## the core under the address, undefined-behaviour and thread sanitizers
-	sh tests/sanitize/run.sh
+sanitize: $(VENV)/.test ## the core under the address, undefined-behaviour and thread sanitizers; the torch front end under the first two
+	PYTHON=$(PY) sh tests/sanitize/run.sh
 
 cuda: $(VENV)/.dev ## compile the CUDA library and read its code; needs nvcc, no GPU
 	$(PY) bench/ptx.py $(ARGS)

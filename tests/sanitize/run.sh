@@ -1,7 +1,7 @@
 #!/bin/sh
 # Builds the core with main.cpp under the address and undefined-behaviour sanitizers, then under the thread sanitizer,
-# and runs both; needs g++ or clang++ (CXX). Where PYTHON has torch and pybind11, it also builds the extension module
-# under the first two and runs the fuzzer of the torch front end with it.
+# and runs both; needs g++ or clang++ (CXX). With PYTHON, which must have torch and pybind11, it also builds the extension
+# module under the first two and runs the fuzzer of the torch front end with it.
 # Flags that decide results are those of CMakeLists.txt. One instruction set: at -O1 no loop is vectorised, and the others
 # would only be compiled again. For races it does not matter how an element is stored: a few formats stand for all. The
 # bindings are not optimised, so that nothing they read is optimised away.
@@ -11,7 +11,10 @@ root="$here/../.."
 cpp="$root/cpp"
 build="${1:-$root/build/sanitize}"
 CXX="${CXX:-c++}"
-PYTHON="${PYTHON:-python3}"
+PYTHON="${PYTHON:-}"
+case "$PYTHON" in
+  */*) PYTHON=$(cd "$(dirname "$PYTHON")" && pwd)/$(basename "$PYTHON") ;; # from here: the compiler is run elsewhere
+esac
 common="-std=c++17 -g1 -fno-omit-frame-pointer -ffp-contract=off -fno-math-errno -Wall -Wextra -pthread -I$cpp"
 common="$common -fno-sanitize-recover=all -DFUSEDOPT_ISA=baseline -DFUSEDOPT_VERSION=\"sanitized\""
 core="cpu/cpu cpu/dispatch network/kernels network/network step/step step/host step/device step/tensor step/threads"
@@ -52,11 +55,12 @@ for name in memory races; do
   run "$name" "$build/$name/main"
 done
 
-if ! includes=$("$PYTHON" -c 'import pybind11, sysconfig, torch
-print("-isystem", pybind11.get_include(), "-isystem", sysconfig.get_path("include"))'); then
-  echo "== no torch or pybind11 in $PYTHON: the torch front end is not run"
+if [ -z "$PYTHON" ]; then
+  echo "== no PYTHON given: the torch front end is not run"
   exit
 fi
+includes=$("$PYTHON" -c 'import pybind11, sysconfig, torch
+print("-isystem", pybind11.get_include(), "-isystem", sysconfig.get_path("include"))')
 flags="-O0 $memory -fPIC -fvisibility=hidden $includes"
 # shellcheck disable=SC2086
 (compile memory "$flags" $module) &
@@ -68,5 +72,6 @@ objects=$(for unit in $core $module $torch; do object memory "$unit"; done)
 # shellcheck disable=SC2086
 $CXX $memory -shared -pthread $objects -ldl -o "$build/_core.so"
 # libstdc++ with it: the sanitizer looks for the function that throws when it starts.
-run "the torch front end" env LD_PRELOAD="$($CXX -print-file-name=libasan.so) $($CXX -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 \
+preload="$($CXX -print-file-name=libasan.so) $($CXX -print-file-name=libstdc++.so)"
+run "the torch front end" env LD_PRELOAD="$preload" ASAN_OPTIONS=detect_leaks=0 \
   "$PYTHON" "$here/../torch_front/fuzz_torch.py" --core "$build/_core.so" --cases 300
