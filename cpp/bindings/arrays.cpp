@@ -212,16 +212,19 @@ const DLPackExchangeAPI* exchange_api(py::handle type) {
   return api && api->tensor_from_object ? api : nullptr;
 }
 
+const DeviceTable* serving(int32_t device_type, std::string* why) {
+  const DeviceTable* library = device_type == kDLCuda ? device_library(why) : open_device_library();
+  return library && library->device_type == device_type ? library : nullptr;
+}
+
 bool device_of(const DLTensor& t, int* device, std::string* why) {
-  const DeviceTable* library = open_device_library();
   *device = -1;
   if (t.device_type == kDLCudaHost) return true;
-  if (t.device_type == kDLCpu && (!library || library->device_type != kDLCpu)) return true;
-  if (t.device_type == kDLCuda && !library) library = device_library(why);
-  if (library && library->device_type == t.device_type) {
+  if (const DeviceTable* library = serving(t.device_type, why)) {
     *device = library->number ? library->number(static_cast<const char*>(t.data) + t.byte_offset) : t.device_id;
     return true;
   }
+  if (t.device_type == kDLCpu) return true;
   if (why && why->empty())
     *why = "expected an array on the CPU, got DLPack device type " + std::to_string(t.device_type);
   return false;
@@ -231,15 +234,14 @@ void* stream_of(py::handle type, int device, bool* known) {
   *known = true;
   const DeviceTable* library = open_device_library();
   if (!library) return nullptr;
-  const bool simulated = library->device_type == kDLCpu;
-  const DLPackExchangeAPI* api = simulated ? nullptr : exchange_api(type);
+  const DLPackExchangeAPI* api = library->streams ? exchange_api(type) : nullptr;
   void* stream = nullptr;
   if (api && api->current_stream) {
     if (api->current_stream(library->device_type, device, &stream) != 0) throw py::error_already_set();
     return stream;
   }
   const auto module = type.attr("__module__").cast<std::string>();
-  if (module.rfind("torch", 0) == 0 && simulated) return nullptr;
+  if (module.rfind("torch", 0) == 0 && !library->streams) return nullptr;
   if (module.rfind("torch", 0) == 0)
     return reinterpret_cast<void*>(
         py::module_::import("torch.cuda").attr("current_stream")(device).attr("cuda_stream").cast<uintptr_t>());

@@ -105,6 +105,8 @@ struct DLPackExchangeAPI {
 constexpr int32_t kDLCpu = 1, kDLCuda = 2, kDLCudaHost = 3;  // the last: pinned memory of the host
 constexpr uint8_t kDLInt = 0, kDLUInt = 1, kDLFloat = 2, kDLBfloat = 4;
 
+// The device library that serves arrays of this DLPack device type, or nullptr. Host memory alone opens no library.
+const DeviceTable* serving(int32_t device_type, std::string* why = nullptr);
 // The exchange API of a type, or nullptr.
 const DLPackExchangeAPI* exchange_api(py::handle type);
 // Where a tensor lies as View says it; false where it is neither the CPU nor served by a library. `why` says more.

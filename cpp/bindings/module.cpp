@@ -128,13 +128,12 @@ PYBIND11_MODULE(_core, m) {
       "device_refusal",
       [](const std::string& type, int index) {
         std::string why;
-        const DeviceTable* library = type == "cpu" ? open_device_library() : device_library(&why);
-        if (!library || library->device_type != (type == "cpu" ? kDLCpu : kDLCuda))
-          return why.empty() ? std::string("it is not served") : why;
+        if (!serving(type == "cuda" ? kDLCuda : kDLCpu, &why))
+          return why.empty() ? std::string("no device library serves it") : why;
         return index < 0 ? std::string() : device_trouble(index);
       },
       py::arg("type"), py::arg("index") = -1,
-      "Why no kernels serve tensors on 'cuda'; empty where they do. 'cpu': the simulated device.");
+      "Why no device library serves tensors on 'cuda' or 'cpu', and on this device; empty if one does.");
   m.def(
       "device_capturing",
       [](py::handle type, int index) {

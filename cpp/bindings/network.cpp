@@ -10,6 +10,7 @@
 
 #include "bindings/arrays.h"
 #include "bindings/bind.h"
+#include "rules/element.h"
 
 namespace fusedopt {
 namespace {
@@ -207,17 +208,14 @@ void layer_backward(int activation, py::object kept, py::object delta, py::objec
   store(added.data(), columns, b);
 }
 
-// out = x / (1 - probability), or 0 with that probability; the same seed and stream drop the same elements.
-void dropout(py::object x, py::object out, double probability, uint64_t seed, uint64_t stream, int threads) {
+// out = x / (1 - probability), or 0 with that probability; the same seed and sequence drop the same elements.
+void dropout(py::object x, py::object out, double probability, uint64_t seed, uint64_t sequence, int threads) {
   if (!(probability >= 0 && probability < 1))
     throw py::value_error("probability: expected a number in [0, 1), got " + number_text(probability));
   Arrays a;
   const View from = a.take(x, "x", false), to = a.take(out, "out", true, &from);
   if (!from.data || !to.data) throw py::type_error("x, out: expected arrays, got None");
-  uint64_t h = seed + 0x9e3779b97f4a7c15u * (stream + 1);  // splitmix64
-  h = (h ^ (h >> 30)) * 0xbf58476d1ce4e5b9u;
-  h = (h ^ (h >> 27)) * 0x94d049bb133111ebu;
-  h ^= h >> 31;
+  const uint64_t h = mixed(seed, sequence);
   const DropoutKey key{uint32_t(h), uint32_t(h >> 32), uint32_t(probability * 4294967296.0), 1 / (1 - probability)};
   py::gil_scoped_release nogil;
   run_dropout(a.format, from.data, to.data, from.size(), key, threads_or_default(threads));
@@ -299,7 +297,7 @@ void bind_losses(py::module_& m) {
         "out = activation(z + bias).");
   m.def("layer_backward", &layer_backward, "activation"_a, "kept"_a, "delta"_a, "sums"_a, "threads"_a,
         "delta *= the activation's slope; sums = delta's columns.");
-  m.def("dropout", &dropout, "x"_a, "out"_a, "probability"_a, "seed"_a, "stream"_a, "threads"_a,
+  m.def("dropout", &dropout, "x"_a, "out"_a, "probability"_a, "seed"_a, "sequence"_a, "threads"_a,
         "Drops elements, and scales the others up.");
   m.def("batch_norm_forward", &batch_norm_forward, "x"_a, "gain"_a, "shift"_a, "mean"_a, "variance"_a, "rate"_a,
         "normal"_a, "out"_a, "eps"_a, "threads"_a, "Normalises the columns over the rows.");

@@ -345,8 +345,7 @@ class TorchPlan {
   // nothing else runs.
   void look(py::handle state, const py::list& param_groups) {
     if (py::len(param_groups) != groups_.size()) throw Stale();
-    const DeviceTable* library = open_device_library();
-    direct_ = layout_.known() && !(library && library->device_type == kDLCpu);
+    direct_ = layout_.known() && !serving(kDLCpu);
     step_.groups.resize(groups_.size());
     for (size_t g = 0; g < groups_.size(); ++g) {
       if (PyList_GET_ITEM(param_groups.ptr(), py::ssize_t(g)) != groups_[g].options.ptr()) throw Stale();
@@ -550,7 +549,7 @@ class TorchPlan {
   std::vector<py::object> types_;
   const DLPackExchangeAPI* api_;
   const TorchLayout& layout_;
-  bool direct_ = false;  // tensors are read by layout_; not where tensors on the CPU count as a device's
+  bool direct_ = false;  // tensors in host memory are read by layout_, unless a device library serves them
   const PyGetSetDef* getter_ = nullptr;
   std::vector<std::pair<py::object, py::object>> entries_;
   std::vector<TorchGroup> groups_;
@@ -576,8 +575,8 @@ void bind_torch_plan(py::module_& m) {
            py::arg("truths"), py::arg("same"), py::arg("master"), py::arg("noisy"), py::arg("noisy_state"))
       .def("add_param", &TorchPlan::add_param, py::arg("tensor"), py::arg("kind"), py::arg("state") = py::none(),
            py::arg("operands") = py::list(), py::arg("step") = py::none(), py::arg("carry") = py::none(),
-           py::arg("done") = 0, py::arg("rest") = py::none(), py::arg("ema") = py::none(),
-           py::arg("scales") = py::list(), py::arg("stream") = 0)
+           py::arg("done") = 0, py::arg("residual") = py::none(), py::arg("ema") = py::none(),
+           py::arg("scales") = py::list(), py::arg("sequence") = 0)
       .def("finish", &TorchPlan::finish)
       .def("trouble", &TorchPlan::trouble, py::arg("tensor"), py::arg("written"))
       .def("meet", &TorchPlan::meet, py::arg("a"), py::arg("b"))

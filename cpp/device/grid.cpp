@@ -1,5 +1,5 @@
-// Instantiates grid.h for the rules whose number leaves FUSEDOPT_PART when divided by FUSEDOPT_PARTS; part 0 exports
-// the library's one function. Compiled by nvcc into fusedopt's CUDA library, and as C++ into the simulated device's.
+// Instantiates grid.h for the rules with number modulo FUSEDOPT_PARTS equal to FUSEDOPT_PART; part 0 exports the one
+// function of the library. Compiled by nvcc for the CUDA library, and as C++ for the simulated device.
 #ifdef __CUDACC__
 #include "device/runtime_cuda.h"
 #else
@@ -61,7 +61,7 @@ const DeviceKernel* of_this_part() {
 
 }  // namespace
 
-// The kernels of one rule, one for each form; nullptr where another part has them.
+// The kernels of one rule, by form; nullptr if they are in another part.
 const DeviceKernel* FUSEDOPT_CAT(grid_part_, FUSEDOPT_PART)(int rule) {
 #define PART(name, R) \
   if (rule == name##_number) return of_this_part<R, name##_number>();
@@ -99,7 +99,7 @@ int patch(uint64_t* to, const uint64_t* words, int64_t n, void* stream) {
   return error;
 }
 
-// What a captured step may need and the plain ones before it have not launched.
+// Kernels that a captured step may launch and the steps before it have not.
 int ready() {
   int error = load(write_words<kFewWords>);
   if (!error && many_words()) error = load(write_words<kManyWords>);
@@ -114,9 +114,9 @@ int norm(const DeviceTables& t, int64_t rows, int64_t chunks, void* stream) {
   return error ? error : launch(sum_all, 1, kTreeThreads, stream, t, rows);
 }
 
-const DeviceTable device = {kKind, kDeviceType, kOutOfMemory, kernels,     kNumber, enter,
-                            leave, ready,       allocate,     release,     upload,  download,
-                            patch, norm,        capturing,    synchronize, message};
+const DeviceTable device = {kKind,    kDeviceType, kStreams, kOutOfMemory, kernels,     kNumber,
+                            enter,    leave,       ready,    allocate,     release,     upload,
+                            download, patch,       norm,     capturing,    synchronize, message};
 const KernelLibrary library = {FUSEDOPT_VERSION, kDeviceSize, kKind, rules, kRules, forms, kForms, nullptr, &device};
 
 }  // namespace
@@ -135,8 +135,8 @@ const fusedopt::KernelLibrary* fusedopt_kernel_library() {
 }
 #ifndef __CUDACC__
 #define FUSEDOPT_FOR_TESTS extern "C" __attribute__((visibility("default")))
-// While `capturing` launches are kept for fusedopt_replay(); `failing`: nothing can be launched or copied; `full`:
-// there is no memory left.
+// `capturing`: launches are recorded for fusedopt_replay(); `failing`: launches and copies fail; `full`: allocations
+// fail.
 FUSEDOPT_FOR_TESTS void fusedopt_simulate(bool capturing, bool failing, bool full) {
   fusedopt::Simulation& s = fusedopt::simulation();
   if (capturing && !s.capturing) s.launches.clear();
@@ -148,14 +148,14 @@ FUSEDOPT_FOR_TESTS void fusedopt_forget() { fusedopt::simulation() = {}; }
 FUSEDOPT_FOR_TESTS void fusedopt_replay() {
   for (auto& launch : fusedopt::simulation().launches) launch();
 }
-// What has been asked of the device since the last call.
+// The calls of the device since the last call of this function.
 FUSEDOPT_FOR_TESTS const char* fusedopt_log() {
   static std::string last;
   last.clear();
   last.swap(fusedopt::simulation().log);
   return last.c_str();
 }
-// This memory shall lie on another device than 0, or on the host (-1); no bytes: all lies on 0 again.
+// Assigns memory to a device other than 0, or to the host (-1); zero bytes: all memory is on device 0 again.
 FUSEDOPT_FOR_TESTS void fusedopt_place(const char* begin, int64_t bytes, int device) {
   if (bytes == 0) fusedopt::elsewhere().clear();
   fusedopt::elsewhere().push_back({begin, begin + bytes, device});

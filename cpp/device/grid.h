@@ -1,6 +1,6 @@
-// The loop of a device: update.h over chunks of many tensors in one launch. Aligned operands are accessed by 16 bytes,
-// others element by element; what lies beyond a tensor's end counts as zero and is not written. Compiled by nvcc as
-// CUDA, and by any compiler for the simulated device (runtime_*.h say what a block of threads is).
+// The loop of a device: update.h over chunks of many tensors in one launch. Aligned operands are accessed 16 bytes at a
+// time, others element by element; elements beyond the end of a tensor are read as zero and not written. Compiled by
+// nvcc, and by any C++ compiler for the simulated device (runtime_*.h define blocks of threads).
 #pragma once
 #include "device/device.h"
 #include "rules/update.h"
@@ -10,7 +10,7 @@ namespace {
 
 FUSEDOPT_DEVICE bool skipped(const DeviceHead& head) { return head.found_inf && *head.found_inf != 0.0f; }
 
-// What gradients are multiplied by before they are clipped.
+// The factor of gradients before clipping.
 FUSEDOPT_DEVICE double unscaling(const DeviceHead& head) {
   return head.grad_scale ? head.unscale / double(*head.grad_scale) : head.unscale;
 }
@@ -26,7 +26,7 @@ FUSEDOPT_DEVICE void write_number(void* to, bool wide, double x) {
   }
 }
 
-// Where element i of an operand lies.
+// The offset of element i of an operand.
 FUSEDOPT_DEVICE int64_t place(const int64_t* layout, int operand, int64_t i) {
   if (!layout) return i;
   const int64_t dims = *layout;
@@ -40,7 +40,7 @@ FUSEDOPT_DEVICE int64_t place(const int64_t* layout, int operand, int64_t i) {
   return at;
 }
 
-// The row that a chunk belongs to: the last of these that begins there or before, as rows of no elements have no chunk.
+// The row of a chunk: the last one that begins at or before it, since empty rows have no chunk.
 FUSEDOPT_DEVICE int64_t row_of(const int64_t* firsts, int64_t first_row, int64_t rows, int64_t chunk) {
   int64_t low = first_row, high = first_row + rows;
   while (high - low > 1) {
@@ -50,7 +50,7 @@ FUSEDOPT_DEVICE int64_t row_of(const int64_t* firsts, int64_t first_row, int64_t
   return low;
 }
 
-// The largest over so many neighbouring threads.
+// The largest value among `width` neighbouring threads.
 template <int threads>
 FUSEDOPT_DEVICE uint32_t largest_of(uint32_t x) {
   FUSEDOPT_UNROLL
@@ -61,7 +61,7 @@ FUSEDOPT_DEVICE uint32_t largest_of(uint32_t x) {
   return x;
 }
 
-// Before the update, a thread for each row: counts the step and computes its constants.
+// Precedes the update, one thread per row: advances the clock and computes the constants of the step.
 template <class U>
 FUSEDOPT_KERNEL prepare(DeviceTables t, int64_t first, int64_t rows) {
   const int64_t at = block_index() * kThreads + thread_index();
@@ -89,9 +89,9 @@ FUSEDOPT_KERNEL prepare(DeviceTables t, int64_t first, int64_t rows) {
   ready.key = noise_key(group.seed, clock.t, row.sequence);
 }
 
-// How the threads of a block share a chunk. Packed: a thread takes `width` neighbours, in accesses of 16 bytes.
-// Otherwise its elements lie a warp apart, so that the scalar accesses of a warp are coalesced. `plain`: the operands
-// are dense, and neither l1 nor a moving average follows the update.
+// How the threads of a block share a chunk. Packed: a thread updates `width` neighbours, in accesses of 16 bytes.
+// Otherwise the elements of a thread are a warp apart, so that scalar accesses of a warp are coalesced. `plain`: the
+// operands are dense, and neither l1 nor a moving average follows the update.
 template <class U, bool packed, bool plain>
 struct Grid {
   using W = typename U::W;
@@ -105,10 +105,10 @@ struct Grid {
   static constexpr bool wide = sizeof(T) == 8;
   static constexpr bool narrow =
       sizeof(typename P::Stored) < 4 || sizeof(typename G::Stored) < 4 || sizeof(typename S::Stored) < 4;
-  // Scalar accesses to a block of codes: two of each thread of a warp, which share its scale.
+  // Scalar accesses to a block of codes: each thread of a warp has two elements, and the warp shares the scale.
   static constexpr int width = !packed ? (U::blocked ? kBlock / kWarp : 1) : wide ? 2 : U::blocked || narrow ? 8 : 4;
   static constexpr int stride = packed ? 1 : kWarp, stretch = kThreads * width, sharing = kBlock / width;
-  // A stretch of packed accesses ends at a multiple of this.
+  // A range of packed accesses ends at a multiple of this.
   static constexpr uint32_t whole = U::blocked ? kBlock : width;
   template <class Stored>
   struct alignas(sizeof(Stored) * width < 16 ? sizeof(Stored) * width : 16) Pack {
@@ -117,11 +117,11 @@ struct Grid {
   static constexpr bool kept = W::master != kNoMaster, any_layout = !packed && !plain;
   static constexpr int residual_operand = 2 + N, ema_operand = residual_operand + kept, operands = ema_operand + 1;
 
-  // A thread's elements: i, i + stride, ..., counted from the chunk's beginning.
+  // The elements of a thread: i, i + stride, ..., counted from the start of the chunk.
   struct Place {
-    int64_t begin, base;  // of the chunk: its first element, and where that lies
+    int64_t begin, base;  // the chunk's first element, and its offset
     uint32_t i, end;
-    int64_t at[any_layout ? operands : 1][width];  // where the elements of each operand lie
+    int64_t at[any_layout ? operands : 1][width];  // offsets of each operand's elements
 
     FUSEDOPT_DEVICE Place(const int64_t* layout, int n_operands, int64_t begin_, uint32_t i_, uint32_t end_)
         : begin(begin_), base(any_layout && layout ? 0 : begin_), i(i_), end(end_) {
@@ -213,7 +213,7 @@ struct Grid {
     }
   }
 
-  // A thread's share of a block: numbers, and where the form rounds stochastically, random bits.
+  // A thread's elements of a block as numbers, and random bits if the form rounds stochastically.
   struct Block {
     int64_t number;
     int first;  // the thread's first element in it
@@ -222,7 +222,7 @@ struct Grid {
     uint32_t random[width];
   };
 
-  // Threads that share a random number compute some of them each and tell the others.
+  // Threads that share random numbers compute some of them each and exchange them.
   static FUSEDOPT_DEVICE void draw(uint32_t key, Block& b) {
     if constexpr (packed && U::quantised) {
       constexpr int own = width / U::parts, apart = sharing / U::parts;
@@ -275,7 +275,7 @@ struct Grid {
     }
   }
 
-  // The largest magnitude of a state in its block. Fast: a second moment below zero makes it unusual.
+  // The largest magnitude of a state in its block. Fast: a negative second moment gives no normal scale.
   template <class C, bool fast>
   static FUSEDOPT_DEVICE float largest(const T* s) {
     uint32_t top = 0;
@@ -298,7 +298,7 @@ struct Grid {
       if constexpr (U::quantised) {
         using C = typename U::template CodeOf<J>;
         float size = packed ? largest<C, true>(b.s[J]) : 0.0f;
-        if (packed && all_of_warp(usual(size))) {
+        if (packed && all_of_warp(normal_scale(size))) {
           encode_as<C, packed>(b.s[J], b.random, size, e.state[J].x);
         } else {
           size = largest<C, false>(b.s[J]);
@@ -314,7 +314,7 @@ struct Grid {
     }
   }
 
-  // Writes the weights, and what follows the update of them.
+  // Stores the weights, then applies l1 and the moving average.
   static FUSEDOPT_DEVICE void finish(const DeviceRow& row, const Place& at, uint32_t key, T shrink, T weight,
                                      Elements& e) {
     if (!plain && shrink != T(0)) {
@@ -337,7 +337,7 @@ struct Grid {
     }
   }
 
-  // Elements [first, end) of the chunk that begins at this one.
+  // Updates the elements [first, end) of the chunk that begins here.
   static FUSEDOPT_DEVICE void run(const DeviceRow& described, const Ready& ready, const DeviceReady& own,
                                   const void* const& grad, const int64_t* layout, int64_t begin, uint32_t first,
                                   uint32_t end) {
@@ -346,7 +346,7 @@ struct Grid {
     const uint32_t mine = packed ? thread * width : thread / kWarp * (kWarp * width) + thread % kWarp;
     FUSEDOPT_ROLLED
     for (uint32_t base = first; base < end; base += stretch) {
-      const DeviceRow row = described;  // read again: its pointers would take the registers of the elements
+      const DeviceRow row = described;  // read again: keeping its pointers would cost registers
       const Place at(layout, row.ema ? operands : operands - 1, begin, base + mine, end);
       if (!U::quantised && !at.inside(0)) break;
       Elements e{};
@@ -364,7 +364,7 @@ struct Grid {
         if (P::noisy) draw(key, b);
         update(ready, e, b);
         finish(row, at, key, shrink, weight, e);
-        if (S::noisy && !P::noisy) draw(key, b);  // not before: random bits take registers, too
+        if (S::noisy && !P::noisy) draw(key, b);  // not earlier: random bits occupy registers
         encode(b, described.scale, e);
       } else {
         flat(ready, key, at, e);
@@ -376,8 +376,8 @@ struct Grid {
   }
 };
 
-// How many blocks a multiprocessor shall hold: as many as leave each thread enough registers for its operands as
-// stored, its states as numbers, and the arithmetic. `make cuda` fails where registers are spilled.
+// The number of resident blocks per multiprocessor to aim for: as many as leave each thread enough registers for its
+// stored operands, its states as numbers, and the arithmetic. `make cuda` fails if registers are spilled.
 template <class U>
 constexpr int blocks_wanted() {
   using Packed = Grid<U, true, true>;
@@ -385,7 +385,7 @@ constexpr int blocks_wanted() {
                         U::N * int(sizeof(typename U::S::Stored)) + Packed::kept * int(sizeof(typename U::Residual));
   constexpr int words = Packed::width * bytes / 4 + Packed::width * U::N;
   if (U::quantised || Packed::wide) return 3;
-  if (Packed::width > 4) return words <= 24 ? 4 : words <= 32 ? 3 : 2;  // conversions need registers of their own
+  if (Packed::width > 4) return words <= 24 ? 4 : words <= 32 ? 3 : 2;  // conversions need further registers
   return words <= 24 ? 5 : words <= 32 ? 4 : words <= 48 ? 3 : 2;
 }
 
@@ -418,7 +418,7 @@ update_plain(DeviceTables t, int64_t first_row, int64_t rows, int64_t first_chun
   update_chunk<U, true>(t, first_row, rows, first_chunk);
 }
 
-// --- the norm: the CPU's leaves (square_sum in sweep.h), then its tree, filled up with zeros to a power of 2 ---
+// --- the norm: the CPU's leaves (square_sum in sweep.h) and its tree, padded with zeros to a power of 2 ---
 
 constexpr int kLanes = 16, kLeaves = int(kChunk / kNormBlock), kNormThreads = kLanes * kLeaves, kTreeThreads = 1024;
 
@@ -433,7 +433,7 @@ FUSEDOPT_DEVICE double lane_sum(const void* grad, const int64_t* layout, int64_t
   return sum;
 }
 
-// x[first .. first + n) becomes x[first]; n is a power of 2. For all threads of a block.
+// Sums x[first .. first + n) into x[first]; n is a power of 2. Called by all threads of a block.
 FUSEDOPT_DEVICE void pair_up(double* x, int n, int thread, bool halves) {
   for (int width = n / 2; width > 0; width /= 2) {
     block_barrier();
@@ -474,7 +474,7 @@ FUSEDOPT_KERNEL sum_chunks(DeviceTables t, int64_t rows) {
   if (thread == 0) t.chunk_sums[block_index()] = leaves[0];
 }
 
-// A block for each row. Rounds of kTreeThreads chunks give one number each, kept where the round began.
+// One block per row. Each round of kTreeThreads chunks gives one number, stored where the round began.
 FUSEDOPT_BIG_KERNEL(kTreeThreads) sum_rows(DeviceTables t) {
   FUSEDOPT_SHARED double some[kTreeThreads];
   const DeviceRow& row = t.rows[block_index()];
@@ -493,7 +493,7 @@ FUSEDOPT_BIG_KERNEL(kTreeThreads) sum_rows(DeviceTables t) {
   if (thread == 0) t.row_sums[row.place] = row.n > 0 ? x[0] : 0.0;
 }
 
-// One block: rows one after the other.
+// One block, which sums the rows one after the other.
 FUSEDOPT_BIG_KERNEL(kTreeThreads) sum_all(DeviceTables t, int64_t rows) {
   FUSEDOPT_SHARED double some[kTreeThreads];
   const int thread = thread_index();

@@ -1,6 +1,6 @@
-// What grid.h needs of a device, and the functions of DeviceLibrary that have no kernel in them: CUDA's.
+// CUDA's runtime: what grid.h needs of a device, and the functions of DeviceTable that launch no kernel.
 #pragma once
-#include <cuda.h>  // types alone: the driver's functions are found at run time
+#include <cuda.h>  // for types; the driver's functions are looked up at run time
 #include <cuda_runtime.h>
 
 #include <map>
@@ -8,8 +8,9 @@
 
 #define FUSEDOPT_DEVICE __device__ inline
 #define FUSEDOPT_KERNEL __global__ void
-#define FUSEDOPT_BIG_KERNEL(threads) __global__ void __launch_bounds__(threads)  // of so many that registers run short
-// At least so many blocks of kThreads fit on a multiprocessor, which bounds the registers.
+#define FUSEDOPT_BIG_KERNEL(threads) \
+  __global__ void __launch_bounds__(threads)  // so many threads that registers are scarce
+// At least `blocks` blocks of kThreads fit on a multiprocessor, which bounds the registers.
 #define FUSEDOPT_UPDATE_KERNEL(blocks) __global__ void __launch_bounds__(kThreads, blocks)
 #define FUSEDOPT_SHARED __shared__
 #define FUSEDOPT_ROLLED _Pragma("unroll 1")
@@ -24,13 +25,13 @@ FUSEDOPT_DEVICE int64_t block_index() { return blockIdx.x; }
 FUSEDOPT_DEVICE int thread_index() { return int(threadIdx.x); }
 FUSEDOPT_DEVICE void block_barrier() { __syncthreads(); }
 constexpr int kWarp = 32;
-// In these all threads of a warp take part. The value of the thread whose number differs by this power of 2;
+// All threads of a warp must call these. The value of the thread whose number differs by this power of 2;
 FUSEDOPT_DEVICE int32_t exchange(int32_t x, int distance) { return __shfl_xor_sync(0xffffffffu, x, distance); }
-// that of a thread by its number in a group of so many neighbours;
+// the value of a thread, by its number in a group of `width` neighbours;
 FUSEDOPT_DEVICE int32_t value_of(int32_t x, int thread, int group) {
   return __shfl_sync(0xffffffffu, x, thread, group);
 }
-// is it true for all?
+// whether it is true for all.
 FUSEDOPT_DEVICE bool all_of_warp(bool x) { return __all_sync(0xffffffffu, x); }
 // Tells the compiler that a pointer read from memory points to global memory: otherwise accesses would be generic.
 template <class T>
@@ -39,7 +40,7 @@ FUSEDOPT_DEVICE T* global(T* x) {
   return x;
 }
 
-// Words that fit into a launch's arguments: of any, and of those since CUDA 12.1.
+// Words that fit into the arguments of a launch: of any driver, and since CUDA 12.1.
 constexpr int kFewWords = 480, kManyWords = CUDART_VERSION >= 12010 ? 4000 : kFewWords;
 inline bool many_words() {
 #if CUDART_VERSION >= 12010
@@ -62,14 +63,14 @@ int launch(void (*kernel)(Parameters...), int64_t blocks, int threads, void* str
                           0, static_cast<cudaStream_t>(stream));
 }
 
-// Allowed even while a graph is captured: what is allocated then is no part of the graph.
+// Also allowed during capture: the allocation is no part of the graph.
 struct Relaxed {
   cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
   Relaxed() { cudaThreadExchangeStreamCaptureMode(&mode); }
   ~Relaxed() { cudaThreadExchangeStreamCaptureMode(&mode); }
 };
 
-// Brings a kernel to the device before a graph is captured that has it.
+// Loads a kernel before a graph that contains it is captured.
 template <class... Parameters>
 int load(void (*kernel)(Parameters...)) {
   Relaxed relaxed;
@@ -79,11 +80,12 @@ int load(void (*kernel)(Parameters...)) {
 
 constexpr const char* kKind = "cuda";
 constexpr int32_t kDeviceType = 2;
+constexpr bool kStreams = true;
 constexpr int (*kNumber)(const void*) = nullptr;
 
 constexpr int kOutOfMemory = cudaErrorMemoryAllocation;
 
-// A function of the driver's, nullptr where there is none.
+// A function of the driver, or nullptr.
 template <class Function>
 Function of_driver(const char* name) {
   void* found = nullptr;
@@ -96,11 +98,11 @@ Function of_driver(const char* name) {
   return error == cudaSuccess ? reinterpret_cast<Function>(found) : nullptr;
 }
 
-// By the driver's stack of contexts, since cudaSetDevice() on the way back would make a context (some hundred MB) on a
-// device that nobody uses.
+// Uses the driver's stack of contexts, since restoring a device by cudaSetDevice() would create a context (some hundred
+// MB) on a device that is not in use.
 inline int enter(int device, bool* entered) {
   static std::mutex one;
-  static std::map<int, CUcontext> contexts;  // kept for good, as the runtime's own are
+  static std::map<int, CUcontext> contexts;  // never destroyed, like the runtime's own
   *entered = false;
   int now = 0;
   if (const cudaError_t error = cudaGetDevice(&now); error != cudaSuccess || now == device) return error;
@@ -112,7 +114,7 @@ inline int enter(int device, bool* entered) {
   CUresult error = context ? CUDA_SUCCESS : retain(&context, device);
   if (error == CUDA_SUCCESS) error = push(context);
   *entered = error == CUDA_SUCCESS;
-  return int(error);  // by the number that the runtime's errors have, too
+  return int(error);  // errors of driver and runtime have the same numbers
 }
 inline int leave() {
   static const auto pop = of_driver<CUresult (*)(CUcontext*)>("cuCtxPopCurrent");

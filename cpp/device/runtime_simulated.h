@@ -1,8 +1,8 @@
-// What grid.h needs of a device, and the functions of DeviceLibrary that have no kernel in them: a device that lies in
-// the host's memory, for tests. The threads of a block are fibres of one thread of the host, blocks run one after the
-// other and the last first; nothing may depend on their order. Where threads of a block part ways at a barrier the
-// process ends. Of very large launches only the first and the last blocks run, so that tensors of more than 2^31
-// elements, in memory that is reserved but not there, can be tried. A graph is a list of launches. POSIX only.
+// The simulated runtime, for tests: what grid.h needs of a device, in the host's memory. The threads of a block are
+// fibres of one host thread. Blocks run sequentially, the last first, since nothing may depend on their order. If the
+// threads of a block diverge at a barrier, the process aborts. Of very large launches only the first and last blocks
+// run, which allows tensors of more than 2^31 elements in memory that is reserved but not committed. A graph is a list
+// of launches. POSIX only.
 #pragma once
 #include <stdio.h>
 #include <stdlib.h>
@@ -27,13 +27,13 @@
 
 namespace fusedopt {
 
-// What the tests ask for and look at; one for all parts of the library.
+// State that the tests set and read; one for all parts of the library.
 struct Simulation {
   bool capturing = false, failing = false, full = false;
-  std::vector<std::function<void()>> launches;  // since the capture began
+  std::vector<std::function<void()>> launches;  // recorded since the capture began
   std::set<const void*> loaded;                 // kernels
-  std::string log;                              // a line for each call that tests ask about
-  std::vector<int> current{0};                  // devices made current, one within the other
+  std::string log;                              // one line per call that tests check
+  std::vector<int> current{0};                  // stack of current devices
 
   void note(const char* what) { log += std::string(what) + "\n"; }
   void note(const char* what, int64_t number) { log += std::string(what) + " " + std::to_string(number) + "\n"; }
@@ -44,7 +44,7 @@ inline Simulation& simulation() {
 }
 enum { kTold = 2, kFull = 3 };  // errors
 
-// Memory that does not lie on device 0.
+// Memory that is not on device 0.
 struct Elsewhere {
   const char *begin, *end;
   int device;
@@ -202,6 +202,7 @@ int load(void (*kernel)(Parameters...)) {
 
 constexpr const char* kKind = "simulated";
 constexpr int32_t kDeviceType = 1;  // DLPack's CPU
+constexpr bool kStreams = false;
 inline int number(const void* memory) {
   for (const Elsewhere& e : elsewhere())
     if (memory >= e.begin && memory < e.end) return e.device;

@@ -41,7 +41,7 @@ def device_formats() -> dict[str, list[tuple[str, str, str, str, bool, bool]]]:
     """As formats(), of the library that has been set."""
 
 def device_refusal(type: str, index: int = -1) -> str:
-    """Why no kernels serve tensors on "cuda", and on this one if it is given; empty where they do. "cpu": simulated."""
+    """Why no device library serves tensors on "cuda" or "cpu", and on this device; empty if one does."""
 
 def device_capturing(type: type, index: int) -> bool:
     """Is a graph captured on the current stream of tensors of this type?"""
@@ -120,7 +120,7 @@ def layer_forward(activation: int, z: Any, bias: Any, kept: Any, out: Any, threa
 def layer_backward(activation: int, kept: Any, delta: Any, sums: Any, threads: int) -> None:
     """delta *= the activation's slope; sums = delta's columns."""
 
-def dropout(x: Any, out: Any, probability: float, seed: int, stream: int, threads: int) -> None:
+def dropout(x: Any, out: Any, probability: float, seed: int, sequence: int, threads: int) -> None:
     """Drops elements, and scales the others up."""
 
 def batch_norm_forward(
@@ -193,10 +193,10 @@ class TorchPlan:
         step: Any = None,
         carry: Any = None,
         done: int = 0,
-        rest: Any = None,
+        residual: Any = None,
         ema: Any = None,
         scales: list[Any] = ...,
-        stream: int = 0,
+        sequence: int = 0,
     ) -> None: ...
     def finish(self) -> None: ...
     def trouble(self, tensor: Any, written: bool) -> str: ...

@@ -29,7 +29,7 @@ def device_refusal(device: torch.device) -> str:
 
 
 def has_device_kernels(device: torch.device) -> bool:
-    """Whether kernels other than the CPU's run on this device."""
+    """Whether a device library serves this device, in place of the host's kernels."""
     return not (_core.device_refusal("cpu") if device.type == "cpu" else device_refusal(device))
 
 
