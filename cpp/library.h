@@ -1,31 +1,31 @@
-// The border for kernels. A kernel library is one C table: rules, the forms in which tensors may be stored, and for
-// each rule and form a kernel. There is one library for each instruction set within the module, one for CUDA in a file
-// beside it, and any number may be added at run time. Nothing above the border knows which it calls. No code here.
+// The border for kernels. A kernel library is one C table: rules, the forms in which tensors may be stored, and a
+// kernel for each rule and form. The module contains one library per instruction set; CUDA's is in a file of its own,
+// and more can be added at run time. Code above the border does not depend on which one it calls. Declarations only.
 #pragma once
 #include "rules/types.h"
 
 namespace fusedopt {
 
-constexpr int64_t kNormBlock = 4096;  // elements under one leaf of the norm's tree, counted from the tensor's start
+constexpr int64_t kNormBlock = 4096;  // elements per leaf of the norm's tree, counted from the start of the tensor
 
-// A contiguous part of one tensor, all of whose operands are laid out alike.
+// A contiguous part of one tensor whose operands all have the same layout.
 struct Span {
   void* param;
   const void* grad;
   void* state[kMaxStates];
-  float* scale[kMaxStates];  // quantisation scales of the states: that of the block in which the span begins
+  float* scale[kMaxStates];  // quantisation scales of the states, from the block in which the span begins
   void* residual;            // or nullptr
   void* ema;                 // the moving average of the parameter, or nullptr
-  int64_t n, first;          // length; position of its first element in the tensor
+  int64_t n, first;          // length; position of the first element in the tensor
   uint32_t key;              // selects this tensor's random numbers in this step
 };
 
-// What follows the update while the span is in the cache: soft-thresholding by `shrink`, then ema += weight (p - ema).
+// What follows the update while the span is in the cache: a soft threshold of `shrink`, then ema += weight (p - ema).
 struct Finish {
   double shrink, ema_weight;
 };
 
-// One rule in one form, on the host. Each function is passed `self`, so that a rule may be data instead of a type.
+// One rule in one form, on the host. Each function is passed `self`, so a rule can be data instead of a type.
 struct HostKernel {
   const void* self;
   // Computes the constants of a step into `prepared` (kPreparedBytes, aligned to 16); g is multiplied by `scale`.
@@ -33,8 +33,8 @@ struct HostKernel {
   void (*update)(const void* self, const void* prepared, const Span& span);  // nullptr: the kernel does not exist
 };
 
-// One form on the host, whatever the rule. `n` numbers are of the type that rules compute in: double for kF64, else
-// float. `codes` says how the states of a quantised form are coded.
+// One form on the host, for any rule. Numbers have the type that rules compute with: double for kF64, else float.
+// `codes` are the formats of the codes of a quantised form's states.
 struct HostForm {
   void (*finish)(const Finish& finish, const Span& span);
   void (*decode)(const Span& span, int n_states, const Format* codes, void* p, void* g, void* const* states);
@@ -42,7 +42,7 @@ struct HostForm {
 };
 
 struct HostTable {
-  const HostKernel* const* kernels;  // of each rule, one for each form
+  const HostKernel* const* kernels;  // by rule, then by form
   const HostForm* forms;
   double (*square_sum[kFloats])(const void* x, int64_t n);  // of up to kNormBlock elements, by format
 };
@@ -51,13 +51,13 @@ struct DeviceTable;
 
 struct KernelLibrary {
   const char* version;    // of fusedopt
-  size_t size;            // of all that crosses the border: kHostSize or kDeviceSize, as compiled
+  size_t size;            // of all types that cross the border: kHostSize or kDeviceSize, as compiled
   const char* processor;  // "avx2", "CUDA"
   const Rule* rules;
   int n_rules;
   const Form* forms;
   int n_forms;
-  const HostTable* host;  // one of the two
+  const HostTable* host;  // exactly one of the two is set
   const DeviceTable* device;
 };
 

@@ -1,6 +1,5 @@
-// Decoding and encoding of a form apart from any rule: the operands of a span as numbers, and back with the rounding
-// and the random bits of the kernels. For rules that are data; the kernels of built-in rules have the same steps within
-// their own loops.
+// Codecs of a form without a rule: decode a span's operands to numbers, and encode them with the rounding and the
+// random bits of the kernels. For rules that are data; the kernels of built-in rules contain the same conversions.
 #pragma once
 #include "library.h"
 #include "rules/update.h"
@@ -17,7 +16,7 @@ struct Codec {
   using T = typename St::T;
   using Residual = typename St::Residual;
 
-  // The random bits of element i of a tensor, where this form has them: in the top bits in blocks, else 16.
+  // The random bits of element i of a tensor, if this form uses any: in block forms the top bits, else 16 low bits.
   static FUSEDOPT_HD uint32_t random_at(uint32_t key, int64_t i) {
     if constexpr (!St::random) return 0;
     if constexpr (!St::blocked) return noise_at(key, i);

@@ -1,6 +1,6 @@
-// The kernel library of one instruction set: every rule in every form. Compiled once for each instruction set, which
-// FUSEDOPT_ISA names, in FUSEDOPT_PARTS parts that have some of the rules each; the part 0 exports the library, each
-// part its kernels, and none anything else, so that no symbol is shared between instruction sets.
+// The kernel library of one instruction set: every rule in every form. Compiled once per instruction set
+// (FUSEDOPT_ISA), in FUSEDOPT_PARTS parts with some of the rules each. Part 0 exports the library and each part its
+// kernels, under names that contain the instruction set; nothing else has external linkage.
 #include "cpu/codec.h"
 #include "cpu/sweep.h"
 
@@ -43,7 +43,7 @@ const HostKernel* in_this_part() {
 
 }  // namespace
 
-// The kernels of one rule, one for each form; nullptr where another part has them.
+// The kernels of one rule, by form; nullptr if they are in another part.
 const HostKernel* FUSEDOPT_KERNELS(FUSEDOPT_PART)(int rule) {
 #define RULE(name, R) \
   if (rule == name##_number) return in_this_part<R, name##_number>();
@@ -72,7 +72,7 @@ constexpr KernelLibrary library = {
 
 }  // namespace
 
-// Not from several threads at once.
+// Not thread-safe.
 const KernelLibrary* FUSEDOPT_CAT(library_, FUSEDOPT_ISA)() {
   for (int r = 0; r < kRules; ++r) {
     kernels[r] = FUSEDOPT_KERNELS(FUSEDOPT_PART)(r);

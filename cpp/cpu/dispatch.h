@@ -1,6 +1,6 @@
-// The kernel libraries of the host: the module's own, one for each instruction set, and those added at run time. A
-// kernel is named by its rule and its form; which instruction set's code that is follows from the one in use, which is
-// the best that the processor has unless FUSEDOPT_ISA or use_isa() forces another.
+// The host's kernel libraries: the module's own, one per instruction set, and those added at run time. A kernel is
+// identified by its rule and its form, and resolved for the instruction set in use: the best that the processor has,
+// unless FUSEDOPT_ISA or use_isa() selects another.
 #pragma once
 #include "library.h"
 
@@ -23,17 +23,16 @@ const Form& form_of(KernelId id);
 const HostKernel& host_kernel(KernelId id);
 const HostForm& host_form(KernelId id);
 bool exists(KernelId id);
-// The kernel of a rule for operands stored like that; its form is -1 where there is none. A rule without states ignores
-// what the form says of them.
+// The kernel of a rule for operands in this form; its form is -1 if there is none. A rule without states ignores the
+// form's state format.
 KernelId find_kernel(int rule, const Form& form);
 
-// Adds a library: the same rules and forms for each instruction set from baseline up, nullptr where the one below
-// serves. Returns the number of its first rule, or -1 with the reason. What it points to must live as long as the
-// process.
+// Adds a library: the same rules and forms for each instruction set, from baseline up; nullptr stands for the one
+// below. Returns the number of its first rule, or -1 with the reason. The library must live as long as the process.
 int add_library(const KernelLibrary* const* by_isa, int n, const char** why);
 
 int isa_in_use();                // 0 baseline, 1 AVX2, 2 AVX-512
-const char* usable_isa(int i);   // those that this processor can run, slowest first; nullptr past the last
-bool use_isa(const char* name);  // nullptr: the best again. False when there is no such build or processor.
+const char* usable_isa(int i);   // the ones that this processor can run, slowest first; nullptr after the last
+bool use_isa(const char* name);  // nullptr: the best. False if it was not built or cannot run here.
 
 }  // namespace fusedopt

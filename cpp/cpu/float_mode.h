@@ -1,4 +1,4 @@
-// The processor's floating-point mode, set aside for the time of a call.
+// Saves the processor's floating-point mode for the duration of a call.
 #pragma once
 #include <fenv.h>
 
@@ -8,7 +8,7 @@
 
 namespace fusedopt {
 
-// Arithmetic is IEEE's default, whatever the caller's mode (flush to zero, rounding), which comes back.
+// Sets IEEE's default mode (no flush to zero, round to nearest); the destructor restores the caller's.
 class FloatMode {
  public:
 #if defined(__SSE2__) || defined(_M_X64)

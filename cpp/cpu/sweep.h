@@ -1,4 +1,16 @@
-// THE loop: update.h over a span. The compiler vectorises it; `make vectorized` shows where.
+// The loop of every kernel: update.h over a span. The compiler vectorises it; `make vectorized` shows which loops.
+//
+// Flat forms (`Sweep::flat`): one pass; each element is decoded, updated and encoded in registers. Arrays of 16-bit
+// elements are read and written in pairs.
+//
+// Block forms (`Blocks`): int8 states and split8 residuals, 64 elements at a time. A block passes through arrays on the
+// stack that stay in the first cache: decode all operands, run the rule, find each state's new scale, encode. The scale
+// of an int8 state is the largest magnitude of its block and is known only after the rule has run, so one pass over
+// registers cannot do it. There are two versions of each block:
+//   fast    for normal scales before and after the step, which is nearly always: no branches, one division per code
+//   slow    for scales that are zero, tiny or not finite: care against underflow and NaN, in a function of its own
+// The fast one finds out before it has written anything, and the block is then repeated by the slow one. Both give the
+// same bits where both apply. A block at the end that is not full is padded with zeros in a copy (`last`).
 #pragma once
 #include "library.h"
 #include "rules/update.h"
@@ -6,8 +18,8 @@
 namespace fusedopt {
 namespace {
 
-// Two neighbours at once, so that 16-bit arrays are read and written by 32-bit words: half of a loop over them would
-// otherwise be spent on widening and narrowing.
+// Two neighbours at once: 16-bit arrays are read and written as 32-bit words, since half of a loop over single elements
+// would be widening and narrowing.
 template <class Word, class Stored>
 FUSEDOPT_HD void get2(const Stored* x, int64_t i, Word& a, Word& b) {
   if constexpr (sizeof(Stored) == 2 && kLittleEndian) {
@@ -33,8 +45,7 @@ FUSEDOPT_HD void put2(Stored* x, int64_t i, Word a, Word b) {
 FUSEDOPT_HD void get2(const Nothing*, int64_t, Nothing&, Nothing&) {}
 FUSEDOPT_HD void put2(Nothing*, int64_t, Nothing, Nothing) {}
 
-// The loop over whole blocks, for formats that have no 16-bit or 32-bit words: everything is decoded into numbers, the
-// rule runs over these, and they are encoded.
+// The loop over blocks of kBlock elements, for forms with 8-bit operands.
 template <class Rule, class W, class G, class S>
 struct Blocks {
   using U = Update<Rule, W, G, S>;
@@ -65,7 +76,7 @@ struct Blocks {
   };
 
   static void sweep(const Ready& shared, const Span& span) {
-    const Ready ready = shared;  // codes that are written may be any bytes, the shared ones included, for the compiler
+    const Ready ready = shared;  // local copy: stores through uint8_t* may alias `shared`, which would force reloads
     Operands o;
     o.p = static_cast<typename P::Stored*>(span.param);
     o.g = static_cast<const typename G::Stored*>(span.grad);
@@ -78,11 +89,11 @@ struct Blocks {
     const uint32_t key = span.key;
     int64_t i = 0;
     for (; i + kBlock <= n; i += kBlock)
-      if (!block<true>(ready, o.at(i), key, first + i)) unusual(shared, o, span, i);
+      if (!block<true>(ready, o.at(i), key, first + i)) slow(shared, o, span, i);
     if (i < n) last(shared, o, span, i);
   }
 
-  // A block that is not full is worked on in a copy; what is beyond it is zero.
+  // Updates a block that is not full in a copy padded with zeros.
   static FUSEDOPT_APART void last(const Ready& ready, const Operands& whole, const Span& span, int64_t i) {
     const Operands o = whole.at(i);
     const size_t n = size_t(span.n - i);
@@ -105,20 +116,20 @@ struct Blocks {
     for (int k = 0; k < N; ++k) memcpy(o.state[k], state[k], n * sizeof state[k][0]);
   }
 
-  static FUSEDOPT_APART void unusual(const Ready& ready, const Operands& whole, const Span& span, int64_t i) {
+  static FUSEDOPT_APART void slow(const Ready& ready, const Operands& whole, const Span& span, int64_t i) {
     block<false>(ready, whole.at(i), span.key, span.first + i);
   }
 
-  // The fast way, for usual scales, returns false with nothing written where it meets another.
+  // The fast path, for normal scales. On any other scale it returns false and has written nothing.
   template <bool Fast>
   static FUSEDOPT_HD bool block(const Ready& ready, const Operands& o, uint32_t key, int64_t first) {
     float x[kBlock], y[kBlock], s[N + 1][kBlock], size[N + 1];
     uint32_t random[kBlock];
-    auto* const p = o.p;  // as locals: bytes may be anything, o included, as far as the compiler knows
+    auto* const p = o.p;  // local copies: stores through uint8_t* may alias `o`
     auto* const g = o.g;
     auto* const residual = o.residual;
     for (int k = 0; quantised && Fast && k < N; ++k)
-      if (!usual(*o.scale[k])) return false;
+      if (!normal_scale(*o.scale[k])) return false;
     for (int i = 0; i < kBlock; ++i) {
       typename W::ResidualWord r{};
       if constexpr (W::master != kNoMaster) r = typename W::ResidualWord(residual[i]);
@@ -136,7 +147,7 @@ struct Blocks {
     if constexpr (quantised) {
       measure<Fast>(s, size);
       for (int k = 0; Fast && k < N; ++k)
-        if (!usual(size[k])) return false;
+        if (!normal_scale(size[k])) return false;
     }
     if (P::noisy || S::noisy) draw(key, first, random);
     FUSEDOPT_INDEPENDENT
@@ -160,7 +171,7 @@ struct Blocks {
     }
   }
 
-  // The states, one after the other: each has a code of its own.
+  // Decodes one state after the other: each has its own type of code.
   template <bool Fast, int K = 0>
   static FUSEDOPT_HD void load(const Operands& o, float (*s)[kBlock]) {
     if constexpr (K < N) {
@@ -175,8 +186,8 @@ struct Blocks {
       load<Fast, K + 1>(o, s);
     }
   }
-  // Their largest magnitudes, as bits: no vector has a maximum of floats that is right for NaN. A second moment below
-  // zero, which no rule makes, is not usual.
+  // Each state's largest magnitude, compared as bits: no vector instruction has a maximum of floats that keeps NaN. A
+  // negative second moment, which no rule produces, is no normal scale.
   template <bool Fast, int K = 0>
   static FUSEDOPT_HD void measure(const float (*s)[kBlock], float* size) {
     if constexpr (K < N) {
@@ -285,8 +296,7 @@ struct Sweep : Update<Rule, W, G, S> {
   }
 };
 
-// What may follow the update, on a span that is still in the cache: proximal l1, then the moving average of the
-// weights.
+// What may follow the update, on a span that is still in the cache: proximal l1, then the weights' moving average.
 template <class St>
 void finish(const Finish& f, const Span& span) {
   using W = typename St::W;
@@ -296,7 +306,7 @@ void finish(const Finish& f, const Span& span) {
   auto* p = static_cast<typename P::Stored*>(span.param);
   auto* residual = static_cast<Residual*>(span.residual);
   const int64_t n = span.n;
-  const uint32_t key = ~span.key;  // the numbers of the update have been used
+  const uint32_t key = ~span.key;  // other random numbers than the update's
   if (f.shrink != 0) {
     const T shrink = T(f.shrink);
     FUSEDOPT_INDEPENDENT

@@ -1,5 +1,5 @@
-// exp, log, tanh and their kin of one element, from basic operations alone: C libraries' differ in their last bits, and
-// a loop around a call into one is not vectorised. Exact to about two units in the last place.
+// exp, log, tanh and similar functions of one element, from basic operations: those of C libraries differ in the last
+// bits, and a loop with such a call is not vectorised. Accurate to about 2 ULP.
 #pragma once
 #include "rules/formats.h"
 
@@ -14,9 +14,9 @@ struct Constants<float> {
   using Bits = uint32_t;
   static constexpr int mantissa = 23;
   static constexpr Bits bias = 127;
-  static constexpr float integer = 12582912.0f;        // 1.5 * 2^23: added and taken off again, it rounds to an integer
-  static constexpr float lowest = -104, highest = 89;  // where exp is 0, and infinite
-  static constexpr float least = -87;                  // down to where it is a normal number
+  static constexpr float integer = 12582912.0f;        // 1.5 * 2^23: adding and subtracting it rounds to an integer
+  static constexpr float lowest = -104, highest = 89;  // below: exp is 0; above: infinite
+  static constexpr float least = -87;                  // the least x whose exp is a normal number
   static constexpr float per_ln2 = 1.44269504f, ln2_high = 0.693147182f, ln2_low = -1.90465421e-9f;
   // (exp(r) - 1 - r) / r^2 for |r| <= ln(2) / 2, to 6e-8 of it
   static constexpr float exp_tail[] = {0.5f, 0.166665770f, 0.0416665546f, 0.00836317905f, 0.00139261836f};
@@ -83,11 +83,11 @@ FUSEDOPT_HD T exp1(T x) {
   x = x > C::highest ? C::highest : x;
   T n;
   const T p = T(1) + exp_reduced(x, &n);
-  const T half = fma1(n, T(0.5), C::integer) - C::integer;  // in two factors: 2^n alone may be no normal number
+  const T half = fma1(n, T(0.5), C::integer) - C::integer;  // in two factors: 2^n alone may not be a normal number
   return p * two_to(half) * two_to(n - half);
 }
 
-// exp(x) for x <= 0, and 0 where that is no normal number: in a sum beside exp(0) it is lost.
+// exp(x) for x <= 0, and 0 where that is subnormal: negligible in a sum with exp(0).
 template <class T>
 FUSEDOPT_HD T exp_negative(T x) {
   using C = Constants<T>;
@@ -112,7 +112,7 @@ FUSEDOPT_HD T log1p_unit(T e) {
   return T(2) * fma1(s * s2, horner<0>(Constants<T>::atanh_tail, s2), s);
 }
 
-// log(x) for a normal x > 0; infinity and NaN stay.
+// log(x) for a normal x > 0; maps infinity and NaN to themselves.
 FUSEDOPT_HD double log1(double x) {
   using C = Constants<double>;
   if (!(x <= 1.7976931348623157e308)) return x;
@@ -135,7 +135,7 @@ FUSEDOPT_HD T logistic1(T x) {
   return x >= T(0) ? r : e * r;
 }
 
-// The normal distribution's integral up to x; its density goes to `density`.
+// The normal distribution function at x; `density` receives its density.
 template <class T>
 FUSEDOPT_HD T normal1(T x, T* density) {
   using C = Constants<T>;

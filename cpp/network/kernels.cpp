@@ -1,4 +1,4 @@
-// The losses and layers for one instruction set, which FUSEDOPT_ISA names: compiled once for each, exports one table.
+// Losses and layers for one instruction set (FUSEDOPT_ISA): compiled once for each, exports one table.
 #include "network/layers.h"
 #include "network/losses.h"
 

@@ -1,5 +1,5 @@
-// The loops of a network's layers between the matrix products: bias and activation, their way back, dropout, batch
-// normalisation. Each works on some rows; network.cpp cuts the rows and adds up sums.
+// The loops of a network's layers between the matrix products: bias and activation, their gradients, dropout, batch
+// normalisation. Each call handles some rows; network.cpp splits the rows and adds the sums.
 #pragma once
 #include "network/functions.h"
 #include "network/network.h"
@@ -7,7 +7,7 @@
 namespace fusedopt {
 namespace {
 
-// An activation, and its slope from what forward keeps: its output, or its input where `from_input`.
+// An activation, and its derivative as a function of its output, or of its input if `from_input`.
 struct Identity {
   static constexpr bool from_input = false;
   template <class T>
@@ -95,7 +95,7 @@ void forward(const LayerSpan& s) {
   }
 }
 
-// Adds rows of T into sums of doubles, kColumnBlock rows at the most.
+// Adds at most kColumnBlock rows of T into sums of doubles.
 constexpr int64_t kColumnTile = 256;
 
 template <class T, class F>

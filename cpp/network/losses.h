@@ -1,5 +1,5 @@
-// Losses: value and derivative of ONE element, the registry, and the loops over stretches of them; softmax over rows.
-// In the letters of the docstrings: p a prediction (a logit), y its target, d their difference.
+// Losses: value and derivative of ONE element, the registry, and the loops over ranges; softmax over rows. Letters as
+// in the docstrings: p prediction (or logit), y target, d their difference.
 #pragma once
 #include "network/functions.h"
 #include "network/network.h"
@@ -7,7 +7,7 @@
 namespace fusedopt {
 namespace {
 
-// A loss is a struct made from its one parameter; targets says which y it takes.
+// A loss is a struct constructed from its one parameter; `targets` states the values that y may have.
 template <Targets kind = kAnyTarget>
 struct PlainLoss {
   static constexpr Targets targets = kind;
@@ -109,7 +109,7 @@ struct SquaredHinge : PlainLoss<kPlusMinusOne> {
   }
 };
 
-// The squared hinge, made linear below a margin of -1: outliers pull less.
+// The squared hinge, linear below a margin of -1, which bounds the gradient of outliers.
 template <class T>
 struct ModifiedHuber : PlainLoss<kPlusMinusOne> {
   using PlainLoss<kPlusMinusOne>::PlainLoss;
@@ -130,7 +130,7 @@ struct Perceptron : PlainLoss<kPlusMinusOne> {
   }
 };
 
-// exp(p) - y p: a count y whose logarithm is predicted, less what does not depend on p.
+// exp(p) - y p: the Poisson likelihood of a count y with predicted logarithm p, without terms independent of p.
 template <class T>
 struct Poisson : PlainLoss<kNotNegative> {
   using PlainLoss<kNotNegative>::PlainLoss;
@@ -158,7 +158,7 @@ struct Poisson : PlainLoss<kNotNegative> {
 
 constexpr int kSumLanes = 16;
 
-// The sum of up to kLossBlock numbers, over lanes that are the same on every instruction set, then a fixed tree.
+// The sum of up to kLossBlock numbers, over the same lanes on every instruction set, then a fixed tree.
 template <class T>
 FUSEDOPT_HD double lane_sum(const T* x, int64_t n) {
   T lane[kSumLanes] = {};
@@ -178,7 +178,7 @@ FUSEDOPT_HD double long_sum(const T* x, int64_t n) {
   return sum;
 }
 
-// The largest number, NaN aside; the order of comparisons does not matter, so there are lanes where they pay.
+// The largest number, ignoring NaN. The order of comparisons does not matter, so lanes are used where they are faster.
 template <class T>
 FUSEDOPT_HD T largest(const T* x, int64_t n) {
   constexpr int kLanes = 64;
@@ -249,7 +249,7 @@ int64_t unfit(const void* target, int64_t n, Targets targets) {
   return count;
 }
 
-// With p = softmax(x) and a target t that class weights and smoothing have been put into:
+// With p = softmax(x) and a target t that includes class weights and smoothing:
 // loss = -sum_c t_c log p_c, slope_c = p_c sum(t) - t_c.
 template <class T>
 double softmax_loss(const SoftmaxSpan& s) {
@@ -259,7 +259,7 @@ double softmax_loss(const SoftmaxSpan& s) {
   auto* classes = static_cast<const T*>(s.class_weight);
   auto* g = static_cast<T*>(s.gradient);
   const T even = T(s.smoothing / double(columns)), kept = T(1 - s.smoothing), scale = T(s.scale);
-  T tops[kLossBlock];  // by row: its largest logit
+  T tops[kLossBlock];  // the largest logit of each row
   const bool long_rows = columns >= 64;
   for (int64_t r = 0; r < s.rows; ++r) {
     const T *row = x + r * columns, top = largest(row, columns);
@@ -272,7 +272,7 @@ double softmax_loss(const SoftmaxSpan& s) {
       for (int64_t c = 0; c < columns; ++c) e[c] = row[c] - top;
     }
   }
-  if (!long_rows) {  // over all rows at once: a row may be shorter than a vector
+  if (!long_rows) {  // one loop over all rows: a row may be shorter than a vector
     FUSEDOPT_INDEPENDENT
     for (int64_t i = 0; i < s.rows * columns; ++i) g[i] = exp_negative(g[i]);
   }

@@ -26,9 +26,9 @@ const NetworkTable& network_table() {
 
 namespace {
 
-constexpr int64_t kGrain = 16384;  // elements worth another thread
+constexpr int64_t kGrain = 16384;  // elements per additional thread
 
-// Calls run(block) for every block, on threads where the elements are worth it.
+// Calls run(block) for every block, on as many threads as the number of elements justifies.
 template <class F>
 void in_blocks(int64_t blocks, int64_t elements, int threads, const F& run) {
   int parts = int(std::max<int64_t>(1, std::min<int64_t>({elements / kGrain, threads, blocks})));
@@ -47,14 +47,14 @@ void in_blocks(int64_t blocks, int64_t elements, int threads, const F& run) {
       &work);
 }
 
-// Numbers that outlive a call, so that a step allocates nothing.
+// Buffers that are kept between calls, so that a step allocates nothing.
 double* scratch(size_t n) {
   thread_local std::vector<double> kept;
   if (kept.size() < n) kept.resize(n);
   return kept.data();
 }
 
-// run(begin, n) gives the sum of a block; the blocks' sums are added in their order.
+// run(begin, n) returns the sum of a block; the sums are added in the order of blocks.
 template <class F>
 double sum_blocks(int64_t n, int64_t block, int64_t elements, int threads, const F& run) {
   const int64_t blocks = (n + block - 1) / block;

@@ -1,6 +1,6 @@
-// Losses and the layers of a network over arrays: the plain types that cross the border of an instruction set's build,
-// and the calls that cut arrays into blocks, run these on threads, and add up in a fixed order. The loops are in
-// losses.h and layers.h. Formats are f64 and f32 only.
+// Losses and layers of a network over arrays: the table of loops that each instruction set provides, and the functions
+// that split arrays into blocks, run them on threads and add partial sums in a fixed order. The loops are in losses.h
+// and layers.h. Formats: f64 and f32.
 #pragma once
 #include <stdint.h>
 
@@ -9,15 +9,15 @@
 namespace fusedopt {
 
 constexpr int kNumbers = 2;            // kF64, kF32
-constexpr int64_t kLossBlock = 4096;   // elements whose losses are summed before others are added
-constexpr int64_t kColumnBlock = 256;  // rows whose columns are summed before others are added
+constexpr int64_t kLossBlock = 4096;   // elements per partial sum of losses
+constexpr int64_t kColumnBlock = 256;  // rows per partial sum of columns
 constexpr int64_t kLossTile = 512;
 
-// What a target may be.
+// The values that targets may have.
 enum Targets : int { kAnyTarget, kZeroToOne, kPlusMinusOne, kNotNegative };
 enum Activation : int { kIdentity, kRelu, kTanh, kLogistic, kGelu, kActivations };
 
-// A stretch of elements; `begin` is its place in the array, whose element i has weight[i / per_weight].
+// A range of elements that starts at `begin`; element i of the array has weight[i / per_weight].
 struct LossSpan {
   const void *prediction, *target, *weight;
   void *value, *gradient;  // value may be null
@@ -54,19 +54,19 @@ struct DropoutKey {
   double scale;
 };
 
-// Rows of a layer's numbers, row by row without gaps; `sums` receives sums over these rows, one for each column.
+// Contiguous rows of a layer; `sums` receives sums over these rows, one per column.
 struct LayerSpan {
   const void *in, *other;
   void *out, *more;
   double* sums;
-  const void *a, *b, *c, *d;  // one number for each column
+  const void *a, *b, *c, *d;  // one number per column
   int64_t rows, columns;
 };
 
 struct NetworkTable {
   const ElementLoss* losses;
   int n_losses;
-  int64_t (*unfit[kNumbers])(const void* target, int64_t n, Targets targets);  // how many are not what they may be
+  int64_t (*unfit[kNumbers])(const void* target, int64_t n, Targets targets);  // how many values are not allowed
   double (*softmax[kNumbers])(const SoftmaxSpan&);
   double (*penalty[kNumbers])(const PenaltySpan&);
   void (*dropout[kNumbers])(const void* x, void* y, int64_t begin, int64_t n, const DropoutKey&);
@@ -81,10 +81,10 @@ struct NetworkTable {
   void (*normal_back[kNumbers])(const LayerSpan&);     // out = a (in - b - other c)
 };
 
-// Of the instruction set in use.
+// The table of the instruction set in use.
 const NetworkTable& network_table();
 
-// Sums of losses, and the rest; the bits do not depend on the number of threads.
+// The sum of all losses. Bits do not depend on the number of threads, here and below.
 double run_loss(int loss, Format f, const LossSpan& whole, int threads);
 double run_softmax(Format f, const SoftmaxSpan& whole, int threads);
 double run_penalty(Format f, const PenaltySpan& whole, int threads);
@@ -92,7 +92,7 @@ int64_t count_unfit(Format f, const void* target, int64_t n, Targets targets, in
 void run_dropout(Format f, const void* x, void* y, int64_t n, const DropoutKey& key, int threads);
 
 using LayerLoop = void (*)(const LayerSpan&);
-// Calls the loop over blocks of rows; with `sums_per_column` > 0 it adds up columns into whole.sums.
+// Calls the loop for blocks of rows; with `sums_per_column` > 0 it adds the columns into whole.sums.
 void run_layer(LayerLoop loop, Format f, const LayerSpan& whole, int sums_per_column, int threads);
 
 }  // namespace fusedopt

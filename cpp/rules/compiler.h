@@ -1,11 +1,11 @@
-// What the core asks of a compiler: functions of one element that are always inlined, on the host and on devices, loops
-// whose iterations are independent, functions that stay apart.
+// Macros for compiler features: functions that are always inlined, on host and devices; loops with independent
+// iterations; functions that are never inlined.
 #pragma once
 
 #if defined(__CUDACC__)
 #define FUSEDOPT_HD __host__ __device__ inline
 #elif defined(__GNUC__)
-// Always: left to itself, GCC stops inlining once enough rules are registered, and such a loop is not vectorised.
+// Forced: with many rules GCC reaches its inlining limits, and a loop with a call is not vectorised.
 #define FUSEDOPT_HD inline __attribute__((always_inline))
 #elif defined(_MSC_VER)
 #define FUSEDOPT_HD __forceinline

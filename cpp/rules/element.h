@@ -1,5 +1,5 @@
-// What a rule may use: arithmetic on one element, with the same bits on every host and device.
-// Nothing here knows about arrays, formats or threads.
+// The arithmetic that rules use on one element, with the same bits on every host and device. Nothing here depends on
+// arrays, formats or threads.
 #pragma once
 #include <math.h>
 #include <stddef.h>
@@ -9,8 +9,7 @@
 #include "rules/compiler.h"
 
 namespace fusedopt {
-// Internal linkage: every object that includes this keeps its own copy, so code compiled for one instruction set
-// can never be handed to another by the linker.
+// Internal linkage: each object file has its own copy, so the linker cannot merge code of different instruction sets.
 namespace {
 
 // The number of words in a text, separated by blanks.
@@ -23,7 +22,7 @@ constexpr int words(const char* s) {
   return n;
 }
 
-// 0, 1, ..., N - 1 as a parameter pack. (Nothing of std:: may be compiled once for each instruction set.)
+// 0, 1, ..., N - 1 as a parameter pack. (std:: templates have external linkage and would be merged by the linker.)
 template <size_t... k>
 struct Indices {};
 template <int N, size_t... k>
@@ -33,8 +32,8 @@ struct IndicesTo<0, k...> {
   using type = Indices<k...>;
 };
 
-// a * b + c, rounded once. The compiler contracts nothing by itself; a rule writes fma1 where it means it. (A check of
-// the CUDA code compiles without any: what is fused then is the compiler's doing.)
+// a * b + c, rounded once. The compiler contracts nothing, so a rule writes fma1 where it wants one. (`make cuda` also
+// compiles without: any fused operation that it then finds was contracted by the compiler.)
 #ifdef FUSEDOPT_NO_FMA
 FUSEDOPT_HD float fma1(float a, float b, float c) { return a * b + c; }
 FUSEDOPT_HD double fma1(double a, double b, double c) { return a * b + c; }
@@ -81,18 +80,17 @@ FUSEDOPT_HD To bits(From x) {
   return y;
 }
 
-// A bijection of 32 bits in which every bit of x reaches every other: two rounds of multiplication and xor-shift with
-// C. Wellons's constants (lowbias32).
+// A 32-bit bijective hash: two rounds of multiplication and xor-shift (lowbias32, constants by C. Wellons).
 FUSEDOPT_HD uint32_t scrambled(uint32_t x) {
   x = (x ^ (x >> 16)) * 0x7feb352du;
   x = (x ^ (x >> 15)) * 0x846ca68bu;
   return x ^ (x >> 16);
 }
 
-// 32 random bits for position i of the sequence `key`: a counter and a hash, so they depend on nothing drawn before.
+// 32 random bits for position i of the sequence `key`, counter-based: they do not depend on numbers drawn before.
 FUSEDOPT_HD uint32_t noise(uint32_t key, uint32_t i) { return scrambled(i * 0x9e3779b9u + key); }
 
-// Mixes two numbers into one (splitmix64's finaliser).
+// A 64-bit hash of two numbers (the finaliser of splitmix64).
 FUSEDOPT_HD uint64_t mixed(uint64_t a, uint64_t b) {
   uint64_t x = a + (b + 1) * 0x9e3779b97f4a7c15u;
   x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9u;
@@ -105,14 +103,14 @@ FUSEDOPT_HD uint32_t noise_key(uint64_t seed, int64_t t, int64_t sequence) {
   return uint32_t(mixed(mixed(seed, uint64_t(t)), uint64_t(sequence)));
 }
 
-// What gradients of this norm are multiplied by: as torch.nn.utils.clip_grad_norm_, never above 1. NaN stays.
+// The factor of gradients of this norm, as in torch.nn.utils.clip_grad_norm_: at most 1. NaN stays NaN.
 FUSEDOPT_HD double clip_factor(double max_norm, double norm) {
   const double factor = max_norm / (norm + 1e-6);
   return factor >= 1 ? 1 : factor;
 }
 
-// b^n by repeated squaring (`pow` of two C libraries differs in its last bit), carrying what each product rounds off:
-// 1 - b^n would make a lost digit large.
+// b^n by repeated squaring, since `pow` of different C libraries differs in the last bit. The rounding error of each
+// product is carried along, because 1 - b^n would magnify it.
 FUSEDOPT_HD double power(double b, int64_t n) {
   double r = 1, r_low = 0, b_low = 0;
   for (; n > 0; n >>= 1) {
@@ -128,7 +126,7 @@ FUSEDOPT_HD double power(double b, int64_t n) {
   return r + r_low;
 }
 
-// exp(x) for x in [-700, 0], by basic operations alone, for the same reason.
+// exp(x) for x in [-700, 0], from basic operations for the same reason.
 FUSEDOPT_HD double exponential(double x) {
   int64_t halvings = 0;
   while (x < -0.03125) x *= 0.5, ++halvings;

@@ -1,13 +1,14 @@
-// How an element is stored, and how it becomes a number to compute with. Integer arithmetic only where the hardware of
-// some instruction set has no conversion, so that all of them round alike.
+// Storage formats: how an element is stored, and how it is converted to the number that rules compute with. Conversions
+// that some instruction set lacks use integer arithmetic on all of them, so that all round alike.
 //
 // A format has
-//   Stored     what lies in memory; Word: the same in a register (16 bits lie in the low half of 32, so that a loop
-//              over them keeps one vector width); Number: what rules compute with
+//   Stored     the type in memory; Word: its type in a register (16-bit values lie in the low half of 32 bits, so that
+//              a loop has one vector width); Number: the type that rules compute with
 //   load       Word -> Number, exact
-//   store      Number -> Word; a format that is `noisy` rounds by the 16 random bits it is given, the others to nearest
-// Below the formats stand those of a weight (`Plain`, and the ones that keep what rounding takes away) and the
-// block-quantised state (`Int8`); at the end the combinations that exist.
+//   store      Number -> Word; a `noisy` format rounds stochastically, by the 16 random bits it is given, the others
+//              round to nearest
+// After the formats of single values come those of a weight (`Plain`, and the ones with a residual) and of a
+// block-quantised state (`Int8`). The combinations that exist are at the end.
 #pragma once
 #include "rules/element.h"
 #include "rules/types.h"
@@ -38,7 +39,7 @@ struct F32 {
   static FUSEDOPT_HD float store(float x, uint32_t = 0) { return x; }
 };
 
-// The bits of x, with one NaN for all: what is added below to round could carry another's payload into the sign.
+// The bits of x, with one NaN for all: rounding adds to the bits, which could carry a NaN's payload into the sign.
 FUSEDOPT_HD uint32_t bits_one_nan(float x) { return bits<uint32_t>(x == x ? x : bits<float>(0x7fc00000u)); }
 
 // Conversions in one instruction, on devices that have it: the same bits, except that a NaN may have another payload.
@@ -77,7 +78,7 @@ struct BF16 {
     return (b + 0x7fffu + ((b >> 16) & 1u)) >> 16;
 #endif
   }
-  // Up with the probability of what is cut off. Infinity stays: its digits are 0.
+  // Rounds up with the probability that the truncated digits state. Infinity stays: its digits are 0.
   static FUSEDOPT_HD uint32_t store_noisy(float x, uint32_t random) { return (bits_one_nan(x) + random) >> 16; }
 };
 
@@ -92,12 +93,12 @@ struct F16 {
 #ifdef FUSEDOPT_CONVERTS
     return from_f16(x);
 #else
-    uint32_t sign = (x & 0x8000u) << 16, rest = (x & 0x7fffu) << 13;
-    uint32_t normal = rest + (112u << 23);  // exponent bias 15 -> 127
-    uint32_t infinite = rest + (224u << 23);
-    // A denormal: put the digits under the exponent of 2^-14 and take that 2^-14 off again.
-    uint32_t denormal = bits<uint32_t>(bits<float>(rest + (113u << 23)) - bits<float>(113u << 23));
-    uint32_t b = rest >= (31u << 23) ? infinite : rest < (1u << 23) ? denormal : normal;
+    uint32_t sign = (x & 0x8000u) << 16, size = (x & 0x7fffu) << 13;
+    uint32_t normal = size + (112u << 23);  // exponent bias 15 -> 127
+    uint32_t infinite = size + (224u << 23);
+    // Denormal: put the digits under the exponent of 2^-14, then subtract 2^-14.
+    uint32_t denormal = bits<uint32_t>(bits<float>(size + (113u << 23)) - bits<float>(113u << 23));
+    uint32_t b = size >= (31u << 23) ? infinite : size < (1u << 23) ? denormal : normal;
     return bits<float>(sign | b);
 #endif
   }
@@ -105,39 +106,39 @@ struct F16 {
 #ifdef FUSEDOPT_CONVERTS
     return to_f16(x);
 #else
-    uint32_t rest = bits<uint32_t>(x) & 0x7fffffffu;
-    uint32_t normal = (rest - (112u << 23) + 0xfffu + ((rest >> 13) & 1u)) >> 13;
+    uint32_t size = bits<uint32_t>(x) & 0x7fffffffu;
+    uint32_t normal = (size - (112u << 23) + 0xfffu + ((size >> 13) & 1u)) >> 13;
     // Too small for a normal f16: adding 1/2 lets the adder round at f16's last denormal digit, 2^-24.
-    uint32_t denormal = bits<uint32_t>(bits<float>(rest) + 0.5f) - 0x3f000000u;
-    return finish(x, rest, normal, denormal);
+    uint32_t denormal = bits<uint32_t>(bits<float>(size) + 0.5f) - 0x3f000000u;
+    return finish(x, size, normal, denormal);
 #endif
   }
   static FUSEDOPT_HD uint32_t store_noisy(float x, uint32_t random) {
-    uint32_t rest = bits<uint32_t>(x) & 0x7fffffffu;
-    uint32_t normal = (rest - (112u << 23) + (random >> 3)) >> 13;
-    // 2^-24 becomes 1, what lies below it is cut off after a random part of it has been added.
-    float units = bits<float>(rest < (113u << 23) ? rest : 0u) * 16777216.0f;
+    uint32_t size = bits<uint32_t>(x) & 0x7fffffffu;
+    uint32_t normal = (size - (112u << 23) + (random >> 3)) >> 13;
+    // In units of 2^-24, the last digit of a denormal: add a random fraction of a unit, then truncate.
+    float units = bits<float>(size < (113u << 23) ? size : 0u) * 16777216.0f;
     uint32_t denormal = uint32_t(int32_t(units + float(int32_t(random)) * 0x1p-16f));
-    return finish(x, rest, normal, denormal);
+    return finish(x, size, normal, denormal);
   }
 
  private:
-  static FUSEDOPT_HD uint32_t finish(float x, uint32_t rest, uint32_t normal, uint32_t denormal) {
-    uint32_t r = rest < (113u << 23) ? denormal : normal;
-    r = rest >= (143u << 23) ? 0x7c00u : r;                          // 65536 and above
-    r = rest > 0x7f800000u ? 0x7e00u | ((rest >> 13) & 0x3ffu) : r;  // NaN
+  static FUSEDOPT_HD uint32_t finish(float x, uint32_t size, uint32_t normal, uint32_t denormal) {
+    uint32_t r = size < (113u << 23) ? denormal : normal;
+    r = size >= (143u << 23) ? 0x7c00u : r;                          // 65536 and above
+    r = size > 0x7f800000u ? 0x7e00u | ((size >> 13) & 0x3ffu) : r;  // NaN
     return ((bits<uint32_t>(x) >> 16) & 0x8000u) | r;
   }
 };
 
-// Stochastic rounding: the result is one of the two neighbours, and right on average.
+// Stochastic rounding: the result is one of the two neighbours, and its expected value is x.
 template <class F>
 struct Noisy : F {
   static constexpr bool noisy = true;
   static FUSEDOPT_HD uint32_t store(float x, uint32_t random) { return F::store_noisy(x, random); }
 };
 
-// --- weights: Residual is what is kept beside the weight; load and store see both ---
+// --- weights: Residual is the type of a 16-bit weight's residual; load and store take both ---
 
 struct Nothing {};
 
@@ -153,61 +154,65 @@ struct Plain {
   }
 };
 
-// A bf16 weight and the 16 bits that follow it, as a signed number: together exactly a float32. The weight is the
-// float32 rounded half away from zero (to even would leave 65,537 float32 to one weight).
+// A bf16 weight with the 16 low-order bits of a float32 as a signed residual: together exactly that float32. The weight
+// is the float32 rounded half away from zero; ties to even would map 65,537 float32 values to one weight.
 struct Split16 {
   using Weight = BF16;
   using Residual = int16_t;
   using ResidualWord = uint32_t;
   static constexpr Master master = kSplit16;
-  // A weight that somebody has set to 0 or infinity may get a rest that leads out of the numbers: it then has none.
-  static FUSEDOPT_HD float join(uint32_t w, uint32_t rest) {
-    const float x = bits<float>((w << 16) + rest);
+  // If the caller has set the weight to 0 or infinity, the sum may be NaN: the residual is then ignored.
+  static FUSEDOPT_HD float join(uint32_t w, uint32_t residual) {
+    const float x = bits<float>((w << 16) + residual);
     return x == x ? x : bits<float>(w << 16);
   }
-  static FUSEDOPT_HD float load(uint32_t w, uint32_t rest) { return join(w, uint32_t(int32_t(rest << 16) >> 16)); }
-  static FUSEDOPT_HD void store(float x, uint32_t& w, uint32_t& rest, uint32_t) {
+  static FUSEDOPT_HD float load(uint32_t w, uint32_t residual) {
+    return join(w, uint32_t(int32_t(residual << 16) >> 16));
+  }
+  static FUSEDOPT_HD void store(float x, uint32_t& w, uint32_t& residual, uint32_t) {
     const uint32_t b = bits_one_nan(x);
     w = (b + 0x8000u) >> 16;
-    rest = b & 0xffffu;
+    residual = b & 0xffffu;
   }
 };
 
-// The same with 8 bits: a float32 whose last 8 digits are rounded off, half away from zero.
+// The same with an 8-bit residual: a float32 without its 8 low-order bits, rounded half away from zero.
 struct Split8 {
   using Weight = BF16;
   using Residual = int8_t;
   using ResidualWord = int32_t;
   static constexpr Master master = kSplit8;
-  static FUSEDOPT_HD float load(uint32_t w, int32_t rest) { return Split16::join(w, uint32_t(rest) << 8); }
-  static FUSEDOPT_HD void store(float x, uint32_t& w, int32_t& rest, uint32_t) {
+  static FUSEDOPT_HD float load(uint32_t w, int32_t residual) { return Split16::join(w, uint32_t(residual) << 8); }
+  static FUSEDOPT_HD void store(float x, uint32_t& w, int32_t& residual, uint32_t) {
     const uint32_t b = bits_one_nan(x) + 0x80u;
     w = (b + 0x8000u) >> 16;
-    rest = int32_t(b >> 8);  // its low 8 bits
+    residual = int32_t(b >> 8);  // its low 8 bits
   }
 };
 
-// A float32 copy, rounded to the weight. It yields to a weight that is no longer its own rounded value.
+// The residual is a float32 master, rounded to the weight. Where the weight is no longer the rounded master, because
+// the caller has written it, the weight counts.
 template <class F>
 struct Copied {
   using Weight = F;
   using Residual = float;
   using ResidualWord = float;
   static constexpr Master master = kFloat32;
-  static FUSEDOPT_HD float load(uint32_t w, float rest) { return F::store(rest) == w ? rest : F::load(w); }
-  static FUSEDOPT_HD void store(float x, uint32_t& w, float& rest, uint32_t) {
+  static FUSEDOPT_HD float load(uint32_t w, float residual) { return F::store(residual) == w ? residual : F::load(w); }
+  static FUSEDOPT_HD void store(float x, uint32_t& w, float& residual, uint32_t) {
     w = F::store(x);
-    rest = x;
+    residual = x;
   }
 };
 
-// --- block-quantised states: 8 bits an element and one float32 scale a block, the block's largest magnitude s. A code
-// is the square root of an element's share of s, rounded stochastically: fine where most elements lie, near zero. ---
+// --- block-quantised states: 8 bits per element, and one float32 scale s per block, its largest magnitude. A code is
+// the square root of an element's ratio to s, rounded stochastically: codes are dense near zero, where most elements
+// lie. ---
 
-// Added to a small number it rounds it to a whole one, whose low byte is that of the sum's bits.
+// Adding it rounds a small number to an integer, which is then the low-order byte of the sum's bits.
 constexpr float kWhole = 0x1.8p23f;
-// A code's shift before it is rounded to nearest, from random bits, the topmost first: a little less than a half either
-// way, so that what is some code's stays that code's, and none goes beyond top.
+// The random shift of a code before it is rounded to nearest, from random bits, the most significant first. It is less
+// than half a quantisation step, so exactly representable values round-trip, and no code exceeds top.
 FUSEDOPT_HD float code_shift(uint32_t random) { return float(int32_t(random)) * 0x1.ffep-33f; }
 
 // x = s c |c| / 127^2 for a moment with a sign, c in [-127, 127].
@@ -221,11 +226,11 @@ struct SignedRoot {
   static FUSEDOPT_HD float size(float x) { return magnitude(x); }
   static FUSEDOPT_HD float inverse(float s) { return top * top / s; }
   static FUSEDOPT_HD float shifted(float x, float inverse, float shift) { return root(x * inverse) + shift; }
-  // c: not rounded, shifted; its sign, if it has come to one, does not count.
+  // c: shifted, not rounded; the sign is that of x.
   static FUSEDOPT_HD uint32_t encode(float c, float x, uint32_t) { return bits<uint32_t>(signed_as(c, x) + kWhole); }
 };
 
-// x = s c^2 / 255^2 for a second moment, c in [1, 255], or 0 in a block of zeros: what is divided by must not vanish.
+// x = s c^2 / 255^2 for a second moment, c in [1, 255], or 0 in a block of zeros: a divisor must not become 0.
 struct Root {
   static constexpr Format format = kU8;
   static constexpr float top = 255.0f;
@@ -234,7 +239,7 @@ struct Root {
     return float(uint16_t(c * c));
   }
   static FUSEDOPT_HD float size(float x) { return x; }
-  // The rule has taken this root: where the compiler keeps it there is no other.
+  // The rule has computed this root, and the compiler may reuse it.
   static FUSEDOPT_HD float inverse(float s) { return top / root(s); }
   static FUSEDOPT_HD float shifted(float x, float inverse, float shift) { return fma1(root(x), inverse, shift); }
   static FUSEDOPT_HD uint32_t encode(float c, float, uint32_t least) {
@@ -261,42 +266,42 @@ struct Code<kU8> {
   using type = Root;
 };
 
-// Usual scales: below them float32 runs out (zero, denormal, a little above), and what is not finite needs care. A loop
-// that has made sure of it says so, and is spared both.
+// A scale is normal if it is finite and at least kTiny: below, products underflow. With `Normal` the conversions assume
+// it and omit the care that other scales need.
 constexpr float kTiny = 0x1p-96f;
-FUSEDOPT_HD bool usual(float scale) {
+FUSEDOPT_HD bool normal_scale(float scale) {
   return bits<uint32_t>(scale) - bits<uint32_t>(kTiny) < 0x7f800000u - bits<uint32_t>(kTiny);
 }
 
-// A block's codes into numbers.
-template <class C, bool Usual = false>
+// Converts the codes of a block to numbers.
+template <class C, bool Normal = false>
 struct Decoder {
-  float unit, rest;
+  float unit, tiny;
   FUSEDOPT_HD explicit Decoder(float scale)
-      : unit((!Usual && scale < kTiny ? 1.0f : scale) * (1.0f / (C::top * C::top))),
-        rest(!Usual && scale < kTiny ? scale : 1.0f) {}
-  FUSEDOPT_HD float operator()(uint8_t code) const { return C::decode(code) * unit * rest; }
+      : unit((!Normal && scale < kTiny ? 1.0f : scale) * (1.0f / (C::top * C::top))),
+        tiny(!Normal && scale < kTiny ? scale : 1.0f) {}
+  FUSEDOPT_HD float operator()(uint8_t code) const { return C::decode(code) * unit * tiny; }
 };
 
-// Numbers of a block whose largest magnitude is `size` into codes.
-template <class C, bool Usual = false>
+// Converts the numbers of a block, whose largest magnitude is `size`, to codes.
+template <class C, bool Normal = false>
 struct Encoder {
   float up, inverse;
   uint32_t least;
   FUSEDOPT_HD explicit Encoder(float size)
-      : up(!Usual && size < kTiny ? 0x1p64f : 1.0f),
-        inverse(!Usual && size == 0.0f ? 0.0f : C::inverse(size * up)),
-        least(bits<uint32_t>(kWhole) + (Usual || size != 0.0f ? 1 : 0)) {}
+      : up(!Normal && size < kTiny ? 0x1p64f : 1.0f),
+        inverse(!Normal && size == 0.0f ? 0.0f : C::inverse(size * up)),
+        least(bits<uint32_t>(kWhole) + (Normal || size != 0.0f ? 1 : 0)) {}
   FUSEDOPT_HD uint8_t operator()(float x, float shift) const {
     const float c = C::shifted(C::size(x) * up, inverse, shift);
-    return uint8_t(C::encode(Usual || c == c ? c : 0.0f, x, least));
+    return uint8_t(C::encode(Normal || c == c ? c : 0.0f, x, least));
   }
 };
 
-// The bits of a number's magnitude: in the numbers' order, NaN on top.
+// The bits of a number's magnitude, which have the same order as the magnitudes; NaN is the largest.
 FUSEDOPT_HD uint32_t size_bits(float x) { return bits<uint32_t>(x) & 0x7fffffffu; }
 
-// Can all states be quantised?
+// Whether all states can be quantised.
 constexpr bool quantisable(const Format* codes, int n) {
   for (int k = 0; k < n; ++k)
     if (codes[k] == kFormats) return false;
@@ -305,8 +310,8 @@ constexpr bool quantisable(const Format* codes, int n) {
 
 }  // namespace
 
-// The combinations that exist: weight, gradient, state. The rest is refused by name.
-#ifdef FUSEDOPT_FEW_FORMATS  // one of each kind, for tools that need no more
+// The combinations that exist: weight, gradient, state. Any other is refused by name.
+#ifdef FUSEDOPT_FEW_FORMATS  // one of each kind, for development builds and tools
 #define FUSEDOPT_FORMATS(X)                \
   X(Plain<F64>, F64, F64)                  \
   X(Plain<F32>, F32, F32)                  \

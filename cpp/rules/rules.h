@@ -7,6 +7,10 @@
 //   codes      how each of them is quantised in int8 forms: kSigned, kNonNegative, or kNotQuantised
 //   Rule(h, c) computes the constants of a step, in double; c.t counts steps from 1
 //   operator() the update; g is already unscaled, clipped and signed
+//
+// Letters: p parameter, g gradient, m and v first and second moment, b velocity. w1 = 1 - beta1 and w2 = 1 - beta2 are
+// the weights of the newest gradient in an average; keep = 1 - lr weight_decay is the factor of decoupled weight decay;
+// unbias = 1 / sqrt(1 - beta2^t) corrects the root of v. `decay` is the factor of p that is added to g (L2 penalty).
 #pragma once
 #include "rules/element.h"
 #include "rules/types.h"
@@ -24,7 +28,7 @@ struct NoCarry {
   }
 };
 
-// p <- p - lr (g + decay p)
+// g <- g + decay p,  p <- p - lr g. The penalty of every rule below is this one.
 template <class T>
 struct Sgd : NoCarry {
   static constexpr const char* hyper = "lr weight_decay";
@@ -38,7 +42,7 @@ struct Sgd : NoCarry {
   FUSEDOPT_HD void operator()(T& p, T g) const { p = fma1(-lr, decayed(g, p, decay), p); }
 };
 
-// b <- momentum b + (1 - dampening) g, and b <- g in the first step; Nesterov looks ahead along b.
+// b <- momentum b + (1 - dampening) g, in the first step b <- g;  p <- p - lr b, with Nesterov p - lr (g + momentum b)
 template <class T>
 struct Momentum : NoCarry {
   static constexpr const char* hyper = "lr momentum dampening weight_decay nesterov";
@@ -47,21 +51,22 @@ struct Momentum : NoCarry {
   struct Hyper {
     double lr, momentum, dampening, weight_decay, nesterov;
   };
-  T lr, momentum, rest, decay, nesterov, first;  // of T, not bool: 16-bit loops would not be vectorised
+  T lr, momentum, w, decay, nesterov, first;  // of T, not bool: 16-bit loops would not be vectorised
   FUSEDOPT_HD Momentum(const Hyper& h, const Clock& c)
       : lr(T(h.lr)),
         momentum(T(h.momentum)),
-        rest(T(1 - h.dampening)),
+        w(T(1 - h.dampening)),
         decay(T(h.weight_decay)),
         nesterov(T(h.nesterov != 0)),
         first(T(c.t == 1)) {}
   FUSEDOPT_HD void operator()(T& p, T g, T& b) const {
     g = decayed(g, p, decay);
-    b = first != T(0) ? g : fma1(rest, g, momentum * b);
+    b = first != T(0) ? g : fma1(w, g, momentum * b);
     p = fma1(-lr, nesterov != T(0) ? fma1(momentum, b, g) : b, p);
   }
 };
 
+// s <- s + g^2,  p <- p - lr / (1 + (t - 1) lr_decay) g / (sqrt(s) + eps)
 template <class T>
 struct Adagrad : NoCarry {
   static constexpr const char* hyper = "lr lr_decay weight_decay eps";
@@ -80,23 +85,25 @@ struct Adagrad : NoCarry {
   }
 };
 
+// v <- alpha v + (1 - alpha) g^2,  p <- p - lr g / (sqrt(v) + eps). Centered: v - a^2 in place of v, where
+// a <- alpha a + (1 - alpha) g. With momentum: b <- momentum b + g / (sqrt(v) + eps),  p <- p - lr b.
 template <class T>
 struct RMSpropBase : NoCarry {
   static constexpr const char* hyper = "lr alpha eps weight_decay momentum";
   struct Hyper {
     double lr, alpha, eps, weight_decay, momentum;
   };
-  T lr, alpha, rest, eps, decay, momentum;
+  T lr, alpha, w, eps, decay, momentum;
   FUSEDOPT_HD RMSpropBase(const Hyper& h, const Clock&)
       : lr(T(h.lr)),
         alpha(T(h.alpha)),
-        rest(T(1 - h.alpha)),
+        w(T(1 - h.alpha)),
         eps(T(h.eps)),
         decay(T(h.weight_decay)),
         momentum(T(h.momentum)) {}
-  FUSEDOPT_HD void average(T g, T& v) const { v = fma1(rest * g, g, alpha * v); }
-  FUSEDOPT_HD T deviation(T v, T g, T& a) const {  // centered: the second moment less the square of the first
-    a = lerp(a, g, rest);
+  FUSEDOPT_HD void average(T g, T& v) const { v = fma1(w * g, g, alpha * v); }
+  FUSEDOPT_HD T deviation(T v, T g, T& a) const {
+    a = lerp(a, g, w);
     return root(fma1(-a, a, v)) + eps;
   }
   FUSEDOPT_HD void move(T& p, T g, T d) const { p = p - (lr * g) / d; }
@@ -154,27 +161,29 @@ struct RMSpropCenteredMomentum : RMSpropBase<T> {
   }
 };
 
-// The two moments and the two kinds of weight decay, shared by the Adam family.
+// Both kinds of weight decay and the two moments, shared by the Adam family:
+// p <- keep p or g <- g + decay p,  m <- beta1 m + (1 - beta1) g,  v <- beta2 v + (1 - beta2) g^2
 template <class T>
 struct Moments : NoCarry {
-  T rest1, beta2, rest2, eps, decay, keep;
+  T w1, beta2, w2, eps, decay, keep;
   template <class Hyper>
   FUSEDOPT_HD explicit Moments(const Hyper& h)
-      : rest1(T(1 - h.beta1)),
+      : w1(T(1 - h.beta1)),
         beta2(T(h.beta2)),
-        rest2(T(1 - h.beta2)),
+        w2(T(1 - h.beta2)),
         eps(T(h.eps)),
         decay(T(h.decoupled != 0 ? 0 : h.weight_decay)),
         keep(T(h.decoupled != 0 ? 1 - h.lr * h.weight_decay : 1)) {}
   FUSEDOPT_HD void average(T& p, T& g, T& m, T& v) const {
     p = p * keep;
     g = decayed(g, p, decay);
-    m = lerp(m, g, rest1);
-    v = fma1(rest2 * g, g, beta2 * v);
+    m = lerp(m, g, w1);
+    v = fma1(w2 * g, g, beta2 * v);
   }
 };
 
-// AdamW is Adam with `decoupled`. The correction of v is a factor on its root: one division an element, not two.
+// p <- p - lr m / (1 - beta1^t) / (sqrt(v / (1 - beta2^t)) + eps). AdamW is this rule with `decoupled`. The correction
+// of v is a factor of its root, so each element needs one division, not two.
 template <class T>
 struct Adam : Moments<T> {
   static constexpr const char* hyper = "lr beta1 beta2 eps weight_decay decoupled_weight_decay";
@@ -193,6 +202,7 @@ struct Adam : Moments<T> {
   }
 };
 
+// Adam with the largest v so far in place of v.
 template <class T>
 struct AMSGrad : Adam<T> {
   static constexpr const char* states = "exp_avg exp_avg_sq max_exp_avg_sq";
@@ -205,7 +215,8 @@ struct AMSGrad : Adam<T> {
   }
 };
 
-// Adam along a scheduled Nesterov momentum; the clock carries the product of the momenta so far.
+// p <- p - lr ((1 - mu) g / (1 - M) + mu' m / (1 - M mu')) / (sqrt(v / (1 - beta2^t)) + eps), where mu and mu' are the
+// scheduled momenta of this step and the next, and M is the product of the momenta so far, which the clock carries.
 template <class T>
 struct NAdam : Moments<T> {
   static constexpr const char* hyper = "lr beta1 beta2 eps weight_decay decoupled_weight_decay momentum_decay";
@@ -232,7 +243,8 @@ struct NAdam : Moments<T> {
   }
 };
 
-// Adam that waits: without the second moment's root while its variance cannot be bounded.
+// p <- p - lr r m / (1 - beta1^t) sqrt(1 - beta2^t) / (sqrt(v) + eps), r being the rectification; while the variance of
+// the adaptive rate is unbounded, p <- p - lr m / (1 - beta1^t).
 template <class T>
 struct RAdam : Moments<T> {
   static constexpr const char* hyper = "lr beta1 beta2 eps weight_decay decoupled_weight_decay";
@@ -244,7 +256,7 @@ struct RAdam : Moments<T> {
   T lr, rectified;
   FUSEDOPT_HD RAdam(const Hyper& h, const Clock& c) : Moments<T>(h) {
     const double b2 = power(h.beta2, c.t), longest = 2 / (1 - h.beta2) - 1;
-    const double length = longest - 2 * double(c.t) * b2 / (1 - b2);  // of the moving average, in steps
+    const double length = longest - 2 * double(c.t) * b2 / (1 - b2);  // of the moving average, in steps: rho_t
     rectified = T(length > 5);
     const double r = (length - 4) * (length - 2) * longest / ((longest - 4) * (longest - 2) * length);
     lr = T(h.lr / (1 - power(h.beta1, c.t)) * (rectified != T(0) ? sqrt(r * (1 - b2)) : 1));
@@ -255,7 +267,7 @@ struct RAdam : Moments<T> {
   }
 };
 
-// Adam with the maximum in place of the root mean square.
+// u <- max(beta2 u, |g| + eps),  p <- p - lr m / ((1 - beta1^t) u)
 template <class T>
 struct Adamax : NoCarry {
   static constexpr const char* hyper = "lr beta1 beta2 eps weight_decay";
@@ -264,22 +276,22 @@ struct Adamax : NoCarry {
   struct Hyper {
     double lr, beta1, beta2, eps, weight_decay;
   };
-  T lr, rest1, beta2, eps, decay;
+  T lr, w1, beta2, eps, decay;
   FUSEDOPT_HD Adamax(const Hyper& h, const Clock& c)
       : lr(T(h.lr / (1 - power(h.beta1, c.t)))),
-        rest1(T(1 - h.beta1)),
+        w1(T(1 - h.beta1)),
         beta2(T(h.beta2)),
         eps(T(h.eps)),
         decay(T(h.weight_decay)) {}
   FUSEDOPT_HD void operator()(T& p, T g, T& m, T& u) const {
     g = decayed(g, p, decay);
-    m = lerp(m, g, rest1);
+    m = lerp(m, g, w1);
     u = maximum(beta2 * u, magnitude(g) + eps);
     p = p - (lr * m) / u;
   }
 };
 
-// The root mean square of past updates over that of past gradients: a step in the parameter's own units.
+// v <- rho v + (1 - rho) g^2,  d = sqrt(a + eps) / sqrt(v + eps) g,  a <- rho a + (1 - rho) d^2,  p <- p - lr d
 template <class T>
 struct Adadelta : NoCarry {
   static constexpr const char* hyper = "lr rho eps weight_decay";
@@ -288,19 +300,19 @@ struct Adadelta : NoCarry {
   struct Hyper {
     double lr, rho, eps, weight_decay;
   };
-  T lr, rho, rest, eps, decay;
+  T lr, rho, w, eps, decay;
   FUSEDOPT_HD Adadelta(const Hyper& h, const Clock&)
-      : lr(T(h.lr)), rho(T(h.rho)), rest(T(1 - h.rho)), eps(T(h.eps)), decay(T(h.weight_decay)) {}
+      : lr(T(h.lr)), rho(T(h.rho)), w(T(1 - h.rho)), eps(T(h.eps)), decay(T(h.weight_decay)) {}
   FUSEDOPT_HD void operator()(T& p, T g, T& v, T& a) const {
     g = decayed(g, p, decay);
-    v = fma1(rest * g, g, rho * v);
+    v = fma1(w * g, g, rho * v);
     const T d = root(a + eps) / root(v + eps) * g;
-    a = fma1(rest * d, d, rho * a);
+    a = fma1(w * d, d, rho * a);
     p = fma1(-lr, d, p);
   }
 };
 
-// The sign of an interpolation between momentum and gradient.
+// p <- keep p - lr sign(beta1 m + (1 - beta1) g),  m <- beta2 m + (1 - beta2) g
 template <class T>
 struct Lion : NoCarry {
   static constexpr const char* hyper = "lr beta1 beta2 weight_decay";
@@ -309,12 +321,12 @@ struct Lion : NoCarry {
   struct Hyper {
     double lr, beta1, beta2, weight_decay;
   };
-  T lr, rest1, rest2, keep;
+  T lr, w1, w2, keep;
   FUSEDOPT_HD Lion(const Hyper& h, const Clock&)
-      : lr(T(h.lr)), rest1(T(1 - h.beta1)), rest2(T(1 - h.beta2)), keep(T(1 - h.lr * h.weight_decay)) {}
+      : lr(T(h.lr)), w1(T(1 - h.beta1)), w2(T(1 - h.beta2)), keep(T(1 - h.lr * h.weight_decay)) {}
   FUSEDOPT_HD void operator()(T& p, T g, T& m) const {
-    p = fma1(-lr, sign(lerp(m, g, rest1)), p * keep);
-    m = lerp(m, g, rest2);
+    p = fma1(-lr, sign(lerp(m, g, w1)), p * keep);
+    m = lerp(m, g, w2);
   }
 };
 

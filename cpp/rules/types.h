@@ -1,4 +1,4 @@
-// The plain types that rules and the loops over them share: how elements are stored, what a rule is given, the limits.
+// Plain types shared by rules and loops: formats, forms, clocks, the description of a rule, limits.
 #pragma once
 #include <stddef.h>
 #include <stdint.h>
@@ -6,7 +6,7 @@
 namespace fusedopt {
 
 enum Format : int { kF64, kF32, kBF16, kF16, kFloats, kI16 = kFloats, kI8, kU8, kFormats };
-// Of quantised states: the codes of one with a sign, of a second moment, of one for which none is defined.
+// The format of a quantised state's codes: with a sign, non-negative (second moments), or none is defined.
 constexpr Format kSigned = kI8, kNonNegative = kU8, kNotQuantised = kFormats;
 // The residual of a 16-bit weight: its low-order bits, or a float32 copy.
 enum Master : int { kNoMaster, kSplit16, kSplit8, kFloat32, kMasters };
@@ -24,7 +24,7 @@ struct Form {
   Master master;
   bool noisy, noisy_state;  // rounds stochastically
 
-  // Do positions count: must spans begin at multiples of kBlock?
+  // Whether results depend on an element's position, so that spans must begin at multiples of kBlock.
   bool counts() const { return state == kI8 || master == kSplit8 || noisy || noisy_state; }
   bool operator==(const Form& o) const {
     return param == o.param && grad == o.grad && state == o.state && master == o.master && noisy == o.noisy &&
@@ -32,8 +32,7 @@ struct Form {
   }
 };
 
-// Where a tensor stands in its own history: the steps done, and one number that a rule may carry along, a product that
-// is stored in single or double precision.
+// Steps done, and one number that a rule may carry from step to step: a product, in single or double precision.
 struct Clock {
   int64_t t;
   double carry;
@@ -42,9 +41,9 @@ struct Clock {
 
 constexpr int kMaxHyper = 8;  // hyperparameters of a rule
 constexpr int kMaxStates = 3;
-constexpr size_t kPreparedBytes = 256;  // a rule with its constants, ready for a span
+constexpr size_t kPreparedBytes = 256;  // a rule with the constants of a step
 
-// A rule: its description, and how it counts steps. `self` is passed to `advance`.
+// Description of a rule, and the function that advances its clock. `self` is passed to `advance`.
 struct Rule {
   const char* name;
   const char* hyper;         // names of hyperparameters, separated by blanks

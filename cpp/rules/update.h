@@ -1,6 +1,5 @@
-// What happens to ONE element in one combination of formats: load, rule, store, and what follows the update where it is
-// asked for (l1, the weights' moving average). The CPU's loop (sweep.h) and CUDA's (grid.h) are built on it, so no rule
-// and no rounding is stated twice. Options that belong to every rule live here.
+// The update of ONE element in one form: load, rule, store, and the options of every rule that follow it (l1, the
+// weights' moving average). Both loops, the CPU's (sweep.h) and the device's (grid.h), use it.
 #pragma once
 #include "rules/formats.h"
 #include "rules/rules.h"
@@ -25,7 +24,7 @@ FUSEDOPT_HD void apply(const Rule& rule, T& p, T g, T* s) {
   apply_unpacked(rule, p, g, s, typename IndicesTo<N>::type());
 }
 
-// The random bits of element i: half of a number that two neighbours share.
+// The random bits of element i: half of a random number that two neighbours share.
 FUSEDOPT_HD uint32_t noise_at(uint32_t key, int64_t i) {
   const uint32_t both = noise(key, uint32_t(i >> 1));
   return (i & 1) ? both >> 16 : both & 0xffffu;
@@ -45,7 +44,7 @@ struct Storage {
   static constexpr bool random = P::noisy || S::noisy;
   static constexpr Form form = {P::format, G::format, S::format, W::master, P::noisy, S::noisy};
 
-  // Proximal l1: towards zero by `shrink`, and no further.
+  // Proximal l1 (soft threshold): towards zero by `shrink`, not beyond zero.
   static FUSEDOPT_HD void threshold(T shrink, typename P::Word& w, typename W::ResidualWord& residual,
                                     uint32_t bits16) {
     const T x = W::load(w, residual), size = magnitude(x) - shrink;
@@ -66,7 +65,7 @@ struct Storage {
   }
   static FUSEDOPT_HD uint32_t part_of(uint32_t number, int k) { return number << (32 - bits_each * (k + 1)); }
   static FUSEDOPT_HD uint32_t bits_of(uint32_t part) { return part >> 16; }
-  // For a code: the lower 8 of 16 bits, since the upper ones decide how the weight is rounded.
+  // For a code: the lower 8 of the 16 bits, since the upper ones decide how the weight is rounded.
   static FUSEDOPT_HD float shift_of(uint32_t part) { return code_shift(bits_each == 16 ? part << 8 : part); }
 };
 
@@ -130,7 +129,7 @@ constexpr Rule describe(const char* name) {
   return rule;
 }
 
-// What every kernel library of this build says of itself: the rules, and the forms in which each may be.
+// The rules and forms of every kernel library of this build.
 #define FUSEDOPT_RULE(name, R) describe<R<double>>(#name),
 constexpr Rule rules[] = {FUSEDOPT_RULES(FUSEDOPT_RULE)};
 #undef FUSEDOPT_RULE

@@ -46,17 +46,17 @@ std::string failure(int error, const char* doing) {
   return std::string(device_library()->kind) + " error " + std::to_string(error) + " while " + doing + ": " +
          device_library()->message(error);
 }
-// For what comes before the first launch of a step.
+// Checks a call before the first launch of a step.
 void check(int error, const char* doing) {
   if (error && error == device_library()->out_of_memory) throw DeviceOutOfMemory(failure(error, doing));
   if (error) throw std::runtime_error(failure(error, doing));
 }
-// For the launches, after which no step can be repeated.
+// Checks a launch, after which the step cannot be repeated.
 void check_launch(int error, const char* doing) {
   if (error) throw std::runtime_error(failure(error, doing));
 }
 
-// A device is current for as long as this lives.
+// Makes a device current during its lifetime.
 struct Turn {
   bool entered = false;
   int error;
@@ -68,19 +68,19 @@ struct Turn {
   }
 };
 
-// The same, or nothing is done.
+// The same; does nothing if the device cannot be made current.
 struct SureTurn : Turn {
   explicit SureTurn(int device) : Turn(device) { check(error, "choosing the device"); }
 };
 
-// Memory of plans that are no more, by device. To free it waits for the device, which has to be the current one: the
-// next plan there that allocates does it, since the end of an object may come anywhere.
+// Memory of destroyed plans, by device. Freeing synchronises with the device, which must be current, and a destructor
+// may run anywhere; so the next plan that allocates on the device frees it.
 struct Left {
   std::mutex mutex;
   std::map<int, std::vector<void*>> memory;
 };
 Left& left() {
-  static Left* const kept = new Left;  // outlives every plan
+  static Left* const kept = new Left;  // never destroyed: outlives every plan
   return *kept;
 }
 void free_left(int device) {
@@ -89,8 +89,8 @@ void free_left(int device) {
   for (; !memory.empty(); memory.pop_back()) check(device_library()->release(memory.back()), "freeing memory");
 }
 
-constexpr size_t kGap = 512;          // words between two changes that are sent along with them
-constexpr size_t kCopyFrom = 32'000;  // words; to copy them all waits for the stream
+constexpr size_t kGap = 512;          // unchanged words between two changes that are uploaded with them
+constexpr size_t kCopyFrom = 32'000;  // words; from here on a copy, which synchronises the stream
 
 constexpr size_t words_of(size_t bytes) { return (bytes + 7) / 8; }
 
@@ -267,7 +267,7 @@ DeviceTables DeviceStep::tables(char* memory) const {
   return t;
 }
 
-// Memory for all that tables() points to, and the kernels that a graph may want to have been loaded.
+// Allocates the memory of tables(), and loads kernels that may be captured in a graph.
 char* DeviceStep::allocate(size_t bytes) const {
   const DeviceTable& device = *device_library();
   check(device.ready(), "loading kernels");
@@ -277,13 +277,13 @@ char* DeviceStep::allocate(size_t bytes) const {
   return static_cast<char*>(memory);
 }
 
-// Brings what is on the device up to date; where it is.
+// Updates the description on the device and returns where it is.
 DeviceTables DeviceStep::send(void* stream) {
   const DeviceTable& device = *device_library();
   bool graph = false;
   check(device.capturing(stream, &graph), "asking whether a graph is being captured");
   const size_t needed = size_t(reinterpret_cast<uintptr_t>(tables(nullptr).norm + 1));
-  if (graph) {  // It may be replayed at any time, and must find what it was captured with: memory of its own, for good.
+  if (graph) {  // A replay needs the description it was captured with: memory of its own, never freed.
     char* memory = allocate(needed);
     const int error = device.upload(memory, words_.data(), 8 * words_.size(), stream, true);
     if (error) device.release(memory);
@@ -291,7 +291,7 @@ DeviceTables DeviceStep::send(void* stream) {
     return tables(memory);
   }
   bool fresh = !known_ || there_.size() != words_.size();
-  known_ = false;  // until all is sent
+  known_ = false;  // until the upload is complete
   if (needed > bytes_) {
     free_left(device_);
     if (memory_) check(device.release(memory_), "freeing memory");
@@ -301,14 +301,15 @@ DeviceTables DeviceStep::send(void* stream) {
     bytes_ = needed + needed / 4;
     fresh = true;
   }
-  std::vector<std::pair<size_t, size_t>> changed;  // stretches, a short one between two of them included
+  std::vector<std::pair<size_t, size_t>> changed;  // ranges, joined across short gaps
   size_t total = words_.size();
   if (fresh) {
     changed = {{0, total}};
   } else {
     total = 0;
     for (size_t r = 0; r < tensors.size(); ++r)
-      if (tensors[order_[r]].device_counts) there_[done_at(r)] = words_[done_at(r)];  // the device knows better
+      if (tensors[order_[r]].device_counts)
+        there_[done_at(r)] = words_[done_at(r)];  // the device's count is the valid one
     for (size_t i = 0; i < words_.size(); ++i) {
       if (words_[i] == there_[i]) continue;
       if (changed.empty() || i - changed.back().second > kGap) changed.push_back({i, i});
@@ -326,7 +327,7 @@ DeviceTables DeviceStep::send(void* stream) {
   there_.swap(words_);
   known_ = true;
   for (size_t r = 0; r < tensors.size(); ++r)
-    if (!tensors[order_[r]].device_counts) ++there_[done_at(r)];  // as the device will
+    if (!tensors[order_[r]].device_counts) ++there_[done_at(r)];  // as the device will do
   return tables(memory_);
 }
 

@@ -12,17 +12,17 @@
 namespace fusedopt {
 namespace {
 
-constexpr int64_t kTile = 512;          // elements of a strided walk that are gathered at a time
-constexpr int64_t kTensorCost = 32;     // what starting a tensor costs, in elements
-constexpr int64_t kStepGrain = 49152;   // elements worth another thread: to update,
-constexpr int64_t kNormGrain = 65536;   // to sum up
-constexpr int64_t kLargePart = 262144;  // elements of a part when there are more parts than threads
+constexpr int64_t kTile = 512;          // elements that a strided traversal gathers at a time
+constexpr int64_t kTensorCost = 32;     // the cost of starting a tensor, in elements
+constexpr int64_t kStepGrain = 49152;   // elements per additional thread: in an update,
+constexpr int64_t kNormGrain = 65536;   // in a norm
+constexpr int64_t kLargePart = 262144;  // elements per part if there are more parts than threads
 constexpr int64_t kSplitAlign = 64;
 constexpr size_t kLine = 64;  // bytes of a cache line
 constexpr int64_t kWorthAligning = 1024;
-constexpr int64_t kPiece = 1024;  // elements after which what follows the update is done
+constexpr int64_t kPiece = 1024;  // elements between the update and what follows it
 
-// Calls run(offset in memory, done, length) for stretches of `count` elements from logical position `begin`.
+// Calls run(offset in memory, done, length) for contiguous runs of `count` elements from logical position `begin`.
 template <class U, class F>
 void walk(const Strided& s, const int64_t* stride, int64_t begin, int64_t count, F&& run) {
   int64_t index[kMaxDims], offset = 0;
@@ -83,7 +83,7 @@ const char* moved(const void* p, int64_t elements, Format f) {
   return static_cast<const char*>(p) + elements * int64_t(size_of(f));
 }
 
-// A kernel for the instruction set in use, with the constants of a step.
+// A kernel of the instruction set in use, with the constants of a step.
 struct Ready {
   const HostKernel* kernel = nullptr;
   const HostForm* host_form = nullptr;
@@ -98,7 +98,7 @@ struct Ready {
     form = &form_of(id);
     n_states = rule_of(id.rule).n_states;
   }
-  // A span of a tensor's operands, or of a tile, without its pointers.
+  // A span of a tensor or of a tile, without pointers.
   Span span(const Tensor& tensor, uint32_t key, int64_t first, int64_t n) const {
     Span s{};
     s.n = n;
@@ -126,11 +126,11 @@ void update_dense(const Ready& ready, const Tensor& tensor, uint32_t key, int64_
     if (tensor.span.ema) s.ema = moved(tensor.span.ema, from, ema_format(f.param));
     ready.run(s);
   };
-  if (ready.finishes(tensor)) {  // a piece that stays in the cache between the two loops
+  if (ready.finishes(tensor)) {  // in pieces that stay in the cache between the two loops
     for (; begin < end; begin += kPiece) update(begin, std::min(begin + kPiece, end));
     return;
   }
-  // NumPy's large arrays all begin 16 bytes past a cache line: a short start of its own brings the rest onto lines.
+  // NumPy's large arrays begin 16 bytes after a cache line: a short first span aligns the remainder to lines.
   const auto address = reinterpret_cast<uintptr_t>(moved(tensor.span.param, begin, f.param));
   const int64_t head = ready.form->counts() ? 0 : int64_t((kLine - address % kLine) % kLine / size_of(f.param));
   if (head > 0 && end - begin >= kWorthAligning) {
@@ -174,7 +174,7 @@ double block_sum(const HostTable& t, const Tensor& tensor, int64_t begin, int64_
   return t.square_sum[f](tile, n);
 }
 
-// Adds pairs of neighbours until one is left: a tree whose shape depends on n alone.
+// Adds neighbouring pairs until one number is left: a reduction tree whose shape depends on n alone.
 double tree_sum(double* x, int64_t n) {
   for (; n > 1; n = (n + 1) / 2)
     for (int64_t i = 0; i < n / 2 + n % 2; ++i) x[i] = 2 * i + 1 < n ? x[2 * i] + x[2 * i + 1] : x[2 * i];
@@ -183,7 +183,7 @@ double tree_sum(double* x, int64_t n) {
 
 }  // namespace
 
-// What the threads of one pass share. Positions count elements, and kTensorCost more for every tensor.
+// Shared by the threads of one pass. Positions count elements, plus kTensorCost per tensor.
 struct HostStep::Work {
   const HostStep& step;
   const std::vector<Group>* groups;
@@ -193,7 +193,7 @@ struct HostStep::Work {
 
   int64_t bound(int part) const { return int64_t(double(total) * part / parts); }
 
-  // Calls body(tensor, begin, end) for the tensors and elements that fall to a part.
+  // Calls body(tensor, begin, end) for the tensors and elements of a part.
   template <class F>
   void each(int part, int64_t align, F&& body) const {
     const int64_t from = bound(part), to = part + 1 == parts ? total : bound(part + 1);
@@ -232,7 +232,7 @@ struct HostStep::Work {
     });
   }
 
-  // The first lines of a tensor to come: small tensors are over before the processor's own prefetching has begun.
+  // Prefetches the first lines of a later tensor: small tensors end before the hardware prefetcher has started.
   static void prefetch_tensor(const Tensor& tensor) {
     for (int n = 0; n < 4 && n * 16 < tensor.span.n; ++n) {
       prefetch(line(tensor.span.param, n));
@@ -250,8 +250,7 @@ struct HostStep::Work {
     });
   }
 
-  // Every tensor owns one leaf for each block that it starts; a tensor's leaves begin after those of the tensors before
-  // it.
+  // Every tensor has one leaf per block it begins, after the leaves of the tensors before it.
   int64_t first_block(size_t r) const { return step.begin_[r] / kNormBlock + int64_t(r); }
 };
 
@@ -264,7 +263,7 @@ int64_t HostStep::split(int64_t grain, int threads, int* parts) {
   }
   begin_[tensors.size()] = total;
   const int64_t elements = total - kTensorCost * int64_t(tensors.size());
-  // As many parts as threads; of a large plan more, for the threads that another process does not hold up.
+  // As many parts as threads; more for large steps, so that threads delayed by other processes have less to do.
   *parts = int(std::max<int64_t>(1, std::min<int64_t>({elements / grain, threads, kMaxParts})));
   if (elements / *parts > kLargePart) *parts = int(std::min<int64_t>({*parts * 16, elements / kLargePart, kMaxParts}));
   return total;

@@ -1,4 +1,4 @@
-// The tensors of a step that are in the host's memory, seen as one flat range that is split evenly among threads.
+// The tensors of a step that are in the host's memory, as one flat range that is split evenly among threads.
 #pragma once
 #include <vector>
 
@@ -11,11 +11,11 @@ class HostStep {
  public:
   std::vector<Tensor> tensors;
 
-  // Counts a step for every tensor.
+  // Advances the clock of every tensor.
   void advance(const std::vector<Group>& groups);
-  // The norm of the gradients as they are.
+  // The norm of the gradients before unscaling.
   double norm(Team team, int threads);
-  // Updates all tensors; gradients are multiplied by `factor`. Their clocks have been advanced.
+  // Updates all tensors, whose clocks have been advanced; gradients are multiplied by `factor`.
   void update(const std::vector<Group>& groups, double factor, Team team, int threads);
 
  private:

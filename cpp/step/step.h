@@ -1,5 +1,5 @@
-// One step over many tensors, wherever they are: the bindings fill it and call run(). It advances the clocks, clips by
-// one norm over all devices, runs the host's tensors on threads and launches the kernels of the devices.
+// One step over many tensors on host and devices. The bindings fill it and call run(), which advances the clocks, clips
+// by one norm over all devices, updates the host's tensors on threads and launches the kernels of each device.
 #pragma once
 #include <map>
 #include <utility>
@@ -14,25 +14,25 @@ class Step {
  public:
   std::vector<Group> groups;
 
-  // Removes all tensors. What devices remember of them is kept, for the next step over the same ones.
+  // Removes all tensors. Descriptions on devices are kept for the next step over the same tensors.
   void clear();
-  // Adds a tensor of the host.
+  // Adds a tensor in the host's memory.
   void add(const Tensor& tensor) { host_.tensors.push_back(tensor); }
-  // Adds a tensor of a device, to be updated on `stream`. Tensors of one device with different keys are described
-  // apart.
+  // Adds a tensor on a device, to be updated on `stream`. Tensors of one device with different keys have separate
+  // descriptions.
   void add(const Tensor& tensor, int device, void* key, void* stream);
-  // Before the step the host waits for what has been started on another stream of the device.
+  // Makes the host wait for another stream of the device before the step.
   void wait_for(int device, void* key, void* stream) { place(device, key).awaited.push_back(stream); }
-  // After the step the host waits for it.
+  // Makes the host wait for the step at its end.
   void wait_at_end(int device, void* key) { place(device, key).wait = true; }
 
   const std::vector<Tensor>& host() const { return host_.tensors; }
-  // Are all tensors of the group that was added last on this device?
+  // Whether all tensors of the group added last are on this device.
   bool all_on(int device, int group) const;
   bool on_devices() const;
 
-  // Returns the global norm of the unscaled gradients when it clips and has to know it, else -1: a norm that
-  // scaling.norm receives stays on the device.
+  // Returns the global norm of the unscaled gradients if it clips and the host knows the norm, else -1: a norm that is
+  // written to scaling.norm stays on the device.
   double run(const Scaling& scaling, Team team, int threads);
 
  private:

@@ -49,8 +49,8 @@ void relax() {
 #endif
 }
 
-// Each thread takes the parts of its own share first, so that a part meets the cache that held it in the last step, and
-// then whatever nobody has taken yet.
+// Each thread takes the parts of its own share first, whose data its cache may still hold from the last step, then any
+// part that no thread has taken yet.
 struct Job {
   void (*fn)(void*, int);
   void* arg;
@@ -67,8 +67,8 @@ struct Job {
   }
 };
 
-// Workers that sleep between jobs, one job at a time: who finds the pool busy works alone, and nobody waits for a
-// worker that has not begun (its core may be taken by another library's threads).
+// Workers that sleep between jobs. It runs one job at a time: a caller that finds the pool busy works alone. No caller
+// waits for a worker that has not begun, since another library's threads may occupy its core.
 class Pool {
  public:
   void run(Job& job) {
@@ -78,7 +78,7 @@ class Pool {
       std::lock_guard<std::mutex> lock(mutex_);
       try {
         for (; workers_ < job.threads - 1; ++workers_) std::thread([this, id = workers_ + 1] { serve(id); }).detach();
-      } catch (const std::system_error&) {  // no more threads to be had: go on with those there are
+      } catch (const std::system_error&) {  // no more threads are available: use the existing ones
       }
       job_ = &job;
       generation_.fetch_add(1, std::memory_order_release);
@@ -95,7 +95,7 @@ class Pool {
  private:
   void serve(int id) {
     for (uint64_t seen = 0;;) {
-      // A step follows a step within microseconds when arrays are small: look for a while before sleeping.
+      // With small arrays the next step follows within microseconds: spin for a while before sleeping.
       for (int i = 0; i < kLook && generation_.load(std::memory_order_acquire) == seen; ++i) relax();
       Job* job;
       {
@@ -120,7 +120,7 @@ class Pool {
   int workers_ = 0;
 };
 
-// Never destroyed: workers may outlive main. A forked child has none of the parent's workers and takes a new one.
+// Never destroyed: workers may outlive main. A forked child has no workers and creates a new pool.
 std::atomic<Pool*> pool{nullptr};
 std::atomic<bool> forked{false};
 
@@ -150,8 +150,8 @@ F lookup(const char* name) {
 std::atomic<GompParallel> gomp_parallel{nullptr};
 std::atomic<ThreadNumber> omp_thread_number{nullptr};
 
-// Looked up until found: torch may be imported later. Not used in a forked child, where the runtime would wait for
-// workers that the fork left behind.
+// Looked up until found, since torch may be imported later. Not used in a forked child, where the runtime would wait
+// for workers that exist only in the parent.
 bool openmp() {
   if (forked.load(std::memory_order_relaxed)) return false;
   if (gomp_parallel.load(std::memory_order_acquire)) return true;

@@ -1,25 +1,24 @@
-// Who runs the parts of a step. Beside torch: the OpenMP runtime that torch runs, never a second one, whose workers
-// would fight torch's for the cores. For NumPy: a small pool of our own, which waits for no core that a BLAS library's
-// threads still hold.
+// The threads of a step. Beside torch: the OpenMP runtime that torch has loaded, since the workers of a second one
+// would compete with torch's for the cores. For NumPy: a small thread pool that does not wait for workers without a
+// core, which the threads of a BLAS library may still occupy.
 #pragma once
 #include <stdint.h>
 
 namespace fusedopt {
 
-// How many threads a step uses when nobody says otherwise: FUSEDOPT_NUM_THREADS, else OMP_NUM_THREADS, else the
-// processors this process may run on.
+// The default number of threads of a step: FUSEDOPT_NUM_THREADS, else OMP_NUM_THREADS, else the processors in the
+// affinity mask of this process.
 int default_threads();
 
 constexpr int kMaxParts = 256;
 
 enum class Team { kOurs, kTorch };
 
-// Calls fn(arg, part) for every part in [0, parts), parts <= kMaxParts, on up to `threads` threads; returns when all
-// are done. Results must not depend on which thread runs which part. Callable from several threads at once, and in a
-// forked child.
+// Calls fn(arg, part) for every part in [0, parts), parts <= kMaxParts, on up to `threads` threads, and returns when
+// all are done. Any thread may run any part. Thread-safe, and usable in a forked child.
 void parallel(Team team, int threads, int parts, void (*fn)(void* arg, int part), void* arg);
 
-// "openmp" or "pool": what Team::kTorch stands for now.
+// "openmp" or "pool": what Team::kTorch currently uses.
 const char* torch_team();
 
 }  // namespace fusedopt
