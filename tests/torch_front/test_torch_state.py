@@ -122,6 +122,19 @@ def test_a_momentum_buffer_of_none_is_one_that_is_not_there_yet() -> None:
     assert_same_bits(snapshot(opt), snapshot(fresh))
 
 
+@pytest.mark.parametrize(("name", "missing"), [("SGD", "momentum"), ("RMSprop", "alpha"), ("Adagrad", "lr_decay")])
+def test_a_checkpoint_of_another_class_is_refused_and_changes_nothing(name: str, missing: str) -> None:
+    other = ours("AdamW", [simple()])
+    other.step()
+    opt = ours(name, [simple()])
+    opt.step()
+    before, groups = snapshot(opt), copy.deepcopy(opt.state_dict()["param_groups"])
+    with pytest.raises(ValueError, match=f"'{missing}'"):
+        opt.load_state_dict(other.state_dict())
+    assert_same_bits(snapshot(opt), before)
+    assert opt.state_dict()["param_groups"] == groups
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_a_checkpoint_that_does_not_fit_is_refused_and_changes_nothing(name: str) -> None:
     opt = ours(name, [simple(), simple(seed=1)])

@@ -158,7 +158,14 @@ def convert_for_load(rule: Rule, optimizer: Optimizer, state_dict: dict[str, Any
     """A load hook, to be called last: keeps our options, and converts the state into the form that they ask for."""
     groups = [dict(group) for group in state_dict["param_groups"]]
     targets: dict[Any, tuple[torch.Tensor, dict[str, Any]]] = {}
-    for new, group in zip(groups, optimizer.param_groups, strict=False):
+    for g, (new, group) in enumerate(zip(groups, optimizer.param_groups, strict=False)):
+        known_late = {key for key, value in rule.defaults.items() if isinstance(value, bool)}  # torch sets these itself
+        known_late |= {"momentum"} if rule.name == "RMSprop" else set()
+        missing = [key for key in rule.defaults if key not in new and key not in known_late]
+        if missing:
+            raise ValueError(
+                f"state_dict: expected a checkpoint of {rule.name}, but group {g} lacks {', '.join(map(repr, missing))}"
+            )
         for key in NEW_OPTIONS:
             ours = key in forms.OURS and (group[key] is not None or key == "master")
             if ours or key not in new:
