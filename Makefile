@@ -5,7 +5,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PY := $(BIN)/python
-BUILD_TOOLS := scikit-build-core pybind11 cmake ninja
+BUILD_TOOLS := 'pip>=23.1' scikit-build-core pybind11 cmake ninja
 SOURCES := CMakeLists.txt pyproject.toml constraints.txt \
   $(shell find cpp -type f) $(shell find python/fusedopt -name '*.py')
 CPP := $(shell find cpp tests/sanitize -name '*.h' -o -name '*.cpp' -o -name '*.cu')
