@@ -40,13 +40,10 @@ def test_negative_and_non_finite_hyperparameters_are_refused(rule: Any, value: f
 
 
 @every_rule
-@pytest.mark.parametrize(
-    "betas",
-    [(-0.1, 0.9), (0.9, -0.1), (1.0, 0.9), (0.9, 1.0), (np.nan, 0.9), (0.9, np.inf), (0.9,), (0.1, 0.2, 0.3)],
-    ids=str,
-)
-def test_betas_out_of_range_are_refused(rule: Any, betas: tuple[float, ...]) -> None:
-    if "betas" in rule.defaults:
+def test_betas_out_of_range_are_refused(rule: Any) -> None:
+    right = rule.defaults.get("betas", ())
+    wrong = [(*right[:i], x, *right[i + 1 :]) for i in range(len(right)) for x in (-0.1, 1.0, np.nan, np.inf)]
+    for betas in [*wrong, right[1:], (*right, 0.9)] if right else []:
         now = problem(rule, {}, FORMATS["f64"], 3)
         before = now.copy()
         with pytest.raises((ValueError, TypeError), match=r"\bbetas?[12]?\b"):

@@ -58,7 +58,7 @@ def options_of(draw: st.DrawFn, rule: Any) -> Options:
     for name in ("lr", "weight_decay", "eps", "betas"):
         if name in rule.defaults and draw(st.booleans()):
             if name == "betas":
-                chosen[name] = (draw(UNIT), draw(UNIT))
+                chosen[name] = tuple(draw(UNIT) for _ in rule.defaults[name])
             else:
                 chosen[name] = draw(st.sampled_from([0.0, 1e-30, 1e-8, 1e-3, 0.5, 3.0]))
     return chosen

@@ -57,7 +57,7 @@ MOVED: Options = {
     "weight_decay": 0.1,
     "lr_decay": 0.01,
     "alpha": 0.9,
-    "betas": (0.8, 0.95),
+    "betas": (0.8, 0.95, 0.97),  # as many as the rule has
     "eps": 1e-3,
     "momentum_decay": 0.01,
     "rho": 0.8,
@@ -80,6 +80,7 @@ def moved(rule: Any) -> Options:
     out = {}
     for name, default in rule.defaults.items():
         value = (not default) if isinstance(default, bool) else MOVED.get(name, default)
+        value = value[: len(default)] if isinstance(default, tuple) else value
         if name in accepted and value != default:
             out[name] = value
     return out

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import hypothesis
+import numpy as np
 import pytest
 import torch
 
@@ -69,39 +70,58 @@ MORE: dict[str, list[dict[str, Any]]] = {
 }
 
 
-class PlainLion(torch.optim.Optimizer):
-    """Lion by its paper, one tensor after another, since torch has none."""
+def numeric_options(name: str, group: dict[str, Any]) -> dict[str, Any]:
+    """The options of the rule's reference, as numbers."""
 
-    def __init__(
-        self,
-        params: Any,
-        lr: float | torch.Tensor = 1e-4,
-        betas: tuple[float, float] = (0.9, 0.99),
-        weight_decay: float = 0.0,
-        *,
-        maximize: bool = False,
-    ) -> None:
-        super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay, "maximize": maximize})
+    def number(value: Any) -> Any:
+        if isinstance(value, tuple | list):
+            return tuple(map(number, value))
+        return value.item() if isinstance(value, torch.Tensor) else value
+
+    return {k: number(group[k]) for k in RULES[name].defaults if k in group}
+
+
+class PlainRule(torch.optim.Optimizer):
+    """A rule that torch does not have, as torch would write it: the rule's reference on one tensor after another.
+
+    Computes in the parameter's dtype; in float32 for 16 bits, with one rounding per tensor at the end.
+    """
+
+    def __init__(self, name: str, params: Any, **options: Any) -> None:
+        self.rule = RULES[name]
+        unknown = options.keys() - self.rule.defaults.keys()
+        if unknown:
+            raise TypeError(f"unexpected options: {sorted(unknown)}")
+        super().__init__(params, {**self.rule.defaults, **options})
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
-            (beta1, beta2), lr = group["betas"], float(group["lr"])
+            options = numeric_options(self.rule.name, group)
             for p in group["params"]:
                 if p.grad is None:
                     continue
-                g = -p.grad if group["maximize"] else p.grad
-                m = self.state[p].setdefault("exp_avg", torch.zeros_like(p))
-                mean = m.lerp(g, 1 - beta1)
-                update = torch.where(mean.isnan(), mean, torch.sign(mean))  # torch.sign makes 0 of NaN
-                p.mul_(1 - lr * group["weight_decay"]).add_(update, alpha=-lr)
-                m.lerp_(g, 1 - beta2)
+                state = self.state[p]
+                for key in self.rule.scalars:
+                    state.setdefault(key, torch.tensor(self.rule.first(key, options)))
+                for key in self.rule.states(options):
+                    state.setdefault(key, torch.full_like(p, self.rule.first(key, options)))
+                state.get("step", torch.zeros(())).add_(1)
+                tensors = {"param": p, "grad": p.grad} | {k: v for k, v in state.items() if k != "step"}
+                wide = torch.promote_types(p.dtype, torch.float32)
+                arrays = {k: v.detach().to(wide, copy=True).numpy() for k, v in tensors.items()}
+                states = {k: v for k, v in arrays.items() if k in state}
+                with np.errstate(all="ignore"):
+                    self.rule.reference(arrays["param"], arrays["grad"], states, int(state.get("step", 0)), **options)
+                for key, array in arrays.items():
+                    if key != "grad":
+                        tensors[key].copy_(torch.from_numpy(array))
 
 
 def plain(name: str, params: Any, **options: Any) -> torch.optim.Optimizer:
     """torch's plain loop over the tensors, the baseline of every comparison."""
     if name not in IN_TORCH:
-        return {"Lion": PlainLion}[name](params, **options)
+        return PlainRule(name, params, **options)
     optimizer: torch.optim.Optimizer = getattr(torch.optim, name)(params, foreach=False, **options)
     return optimizer
 

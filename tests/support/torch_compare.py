@@ -18,7 +18,7 @@ import torch
 
 from fusedopt.rules import RULES
 from fusedopt.torch import FallbackWarning
-from torch_cases import SIXTEEN, Grads, gradients, ours, parameters, plain
+from torch_cases import SIXTEEN, Grads, gradients, numeric_options, ours, parameters, plain
 
 Make = Callable[..., Any]  # make(name, params, **options) -> optimizer
 Snapshot = dict[str, torch.Tensor]
@@ -191,17 +191,6 @@ def _shapes(shapes: Any) -> dict[str, Any]:
 
 
 # -- against the float64 reference ----------------------------------------------------------------------------------
-
-
-def numeric_options(name: str, group: dict[str, Any]) -> dict[str, Any]:
-    """The options of the rule's reference, as numbers."""
-
-    def number(value: Any) -> Any:
-        if isinstance(value, tuple | list):
-            return tuple(map(number, value))
-        return value.item() if isinstance(value, torch.Tensor) else value
-
-    return {k: number(group[k]) for k in RULES[name].defaults if k in group}
 
 
 def reference_step(

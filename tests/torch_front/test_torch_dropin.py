@@ -17,6 +17,7 @@ import torch
 
 import fusedopt.torch as optim
 from fusedopt.forms import OPTIONS
+from fusedopt.rules import RULES
 from torch_cases import (
     IN_TORCH,
     NAMES,
@@ -216,7 +217,7 @@ def test_options_changed_between_steps_count_from_the_next_step(name: str, optio
             if "weight_decay" in opt.param_groups[0]:
                 opt.param_groups[0]["weight_decay"] = 0.01 * i
             if "betas" in opt.param_groups[0] and i == 3:
-                opt.param_groups[0]["betas"] = (0.5, 0.75)
+                opt.param_groups[0]["betas"] = (0.5, 0.75, 0.8)[: len(RULES[name].defaults["betas"])]
             opt.param_groups[0]["maximize"] = i == 4
             train(opt, [row], params)
         results.append(snapshot(opt, params))

@@ -40,10 +40,10 @@ def make_optimizer(
         return opt
     rule = RULES[_BY_LOWER[solver]]
     options: dict[str, Any] = {"lr": lr, "max_grad_norm": max_grad_norm}
-    if rule.name == "SGD":
+    if "nesterov" in rule.defaults:
         options.update(momentum=momentum, nesterov=nesterov and momentum > 0)
     elif "betas" in rule.defaults and "eps" in rule.defaults:
-        options.update(betas=betas, eps=eps)
+        options.update(betas=(*betas, *rule.defaults["betas"][2:]), eps=eps)
     made: Optimizer = getattr(numpy_front, rule.name)(params, **options)
     return made
 
