@@ -173,7 +173,8 @@ def _make_class(rule: Rule, name: str) -> type:
     init = compile_function(rule, f"fusedopt.keras.{name}.__init__", f"self, {signature}", call, {})
     doc = (
         f"{(inspect.getdoc(type(rule)) or '').splitlines()[0]}\n\n"
-        f"Arguments as ``keras.optimizers.{name}``; update as ``fusedopt.torch.{rule.name}``."
+        f"Arguments {f'as ``keras.optimizers.{name}``' if theirs else 'in the words of Keras'}; update as "
+        f"``fusedopt.torch.{rule.name}``."
     )
     body = {"__init__": init, "__doc__": doc, "__module__": __name__, "_rule": rule, "_names": words}
     cls: type = keras.saving.register_keras_serializable(package="fusedopt")(type(name, (_Face,), body))

@@ -68,7 +68,7 @@ def test_the_784_10_10_network_learns(name: str) -> None:
 @pytest.mark.integration("Keras 3", "the values of `fusedopt.torch` with the same gradients, every class", "keras")
 @pytest.mark.parametrize("name", NAMES)
 def test_the_update_is_the_rules(name: str) -> None:
-    opt = getattr(ours, name)(learning_rate=2**-7, weight_decay=0.1 if name in ("AdamW", "Lion") else None)
+    opt = getattr(ours, name)(learning_rate=2**-7, weight_decay=0.1 if getattr(ours, name)._rule.decoupled else None)
     variables = [keras.Variable(np.linspace(-1, 1, n, dtype="float32")) for n in (3, 70)]
     params = [torch.nn.Parameter(v.value.detach().clone()) for v in variables]
     options = opt._options() | ({"weight_decay": 0.1} if opt._decays else {})
