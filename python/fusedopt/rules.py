@@ -209,14 +209,19 @@ def _decayed(g: Array, p: Array, o: Options) -> Array:
     return g + o["weight_decay"] * p if o["weight_decay"] else g
 
 
+def _lerp(a: Array, b: Array, weight: float) -> Array:
+    """a + weight (b - a), from the nearer end, as torch.lerp: it decides where infinities become NaN."""
+    return a + weight * (b - a) if weight < 0.5 else b - (b - a) * (1 - weight)
+
+
 def _moments(p: Array, g: Array, s: State, o: Options, decoupled: bool) -> Array:
     """Applies weight decay and updates both moments; returns the decayed gradient. Shared by the Adam family."""
-    b1, b2 = o["betas"]
+    b1, b2 = o["betas"][:2]
     if decoupled:
         p *= 1 - o["lr"] * o["weight_decay"]
     else:
         g = _decayed(g, p, o)
-    s["exp_avg"][...] = b1 * s["exp_avg"] + (1 - b1) * g
+    s["exp_avg"][...] = _lerp(s["exp_avg"], g, 1 - b1)
     s["exp_avg_sq"][...] = b2 * s["exp_avg_sq"] + (1 - b2) * g * g
     return g
 
@@ -355,7 +360,7 @@ class RMSprop(Rule):
         v = s["square_avg"]
         v[...] = a * v + (1 - a) * g * g
         if o["centered"]:
-            s["grad_avg"][...] = a * s["grad_avg"] + (1 - a) * g
+            s["grad_avg"][...] = _lerp(s["grad_avg"], g, 1 - a)
             v = v - s["grad_avg"] ** 2
         d = g / (np.sqrt(v) + o["eps"])
         if o["momentum"]:
@@ -557,7 +562,7 @@ class Adamax(Rule):
     def _reference(self, p: Array, g: Array, s: State, t: int, o: Options) -> None:
         b1, b2 = o["betas"]
         g = _decayed(g, p, o)
-        s["exp_avg"][...] = b1 * s["exp_avg"] + (1 - b1) * g
+        s["exp_avg"][...] = _lerp(s["exp_avg"], g, 1 - b1)
         s["exp_inf"][...] = np.maximum(b2 * s["exp_inf"], np.abs(g) + o["eps"])
         p -= o["lr"] / (1 - b1**t) * s["exp_avg"] / s["exp_inf"]
 
@@ -624,5 +629,5 @@ class Lion(Rule):
     def _reference(self, p: Array, g: Array, s: State, t: int, o: Options) -> None:
         (b1, b2), m = o["betas"], s["exp_avg"]
         p *= 1 - o["lr"] * o["weight_decay"]
-        p -= o["lr"] * np.sign(b1 * m + (1 - b1) * g)
-        m[...] = b2 * m + (1 - b2) * g
+        p -= o["lr"] * np.sign(_lerp(m, g, 1 - b1))
+        m[...] = _lerp(m, g, 1 - b2)
