@@ -330,6 +330,35 @@ struct Lion : NoCarry {
   }
 };
 
+// AdamW with a second, slower average of the gradient m2, which is not corrected:
+// p <- (1 - lr decay) p - lr (m / (1 - beta1^t) + alpha m2) / (sqrt(v / (1 - beta2^t)) + eps)
+template <class T>
+struct AdEMAMix : NoCarry {
+  static constexpr const char* hyper = "lr beta1 beta2 beta3 alpha eps weight_decay";
+  static constexpr const char* states = "exp_avg exp_avg_sq exp_avg_slow";
+  static constexpr Format codes[] = {kSigned, kNonNegative, kSigned};
+  struct Hyper {
+    double lr, beta1, beta2, beta3, alpha, eps, weight_decay;
+  };
+  T lr, lr_slow, w1, beta2, w2, w3, eps, keep, unbias;
+  FUSEDOPT_HD AdEMAMix(const Hyper& h, const Clock& c)
+      : lr(T(h.lr / (1 - power(h.beta1, c.t)))),
+        lr_slow(T(h.lr * h.alpha)),
+        w1(T(1 - h.beta1)),
+        beta2(T(h.beta2)),
+        w2(T(1 - h.beta2)),
+        w3(T(1 - h.beta3)),
+        eps(T(h.eps)),
+        keep(T(1 - h.lr * h.weight_decay)),
+        unbias(T(1 / sqrt(1 - power(h.beta2, c.t)))) {}
+  FUSEDOPT_HD void operator()(T& p, T g, T& m, T& v, T& m2) const {
+    m = lerp(m, g, w1);
+    v = fma1(w2 * g, g, beta2 * v);
+    m2 = lerp(m2, g, w3);
+    p = p * keep - fma1(lr_slow, m2, lr * m) / (fma1(root(v), unbias, eps));
+  }
+};
+
 }  // namespace
 
 // The registry: kernel name, struct. Everything else (bindings, dispatch, front ends, tests) reads it from here.
@@ -347,6 +376,7 @@ struct Lion : NoCarry {
   X(radam, RAdam)                                       \
   X(adamax, Adamax)                                     \
   X(adadelta, Adadelta)                                 \
-  X(lion, Lion)
+  X(lion, Lion)                                         \
+  X(ademamix, AdEMAMix)
 
 }  // namespace fusedopt

@@ -9,6 +9,7 @@ from .numpy import (
     Adam,
     Adamax,
     AdamW,
+    AdEMAMix,
     Lion,
     NAdam,
     Optimizer,
@@ -19,6 +20,7 @@ from .numpy import (
     adam_,
     adamax_,
     adamw_,
+    ademamix_,
     lion_,
     nadam_,
     radam_,
@@ -28,6 +30,7 @@ from .numpy import (
 
 __all__ = [
     "SGD",
+    "AdEMAMix",
     "Adadelta",
     "Adagrad",
     "Adam",
@@ -44,6 +47,7 @@ __all__ = [
     "adam_",
     "adamax_",
     "adamw_",
+    "ademamix_",
     "config",
     "get_isa",
     "get_num_threads",

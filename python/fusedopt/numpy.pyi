@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 
 __all__ = [
     "SGD",
+    "AdEMAMix",
     "Adadelta",
     "Adagrad",
     "Adam",
@@ -23,6 +24,7 @@ __all__ = [
     "adam_",
     "adamax_",
     "adamw_",
+    "ademamix_",
     "lion_",
     "nadam_",
     "radam_",
@@ -478,6 +480,51 @@ class Lion(Optimizer):
         lr: _Timed = 0.0001,
         *,
         betas: tuple[_Timed, _Timed] = (0.9, 0.99),
+        weight_decay: _Timed = 0.0,
+        maximize: bool = False,
+        max_grad_norm: float | None = None,
+        state_dtype: str | None = None,
+        master: str | None = None,
+        stochastic_rounding: bool = False,
+        seed: int = 0,
+        ema_decay: float | None = None,
+        l1: float = 0.0,
+    ) -> None: ...
+
+def ademamix_(
+    param: _Arrays,
+    grad: _Arrays,
+    exp_avg: _Arrays,
+    exp_avg_sq: _Arrays,
+    exp_avg_slow: _Arrays,
+    *,
+    step: _Steps,
+    lr: float = 0.001,
+    betas: tuple[float, float, float] = (0.9, 0.999, 0.9999),
+    alpha: float = 5.0,
+    eps: float = 1e-08,
+    weight_decay: float = 0.0,
+    maximize: bool = False,
+) -> None:
+    """AdEMAMix: AdamW with a second, slower average of the gradient.
+
+    The rule is class AdEMAMix in fusedopt/rules.py.
+    """
+
+class AdEMAMix(Optimizer):
+    """AdEMAMix: AdamW with a second, slower average of the gradient.
+
+    The rule is class AdEMAMix in fusedopt/rules.py.
+    """
+
+    def __init__(
+        self,
+        params: _Params,
+        lr: _Timed = 0.001,
+        *,
+        betas: tuple[_Timed, _Timed, _Timed] = (0.9, 0.999, 0.9999),
+        alpha: float = 5.0,
+        eps: float = 1e-08,
         weight_decay: _Timed = 0.0,
         maximize: bool = False,
         max_grad_norm: float | None = None,

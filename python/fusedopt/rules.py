@@ -631,3 +631,45 @@ class Lion(Rule):
         p *= 1 - o["lr"] * o["weight_decay"]
         p -= o["lr"] * np.sign(_lerp(m, g, 1 - b1))
         m[...] = _lerp(m, g, 1 - b2)
+
+
+class AdEMAMix(Rule):
+    r"""AdEMAMix: AdamW with a second, slower average of the gradient.
+
+    .. math::
+        \theta_{t-1} &\leftarrow (1 - \gamma \lambda) \theta_{t-1} \\
+        m_t &= \beta_1 m_{t-1} + (1 - \beta_1) g_t, \qquad v_t = \beta_2 v_{t-1} + (1 - \beta_2) g_t^2, \qquad
+            s_t = \beta_3 s_{t-1} + (1 - \beta_3) g_t \\
+        \hat m_t &= m_t / (1 - \beta_1^t), \qquad \hat v_t = v_t / (1 - \beta_2^t) \\
+        \theta_t &= \theta_{t-1} - \gamma (\hat m_t + \alpha s_t) / (\sqrt{\hat v_t} + \epsilon)
+
+    Options:
+        lr: :math:`\gamma \ge 0`.
+        betas: :math:`\beta_1, \beta_2, \beta_3 \in [0, 1)`; the last is that of the slow average.
+        alpha: :math:`\alpha \ge 0`, weight of the slow average.
+        eps: :math:`\epsilon \ge 0`.
+        weight_decay: :math:`\lambda \ge 0`, decoupled.
+        maximize: maximise instead of minimise.
+
+    Pagliardini, Ablin, Grangier: The AdEMAMix Optimizer, arXiv 2409.03137. The paper's schedules of :math:`\alpha` and
+    :math:`\beta_3` are left to the caller: both are options of the group.
+    """
+
+    function = "ademamix_"
+    defaults: ClassVar = {
+        "lr": 1e-3,
+        "betas": (0.9, 0.999, 0.9999),
+        "alpha": 5.0,
+        "eps": 1e-8,
+        "weight_decay": 0.0,
+        "maximize": False,
+    }
+    variants: ClassVar = {(): "ademamix"}
+    decoupled = True
+
+    def _reference(self, p: Array, g: Array, s: State, t: int, o: Options) -> None:
+        b1, b2, b3 = o["betas"]
+        _moments(p, g, s, o, decoupled=True)
+        s["exp_avg_slow"][...] = _lerp(s["exp_avg_slow"], g, 1 - b3)
+        m = s["exp_avg"] / (1 - b1**t) + o["alpha"] * s["exp_avg_slow"]
+        p -= o["lr"] * m / (np.sqrt(s["exp_avg_sq"] / (1 - b2**t)) + o["eps"])

@@ -23,6 +23,7 @@ from ._state import memory_report as memory_report
 
 __all__ = [
     "SGD",
+    "AdEMAMix",
     "Adadelta",
     "Adagrad",
     "Adam",
@@ -319,6 +320,31 @@ class Lion(_Fused):
         params: ParamsT,
         lr: float | torch.Tensor = 0.0001,
         betas: tuple[float, float] = (0.9, 0.99),
+        weight_decay: float = 0.0,
+        *,
+        maximize: bool = False,
+        state_dtype: torch.dtype | str | None = None,
+        master: str | None = None,
+        stochastic_rounding: bool = False,
+        seed: int = 0,
+        ema_decay: float | None = None,
+        l1: float = 0.0,
+        max_grad_norm: float | None = None,
+    ) -> None: ...
+
+class AdEMAMix(_Fused):
+    """AdEMAMix: AdamW with a second, slower average of the gradient.
+
+    The rule is class AdEMAMix in fusedopt/rules.py.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | torch.Tensor = 0.001,
+        betas: tuple[float, float, float] = (0.9, 0.999, 0.9999),
+        alpha: float = 5.0,
+        eps: float = 1e-08,
         weight_decay: float = 0.0,
         *,
         maximize: bool = False,
