@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -551,6 +552,28 @@ def test_ctrl_c_marks_what_is_saved_and_the_same_command_goes_on(
     assert (done["interrupted"], done["epochs"]) == (False, 6)
     assert done["metrics"] == whole["metrics"]
     assert run(*command) == 2  # it is not cut any more
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
+def test_a_signal_from_the_keyboard_stops_a_training_cleanly(tmp_path: Path) -> None:
+    checkpoint, out = tmp_path / "fit.ckpt", tmp_path / "out"
+    words = ["train", "--quiet", "--data", "iris", "--epochs", "1000000", "--output", str(out)]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "fusedopt", *words, "--checkpoint", str(checkpoint)], stderr=subprocess.PIPE, text=True
+    )
+    try:
+        while not checkpoint.exists():
+            assert process.poll() is None
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=120)
+    finally:
+        process.kill()
+    assert process.returncode == 130
+    assert "interrupted after" in said
+    assert "Traceback" not in said
+    assert json.loads((out / "metrics.json").read_text())["interrupted"] is True
+    assert not list(tmp_path.glob("*.tmp*"))
 
 
 def test_compare_leaves_out_the_fit_that_ctrl_c_has_cut(
