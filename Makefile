@@ -17,7 +17,7 @@ CHECKED := python tests bench examples
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test gpu-kit test-gpu integrations bench bench-gpu lint format stubs sanitize cuda vectorized clean distclean
+.PHONY: help demo test docs gpu-kit test-gpu integrations bench bench-gpu lint format stubs sanitize cuda vectorized clean distclean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -33,6 +33,9 @@ gpu-kit: ## all that a machine with a GPU needs, in one folder, for PYTHON's ver
 
 test-gpu: $(FRESH_KIT) ## the tests that need a GPU, with the torch that PYTHON has; KIT=folder takes that kit
 	sh tests/gpu/kit.sh test $(KIT) $(ARGS)
+
+docs: $(VENV)/.docs ## the documentation site, in build/docs/index.html; a warning is an error; ARGS="-E" reads every page anew
+	$(PY) -m sphinx -W --keep-going -q -d build/docs-cache $(ARGS) docs build/docs
 
 integrations: $(VENV)/.integrations ## the tests with every trainer installed; writes docs/integrations-table.md
 	$(PY) -m pytest --integrations -m integration $(ARGS)
@@ -69,7 +72,7 @@ vectorized: ## which loops the compiler vectorises (GCC)
 	$(PYTHON) bench/vectorized.py $(ARGS)
 
 clean: ## remove what was built and written, but not .venv
-	rm -rf build dist wheelhouse demo-output bench-output .benchmarks .hypothesis .*_cache $(addprefix $(VENV)/.,demo test integrations bench dev)
+	rm -rf build dist wheelhouse demo-output bench-output docs/gallery .benchmarks .hypothesis .*_cache $(addprefix $(VENV)/.,demo test docs integrations bench dev)
 	find $(CHECKED) -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean ## remove .venv, too

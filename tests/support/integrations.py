@@ -14,7 +14,7 @@ import pytest
 
 TESTS = Path(__file__).parents[1]
 TABLE = TESTS.parent / "docs" / "integrations-table.md"
-HEAD = "<!-- Made by `make integrations` from the outcomes of the tests: do not edit. -->"
+HEAD = "<!-- Made by `make integrations` from the outcomes of the tests: do not edit. -->\n\n# Tested integrations"
 COLUMNS = "| where | what is shown | outcome | with |\n| --- | --- | --- | --- |"
 
 Row = tuple[str, str]

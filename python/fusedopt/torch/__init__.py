@@ -2,7 +2,9 @@
 
 ``import fusedopt.torch as optim`` works in place of ``import torch.optim as optim``: all other names are torch's.
 
-Beyond torch, every class takes, keyword-only:
+Beyond torch, every class takes these keyword-only options.
+
+Options:
     state_dtype: dtype of the state arrays (``torch.float32`` or ``"float32"``; also float64, bfloat16, float16, int8);
         None is torch's own, that of the parameter. Per group, as are the next five.
     master: the residual of a 16-bit parameter: ``"split16"`` or ``"split8"``, its low-order bits, or ``"float32"``, a
