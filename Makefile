@@ -13,7 +13,7 @@ CPP := $(shell find cpp tests/sanitize -name '*.h' -o -name '*.cpp' -o -name '*.
 KIT ?= build/gpu-kit
 FRESH_KIT := $(if $(filter file,$(origin KIT)),$(KIT)/.made)
 export PYTHON
-CHECKED := python tests bench examples
+CHECKED := python tests bench examples docs
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
@@ -49,7 +49,7 @@ bench-gpu: $(FRESH_KIT) ## a GPU's steps against PyTorch and other projects; wri
 lint: $(VENV)/.dev ## ruff, mypy, clang-format, stubs
 	$(BIN)/ruff check $(CHECKED)
 	$(BIN)/ruff format --check $(CHECKED)
-	$(BIN)/mypy python/fusedopt python/make_stubs.py bench examples
+	$(BIN)/mypy python/fusedopt python/make_stubs.py bench examples docs/conf.py docs/matrix.py
 	$(BIN)/mypy python/fusedopt/__init__.py python/fusedopt/numpy.py python/fusedopt/torch/__init__.py # behind their stubs
 	$(BIN)/clang-format --dry-run -Werror $(CPP)
 	$(PY) python/make_stubs.py --check

@@ -1,4 +1,4 @@
-"""Sphinx: ``make docs``. Pages are Markdown; the reference comes from docstrings, the gallery from examples that run."""
+"""Sphinx: ``make docs``. Pages are Markdown; the reference comes from docstrings, the gallery from examples."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def skip(app: Any, what: str, name: str, value: Any, skipped: bool, options: Any
 
 
 def make_gallery(app: Any) -> None:
-    """Runs every example in its short form, for its pictures and its output; examples that have not changed are kept."""
+    """Runs the examples that have changed, in their short form, for their pictures and output."""
     GALLERY.mkdir(exist_ok=True)
     entries = []
     for script in sorted((ROOT / "examples").glob("*.py")):
