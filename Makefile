@@ -17,7 +17,7 @@ CHECKED := python tests bench examples docs
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test docs gpu-kit test-gpu integrations bench bench-gpu lint format stubs sanitize cuda vectorized clean distclean
+.PHONY: help demo test docs gpu-kit test-gpu integrations bench bench-gpu lint format stubs sanitize arm cuda vectorized clean distclean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -64,6 +64,9 @@ stubs: $(VENV)/.dev ## write the type stubs from the rules
 
 sanitize: $(VENV)/.test ## the core under the address, undefined-behaviour and thread sanitizers; the torch front end under the first two
 	PYTHON=$(PY) sh tests/sanitize/run.sh
+
+arm: ## the results of aarch64, under emulation, are those of this processor; needs a cross compiler and qemu
+	sh tests/arm/run.sh
 
 cuda: $(VENV)/.dev ## compile the CUDA library and read its code; needs nvcc, no GPU
 	$(PY) bench/ptx.py $(ARGS)

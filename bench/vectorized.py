@@ -1,7 +1,8 @@
 """Lists which loops of cpp/cpu/sweep.h the compiler vectorises, by rule and formats: ``make vectorized``.
 
 Compiles cpp/cpu/cpu.cpp for one instruction set with the flags of CMakeLists.txt and reads GCC's vectoriser dump. Exits
-1 where a loop is missed. Needs g++ (``CXX``); clang has no such dump.
+1 where a loop is missed. Needs g++ (``CXX``), or the cross compiler aarch64-linux-gnu-g++ for ``--target aarch64``;
+clang has no such dump.
 """
 
 from __future__ import annotations
@@ -26,9 +27,9 @@ ISAS = {
 }
 
 
-def dump(isa: str) -> str:
+def dump(isa: str, target: str) -> str:
     """GCC's vectoriser dump."""
-    compiler = shlex.split(os.environ.get("CXX", "g++"))
+    compiler = [f"{target}-linux-gnu-g++"] if target else shlex.split(os.environ.get("CXX", "g++"))
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "dump"
         flags = shlex.split(
@@ -90,15 +91,17 @@ def loops(text: str) -> Iterator[tuple[str, int]]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--isa", choices=ISAS, default="avx512")
-    isa: str = parser.parse_args().isa
-    found = list(loops(dump(isa)))
+    parser.add_argument("--target", choices=["aarch64"], help="cross-compile the baseline loop")
+    args = parser.parse_args()
+    isa, name = ("baseline", f"{args.target} (NEON)") if args.target else (args.isa, args.isa)
+    found = list(loops(dump(isa, args.target)))
     if not found:
         print("the dump names no loop: is the compiler GCC?", file=sys.stderr)
         return 2
-    missed = [name for name, size in found if not size]
+    missed = [loop for loop, size in found if not size]
     widths = ", ".join(f"{n} with {size} bytes" for size, n in sorted(Counter(s for _, s in found if s).items()))
-    print(f"{isa}: {len(found) - len(missed)} of {len(found)} loops of sweep.h vectorised ({widths or 'none'})")
-    print("".join(f"missed: {name}\n" for name in missed), end="")
+    print(f"{name}: {len(found) - len(missed)} of {len(found)} loops of sweep.h vectorised ({widths or 'none'})")
+    print("".join(f"missed: {loop}\n" for loop in missed), end="")
     return bool(missed)
 
 

@@ -27,6 +27,7 @@ extensions = [
 html_theme = "furo"
 html_title = f"fusedopt {release}"
 html_copy_source = False
+html_show_copyright = False
 nitpicky = False
 myst_enable_extensions = ["colon_fence", "dollarmath"]
 myst_heading_anchors = 3

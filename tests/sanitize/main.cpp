@@ -2,6 +2,8 @@
 // lengths and offsets, many tensors, strided rows, the norm pass, and several threads stepping at once. Each operand
 // lies in a heap block of exactly its size, so that one element too many is seen. What is compared is only that all
 // ways of running give the same bytes; that these are right is shown by the Python tests. Built by run.sh.
+// With --digest it prints a hash of the results of every rule and form, and of the losses and layers, for comparisons of
+// compilers and processors: tests/arm/run.sh.
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -402,10 +404,11 @@ std::vector<char> losses_and_layers(Format f, int64_t rows, int64_t columns, int
   return result;
 }
 
+const std::pair<int64_t, int64_t> kShapes[] = {{1, 1}, {3, 10}, {700, 3}, {33, 70}, {5, 1000}, {300, 260}};
+
 void losses_and_layers_every_way() {
-  const std::pair<int64_t, int64_t> shapes[] = {{1, 1}, {3, 10}, {700, 3}, {33, 70}, {5, 1000}, {300, 260}};
   for (Format f : {kF64, kF32})
-    for (auto [rows, columns] : shapes) {
+    for (auto [rows, columns] : kShapes) {
       use_isa("baseline");
       const auto want = losses_and_layers(f, rows, columns, 1);
       for (int i = 0; const char* isa = usable_isa(i); ++i)
@@ -417,9 +420,38 @@ void losses_and_layers_every_way() {
   use_isa(nullptr);
 }
 
+// FNV-1a.
+struct Hash {
+  uint64_t x = 0xcbf29ce484222325u;
+  void add(const char* data, size_t bytes) {
+    for (size_t i = 0; i < bytes; ++i) x = (x ^ uint8_t(data[i])) * 0x100000001b3u;
+  }
+};
+
+int digest() {
+  for (int rule = 0; rule < library().n_rules; ++rule)
+    for (int form = 0; form < library().n_forms; ++form) {
+      if (!exists({rule, form})) continue;
+      Hash hash;
+      for (double max_norm : {0.0, 0.5})
+        for (const auto& bytes : Problem(rule, form, kLengths, true).run(max_norm, 2)) hash.add(bytes.data(), bytes.size());
+      printf("%s %d %016llx\n", rule_of(rule).name, form, static_cast<unsigned long long>(hash.x));
+    }
+  for (Format f : {kF64, kF32}) {
+    Hash hash;
+    for (auto [rows, columns] : kShapes) {
+      const auto bytes = losses_and_layers(f, rows, columns, 2);
+      hash.add(bytes.data(), bytes.size());
+    }
+    printf("losses and layers %d %016llx\n", int(f), static_cast<unsigned long long>(hash.x));
+  }
+  return failures ? 1 : 0;
+}
+
 }  // namespace
 
-int main() {
+int main(int argc, char** argv) {
+  if (argc > 1 && strcmp(argv[1], "--digest") == 0) return digest();
   Step nothing;
   expect(nothing.run(Scaling{}, Team::kOurs, 4) == -1, "an empty step");
   every_part_once();

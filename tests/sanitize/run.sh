@@ -1,7 +1,7 @@
 #!/bin/sh
 # Builds the core with main.cpp under the address and undefined-behaviour sanitizers, then under the thread sanitizer,
 # and runs both; needs g++ or clang++ (CXX). With PYTHON, which must have torch and pybind11, it also builds the extension
-# module under the first two and runs the fuzzer of the torch front end with it.
+# module under the first two and runs the fuzzer of the torch front end with it, for CASES programs.
 # Flags that decide results are those of CMakeLists.txt. One instruction set: at -O1 no loop is vectorised, and the others
 # would only be compiled again. For races it does not matter how an element is stored: a few formats stand for all. The
 # bindings are not optimised, so that nothing they read is optimised away.
@@ -74,4 +74,4 @@ $CXX $memory -shared -pthread $objects -ldl -o "$build/_core.so"
 # libstdc++ with it: the sanitizer looks for the function that throws when it starts.
 preload="$($CXX -print-file-name=libasan.so) $($CXX -print-file-name=libstdc++.so)"
 run "the torch front end" env LD_PRELOAD="$preload" ASAN_OPTIONS=detect_leaks=0 \
-  "$PYTHON" "$here/../torch_front/fuzz_torch.py" --core "$build/_core.so" --cases 300
+  "$PYTHON" "$here/../torch_front/fuzz_torch.py" --core "$build/_core.so" --cases "${CASES:-100}"
