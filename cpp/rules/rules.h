@@ -182,19 +182,22 @@ struct Moments : NoCarry {
   }
 };
 
-// p <- p - lr m / (1 - beta1^t) / (sqrt(v / (1 - beta2^t)) + eps). AdamW is this rule with `decoupled`. The correction
-// of v is a factor of its root, so each element needs one division, not two.
+// p <- p - lr m / (1 - beta1^t) / (sqrt(v / (1 - beta2^t)) + eps). AdamW is this rule with `decoupled`; SparseAdam, with
+// `early_eps`, adds eps to sqrt(v) before its correction. The correction of v is a factor of its root, so each element
+// needs one division, not two.
 template <class T>
 struct Adam : Moments<T> {
-  static constexpr const char* hyper = "lr beta1 beta2 eps weight_decay decoupled_weight_decay";
+  static constexpr const char* hyper = "lr beta1 beta2 eps weight_decay decoupled_weight_decay early_eps";
   static constexpr const char* states = "exp_avg exp_avg_sq";
   static constexpr Format codes[] = {kSigned, kNonNegative};
   struct Hyper {
-    double lr, beta1, beta2, eps, weight_decay, decoupled;
+    double lr, beta1, beta2, eps, weight_decay, decoupled, early_eps;
   };
   T lr, unbias;
   FUSEDOPT_HD Adam(const Hyper& h, const Clock& c)
-      : Moments<T>(h), lr(T(h.lr / (1 - power(h.beta1, c.t)))), unbias(T(1 / sqrt(1 - power(h.beta2, c.t)))) {}
+      : Moments<T>(h), lr(T(h.lr / (1 - power(h.beta1, c.t)))), unbias(T(1 / sqrt(1 - power(h.beta2, c.t)))) {
+    if (h.early_eps != 0) this->eps = T(h.eps / sqrt(1 - power(h.beta2, c.t)));
+  }
   FUSEDOPT_HD void move(T& p, T m, T v) const { p = p - (lr * m) / (fma1(root(v), unbias, this->eps)); }
   FUSEDOPT_HD void operator()(T& p, T g, T& m, T& v) const {
     this->average(p, g, m, v);

@@ -24,6 +24,8 @@ Options = Mapping[str, Any]
 
 RULES: dict[str, Rule] = {}
 """Optimizer class name -> rule, in the order of definition."""
+SPARSE_RULES: dict[str, Rule] = {}
+"""Likewise, of rules for sparse gradients alone; torch has them, as it has no other way to take such gradients."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,7 @@ class Rule:
     """One update rule: a subclass per optimizer, one instance of it in ``RULES``."""
 
     function: ClassVar[str]
-    """Name of the in-place function."""
+    """Name of the in-place function; empty for a rule for sparse gradients alone."""
     defaults: ClassVar[dict[str, Any]]
     """Options and defaults, with torch's names in torch's order."""
     variants: ClassVar[dict[tuple[str, ...], str]]
@@ -95,12 +97,17 @@ class Rule:
 
     def __init_subclass__(cls) -> None:
         if "function" in cls.__dict__:
-            RULES[cls.__name__] = cls()
+            (RULES if cls.function else SPARSE_RULES)[cls.__name__] = cls()
 
     @property
     def name(self) -> str:
         """Name of the optimizer class."""
         return type(self).__name__
+
+    @property
+    def rows_function(self) -> str:
+        """Name of the in-place function that updates rows."""
+        return f"{self.function}rows_"
 
     @property
     def carried(self) -> tuple[str, ...]:
@@ -401,6 +408,7 @@ class Adam(Rule):
         "decoupled_weight_decay": False,
     }
     variants: ClassVar = {(): "adam", ("amsgrad",): "amsgrad"}
+    constants: ClassVar = {"early_eps": 0.0}
 
     def _reference(self, p: Array, g: Array, s: State, t: int, o: Options) -> None:
         b1, b2 = o["betas"]
@@ -442,8 +450,36 @@ class AdamW(Adam):
         "amsgrad": False,
         "maximize": False,
     }
-    constants: ClassVar = {"decoupled_weight_decay": 1.0}
+    constants: ClassVar = {**Adam.constants, "decoupled_weight_decay": 1.0}
     decoupled = True
+
+
+class SparseAdam(Adam):
+    r"""Adam over the rows that a sparse gradient names; other rows and their moments stay as they are.
+
+    .. math::
+        m_t &= \beta_1 m_{t-1} + (1 - \beta_1) g_t, \qquad v_t = \beta_2 v_{t-1} + (1 - \beta_2) g_t^2 \\
+        \theta_t &= \theta_{t-1} - \gamma \frac{\sqrt{1 - \beta_2^t}}{1 - \beta_1^t}
+            \frac{m_t}{\sqrt{v_t} + \epsilon}
+
+    Options:
+        lr: :math:`\gamma \ge 0`.
+        betas: :math:`\beta_1, \beta_2 \in [0, 1)`.
+        eps: :math:`\epsilon \ge 0`, added to the uncorrected root, as in torch.
+        maximize: maximise instead of minimise.
+
+    Kingma, Ba: Adam, arXiv 1412.6980.
+    """
+
+    function = ""
+    defaults: ClassVar = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "maximize": False}
+    variants: ClassVar = {(): "adam"}
+    constants: ClassVar = {"weight_decay": 0.0, "decoupled_weight_decay": 0.0, "early_eps": 1.0}
+
+    def _reference(self, p: Array, g: Array, s: State, t: int, o: Options) -> None:
+        b1, b2 = o["betas"]
+        _moments(p, g, s, {**o, "weight_decay": 0.0}, False)
+        p -= o["lr"] * np.sqrt(1 - b2**t) / (1 - b1**t) * s["exp_avg"] / (np.sqrt(s["exp_avg_sq"]) + o["eps"])
 
 
 class NAdam(Rule):
