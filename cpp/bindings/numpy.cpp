@@ -7,6 +7,7 @@
 
 #include "bindings/arrays.h"
 #include "bindings/bind.h"
+#include "bindings/rows.h"
 #include "step/step.h"
 
 namespace fusedopt {
@@ -23,6 +24,15 @@ struct Extras {
   bool special() const { return quantised || master != kNoMaster; }
 };
 
+// A gradient that names rows.
+struct Pair {
+  py::object indices, values;
+  static bool is(py::handle object) {
+    static PyTypeObject* const type = reinterpret_cast<PyTypeObject*>(py::type::of<Pair>().release().ptr());
+    return Py_TYPE(object.ptr()) == type;
+  }
+};
+
 class Batch {
  public:
   void clear() {
@@ -31,6 +41,8 @@ class Batch {
     group_of_.clear();
     sources_.clear();
     layouts_.clear();
+    lookups_.clear();
+    tables_.clear();
     keep_.clear();
     extents_.clear();
     foreign_.clear();
@@ -39,7 +51,8 @@ class Batch {
 
   // Checks and adds one group of tensors. names: param, grad, the kernel's states, then what is kept beside the weight
   // and its average if `extras` says so, the scale of each state if these are quantised, the carried scalar if any; an
-  // error speaks of names[k], followed by [labels[i]] where labels are given.
+  // error speaks of names[k], followed by [labels[i]] where labels are given. A gradient may be a Pair: indices of
+  // rows, and a row of values for each; where names[1] is empty, an error calls them indices and values.
   void add(int kernel, std::vector<double> hyper, bool maximize, py::tuple names, py::object labels, py::list operands,
            py::list steps, const Extras& extras) {
     const Rule& rule = rule_of(kernel);
@@ -59,13 +72,21 @@ class Batch {
                               source.name(0) + ", got " + std::to_string(source.count(o)));
     for (size_t i = 0; i < n; ++i) {
       View v[kOperands + kMaxStates + 1];
+      IndexView indices{};
+      const bool by_rows = source.by_rows(i);
+      if (by_rows) {
+        std::string why;
+        bool type_error;
+        if (!try_indices(source.array(kIndices, i), keep_, &indices, &why, &type_error))
+          raise(where(kIndices, i) + ": " + why, type_error);
+      }
       for (int o = 0; o < n_operands; ++o) {
         py::handle object = source.array(o, i);
         size_t kept = keep_.size();
         v[o] = view_of(object, keep_, [&] { return where(o, i); }, extras.special() && o >= 2 && o < alike);
         if (o != 1 && v[o].read_only) throw py::value_error(where(o, i) + ": the array is read-only");
         if (o != 1 && keep_.size() > kept) foreign_.push_back(py::reinterpret_borrow<py::object>(object));
-        if (o < alike && !v[o].same_shape(v[0]))
+        if (o < alike && !v[o].same_shape(v[0]) && !(o == 1 && by_rows))
           throw py::value_error(where(o, i) + ": expected shape " + shape_text(v[0]) + " like " + where(0, i) +
                                 ", got " + shape_text(v[o]));
         if (v[o].device != v[0].device)
@@ -95,7 +116,19 @@ class Batch {
           throw py::type_error(where(n_operands - 1, i) + ": expected one float64 element");
         tensor.carry = {c.data, true, c.device};
       }
-      lay_out(v, parts, tensor, layouts_);
+      if (by_rows) {
+        int culprit;
+        if (v[0].device != kHost) throw py::type_error(where(0, i) + ": updates by rows are for arrays on the CPU");
+        const std::string why = lay_out_rows(v, parts, extras.quantised, indices, tensor, lookups_, &culprit);
+        if (!why.empty()) throw py::value_error(where(culprit, i) + ": " + why);
+        const char *from = indices.data, *to = from + (indices.n - 1) * indices.step * (indices.wide ? 8 : 4);
+        if (indices.n > 0)
+          extents_.push_back(
+              {std::min(from, to), std::max(from, to) + (indices.wide ? 8 : 4), false, first + int(i), kIndices});
+        tables_.push_back(first + int(i));
+      } else {
+        lay_out(v, parts, tensor, layouts_);
+      }
       for (int o = 0; o < n_operands; ++o) extents_.push_back(extent_of(v[o], o != 1, first + int(i), o));
       group_of_.push_back(group);
       if (v[0].device == kHost) {
@@ -137,16 +170,27 @@ class Batch {
     if (on_devices_ && on_host_)
       throw py::value_error("some arrays are on the CPU, others on a device: update them apart");
     double norm;
-    {
+    try {
       py::gil_scoped_release nogil;
       norm = step_.run({1, max_norm}, Team::kOurs, threads_or_default(threads));
+    } catch (const BadIndex& e) {
+      const Place at = place({nullptr, nullptr, false, tables_[e.table], kIndices});
+      throw py::index_error(at.name() + "[" + std::to_string(e.position) + "]: expected a row in [0, " +
+                            std::to_string(lookups_[e.table]->rows) + "), got " + std::to_string(e.index));
     }
     tell_autograd();
     return norm < 0 ? py::object(py::none()) : py::float_(norm);
   }
 
  private:
+  static constexpr int kIndices = -1;  // in place of an operand's number
+
   struct Source;
+
+  [[noreturn]] static void raise(const std::string& message, bool type_error) {
+    if (type_error) throw py::type_error(message);
+    throw py::value_error(message);
+  }
 
   // The step runs on the stream of the parameters' library; it waits for the streams of other operands' libraries, and
   // where there are such, the host waits for it.
@@ -170,12 +214,21 @@ class Batch {
     py::list operands;
 
     size_t count(int operand) const { return size_t(PyList_GET_SIZE(PyList_GET_ITEM(operands.ptr(), operand))); }
-    py::handle array(int operand, size_t i) const {
+    py::handle item(int operand, size_t i) const {
       return PyList_GET_ITEM(PyList_GET_ITEM(operands.ptr(), operand), py::ssize_t(i));
+    }
+    bool by_rows(size_t i) const { return Pair::is(item(1, i)); }
+    py::handle array(int operand, size_t i) const {
+      if (operand != kIndices && !(operand == 1 && by_rows(i))) return item(operand, i);
+      const auto& pair = item(1, i).cast<const Pair&>();
+      return operand == kIndices ? pair.indices : pair.values;
     }
     std::string name(int operand) const { return names[size_t(operand)].cast<std::string>(); }
     std::string name(int operand, size_t i) const {
-      return labels.is_none() ? name(operand) : name(operand) + "[" + std::string(py::str(labels[py::int_(i)])) + "]";
+      const std::string label = labels.is_none() ? "" : "[" + std::string(py::str(labels[py::int_(i)])) + "]";
+      if (operand != kIndices && !(operand == 1 && by_rows(i))) return name(operand) + label;
+      const char* part = operand == kIndices ? "indices" : "values";
+      return name(1).empty() ? part + label : name(1) + label + "." + part;
     }
   };
   struct Place {
@@ -231,7 +284,9 @@ class Batch {
                          name_of(v[bad_grad ? 1 : 2].format));
   }
 
-  py::array as_numpy(const py::object& object) {
+  py::array as_numpy(const Place& place) {
+    const py::object object = place.object();
+    if (place.operand == kIndices) return py::module_::import("numpy").attr("asarray")(object);
     View v = view_of(object, keep_, [] { return std::string("array"); });
     std::vector<py::ssize_t> shape(v.shape, v.shape + v.ndim), strides;
     for (int d = 0; v.stride && d < v.ndim; ++d) strides.push_back(v.step(d) * py::ssize_t(size_of(v.format)));
@@ -244,9 +299,8 @@ class Batch {
     for (auto& [a, b] : pairs) {
       Place pa = place(a), pb = place(b);
       // Interleaved strided views may meet without sharing an element.
-      if (pairs.size() < kLimit && !py::module_::import("numpy")
-                                        .attr("shares_memory")(as_numpy(pa.object()), as_numpy(pb.object()))
-                                        .cast<bool>())
+      if (pairs.size() < kLimit &&
+          !py::module_::import("numpy").attr("shares_memory")(as_numpy(pa), as_numpy(pb)).cast<bool>())
         continue;
       bool swap = b.row < a.row || (b.row == a.row && b.operand < a.operand);
       throw py::value_error((swap ? pa : pb).name() + ": shares memory with " + (swap ? pb : pa).name());
@@ -266,6 +320,8 @@ class Batch {
   std::vector<int> group_of_;  // of each tensor that was added
   std::vector<Source> sources_;
   std::vector<std::unique_ptr<Strided>> layouts_;
+  std::vector<std::unique_ptr<Lookups>> lookups_;
+  std::vector<int> tables_;  // of those that are updated by rows, in their order: the tensor's number
   std::vector<py::object> keep_, foreign_;
   std::vector<Extent> extents_;
   std::vector<int64_t> layout_, checked_;  // where all operands lie: now, and when they were last found apart
@@ -307,6 +363,8 @@ void bind_batch(py::module_& m) {
            py::kw_only(), py::arg("master") = 0, py::arg("noisy") = false, py::arg("noisy_state") = false,
            py::arg("quantised") = false, py::arg("ema") = false, py::arg("l1") = 0.0, py::arg("ema_weight") = 0.0,
            py::arg("seed") = 0, py::arg("streams") = std::vector<int64_t>());
+  py::class_<Pair>(m, "Pair", "A gradient that names rows: their indices, and a row of values for each.")
+      .def(py::init<py::object, py::object>(), py::arg("indices"), py::arg("values"));
   py::class_<Batch>(m, "Batch", "Tensors to be updated together, given as arrays.")
       .def(py::init<>())
       .def("clear", &Batch::clear)

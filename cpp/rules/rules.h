@@ -182,9 +182,9 @@ struct Moments : NoCarry {
   }
 };
 
-// p <- p - lr m / (1 - beta1^t) / (sqrt(v / (1 - beta2^t)) + eps). AdamW is this rule with `decoupled`; SparseAdam, with
-// `early_eps`, adds eps to sqrt(v) before its correction. The correction of v is a factor of its root, so each element
-// needs one division, not two.
+// p <- p - lr m / (1 - beta1^t) / (sqrt(v / (1 - beta2^t)) + eps). AdamW is this rule with `decoupled`; SparseAdam,
+// with `early_eps`, adds eps to sqrt(v) before its correction. The correction of v is a factor of its root, so each
+// element needs one division, not two.
 template <class T>
 struct Adam : Moments<T> {
   static constexpr const char* hyper = "lr beta1 beta2 eps weight_decay decoupled_weight_decay early_eps";

@@ -8,6 +8,7 @@
 
 #include "cpu/float_mode.h"
 #include "rules/element.h"
+#include "step/ready.h"
 
 namespace fusedopt {
 namespace {
@@ -78,43 +79,6 @@ Mover scatter_of(Format f) {
   return by_size(size_of(f), scatter<uint64_t>, scatter<uint32_t>, scatter<uint16_t>, scatter<uint8_t>);
 }
 
-char* moved(void* p, int64_t elements, Format f) { return static_cast<char*>(p) + elements * int64_t(size_of(f)); }
-const char* moved(const void* p, int64_t elements, Format f) {
-  return static_cast<const char*>(p) + elements * int64_t(size_of(f));
-}
-
-// A kernel of the instruction set in use, with the constants of a step.
-struct Ready {
-  const HostKernel* kernel = nullptr;
-  const HostForm* host_form = nullptr;
-  const Form* form = nullptr;
-  int n_states = 0;
-  const void* constants = nullptr;
-  Finish finish = {};
-
-  void resolve(KernelId id) {
-    kernel = &host_kernel(id);
-    host_form = &fusedopt::host_form(id);
-    form = &form_of(id);
-    n_states = rule_of(id.rule).n_states;
-  }
-  // A span of a tensor or of a tile, without pointers.
-  Span span(const Tensor& tensor, uint32_t key, int64_t first, int64_t n) const {
-    Span s{};
-    s.n = n;
-    s.first = first;
-    s.key = key;
-    for (int k = 0; k < n_states; ++k)
-      if (tensor.span.scale[k]) s.scale[k] = tensor.span.scale[k] + first / kBlock;
-    return s;
-  }
-  bool finishes(const Tensor& tensor) const { return finish.shrink != 0 || tensor.span.ema; }
-  void run(const Span& s) const {
-    kernel->update(kernel->self, constants, s);
-    if (finish.shrink != 0 || s.ema) host_form->finish(finish, s);
-  }
-};
-
 void update_dense(const Ready& ready, const Tensor& tensor, uint32_t key, int64_t begin, int64_t end) {
   const Form& f = *ready.form;
   auto update = [&](int64_t from, int64_t to) {
@@ -172,13 +136,6 @@ double block_sum(const HostTable& t, const Tensor& tensor, int64_t begin, int64_
   alignas(64) char tile[kNormBlock * sizeof(double)];
   gather_of(f)(*tensor.strided, 1, tensor.span.grad, begin, n, tile);
   return t.square_sum[f](tile, n);
-}
-
-// Adds neighbouring pairs until one number is left: a reduction tree whose shape depends on n alone.
-double tree_sum(double* x, int64_t n) {
-  for (; n > 1; n = (n + 1) / 2)
-    for (int64_t i = 0; i < n / 2 + n % 2; ++i) x[i] = 2 * i + 1 < n ? x[2 * i] + x[2 * i + 1] : x[2 * i];
-  return n ? x[0] : 0;
 }
 
 }  // namespace
@@ -289,18 +246,7 @@ double HostStep::norm(Team team, int threads) {
 }
 
 void HostStep::advance(const std::vector<Group>& groups) {
-  for (Tensor& t : tensors) {
-    if (t.step.at) t.clock.t = int64_t(t.step.get());
-    if (t.carry.at) {
-      t.clock.carry = t.carry.get();
-      t.clock.single = !t.carry.wide;
-    }
-    const Rule& rule = rule_of(t.kernel.rule);
-    rule.advance(rule.self, groups[size_t(t.group)].hyper.data(), t.clock);
-    if (t.step.at) t.step.set(double(t.clock.t));
-    if (t.carry.at) t.carry.set(t.clock.carry);
-    if (t.done) *t.done = t.clock.t;
-  }
+  for (Tensor& t : tensors) t.advance(groups[size_t(t.group)]);
 }
 
 void HostStep::update(const std::vector<Group>& groups, double factor, Team team, int threads) {

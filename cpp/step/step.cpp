@@ -10,6 +10,7 @@ namespace fusedopt {
 
 void Step::clear() {
   host_.tensors.clear();
+  rows_.tensors.clear();
   for (auto& [key, place] : places_) {
     place.step.tensors.clear();
     place.awaited.clear();
@@ -24,7 +25,8 @@ void Step::add(const Tensor& tensor, int device, void* key, void* stream) {
 }
 
 bool Step::all_on(int device, int group) const {
-  if (!host_.tensors.empty() && host_.tensors.back().group == group) return false;
+  for (const std::vector<Tensor>* here : {&host_.tensors, &rows_.tensors})
+    if (!here->empty() && here->back().group == group) return false;
   for (const auto& [key, p] : places_)
     if (key.first != device && !p.step.tensors.empty() && p.step.tensors.back().group == group) return false;
   return true;
@@ -45,11 +47,17 @@ double Step::run(const Scaling& whole, Team team, int threads) {
   double norm = -1;
   for (Place* p : devices)
     for (void* stream : p->awaited) p->step.wait(stream);
-  const bool left_to_device = devices.size() == 1 && host_.tensors.empty() && scaling.norm.at;
+  const bool tables = !rows_.tensors.empty();
+  if (tables) rows_.group(team, threads);
+  const bool left_to_device = devices.size() == 1 && host_.tensors.empty() && !tables && scaling.norm.at;
   if (scaling.max_norm > 0 && !left_to_device) {
     norm = host_.norm(team, threads);
-    if (!devices.empty()) {
+    if (!devices.empty() || tables) {
       double squares = norm * norm;
+      if (tables) {
+        const double here = rows_.norm(team, threads);
+        squares += here * here;
+      }
       for (Place* p : devices) {
         const double there = p->step.norm(groups, p->stream);
         squares += there * there;
@@ -63,6 +71,10 @@ double Step::run(const Scaling& whole, Team team, int threads) {
   if (!host_.tensors.empty()) {
     host_.advance(groups);
     host_.update(groups, scaling.unscale, team, threads);
+  }
+  if (tables) {
+    rows_.advance(groups);
+    rows_.update(groups, scaling.unscale, team, threads);
   }
   for (Place* p : devices) {
     p->step.run(groups, scaling, p->stream);

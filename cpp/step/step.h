@@ -1,5 +1,6 @@
 // One step over many tensors on host and devices. The bindings fill it and call run(), which advances the clocks, clips
-// by one norm over all devices, updates the host's tensors on threads and launches the kernels of each device.
+// by one norm over all devices, updates the host's tensors and tables on threads and launches the kernels of each
+// device.
 #pragma once
 #include <map>
 #include <utility>
@@ -7,6 +8,7 @@
 
 #include "step/device.h"
 #include "step/host.h"
+#include "step/rows.h"
 
 namespace fusedopt {
 
@@ -17,7 +19,7 @@ class Step {
   // Removes all tensors. Descriptions on devices are kept for the next step over the same tensors.
   void clear();
   // Adds a tensor in the host's memory.
-  void add(const Tensor& tensor) { host_.tensors.push_back(tensor); }
+  void add(const Tensor& tensor) { (tensor.rows ? rows_.tensors : host_.tensors).push_back(tensor); }
   // Adds a tensor on a device, to be updated on `stream`. Tensors of one device with different keys have separate
   // descriptions.
   void add(const Tensor& tensor, int device, void* key, void* stream);
@@ -32,7 +34,8 @@ class Step {
   bool on_devices() const;
 
   // Returns the global norm of the unscaled gradients if it clips and the host knows the norm, else -1: a norm that is
-  // written to scaling.norm stays on the device.
+  // written to scaling.norm stays on the device. Throws BadIndex, before anything is written, for an index that is no
+  // row.
   double run(const Scaling& scaling, Team team, int threads);
 
  private:
@@ -46,6 +49,7 @@ class Step {
   Place& place(int device, void* key) { return places_.try_emplace({device, key}, device).first->second; }
 
   HostStep host_;
+  RowStep rows_;
   std::map<std::pair<int, void*>, Place> places_;
 };
 

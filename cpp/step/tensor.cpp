@@ -5,6 +5,19 @@ namespace fusedopt {
 
 size_t size_of(Format f) { return f == kF64 ? 8 : f == kF32 ? 4 : f == kI8 || f == kU8 ? 1 : 2; }
 
+void Tensor::advance(const Group& of) {
+  if (step.at) clock.t = int64_t(step.get());
+  if (carry.at) {
+    clock.carry = carry.get();
+    clock.single = !carry.wide;
+  }
+  const Rule& rule = rule_of(kernel.rule);
+  rule.advance(rule.self, of.hyper.data(), clock);
+  if (step.at) step.set(double(clock.t));
+  if (carry.at) carry.set(clock.carry);
+  if (done) *done = clock.t;
+}
+
 Format residual_format(Master m) { return m == kSplit16 ? kI16 : m == kSplit8 ? kI8 : kF32; }
 Format ema_format(Format param) { return param == kF64 ? kF64 : kF32; }
 

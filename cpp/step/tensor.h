@@ -30,6 +30,15 @@ struct Scalar {
   }
 };
 
+// Hyperparameters shared by tensors.
+struct Group {
+  std::vector<double> hyper;  // the learning rate first
+  bool maximize;
+  double l1 = 0, ema_weight = 0;  // ema_weight: 1 - ema_decay
+  uint64_t seed = 0;
+  Scalar lr = {};  // on a device, which reads it in place of hyper[0]
+};
+
 // The layout of operands that are not all dense and alike: traversed in logical order, one tile at a time.
 struct Strided {
   int n, ndim;  // operands, dimensions
@@ -37,11 +46,24 @@ struct Strided {
   int64_t stride[kOperands][kMaxDims];  // in elements
 };
 
+// A gradient by rows of the parameter, the table: an index for each lookup, and a row of values. A row may be looked up
+// several times, and most are not at all. Rows are contiguous; those of values may have strides of their own.
+struct Lookups {
+  const void* indices;
+  bool wide;                                       // int64, else int32
+  int64_t index_stride;                            // in elements, as are all below
+  int64_t n;                                       // lookups
+  int64_t rows, width;                             // of the table; elements of a row
+  int64_t stride[kOperands];                       // between rows, by operand; of the gradient between lookups
+  std::vector<int64_t> inner_shape, inner_stride;  // of a lookup's values; empty: contiguous
+};
+
 // One parameter with its gradient, states and counters. The order of operands is: param, grad, the rule's states, the
 // residual if any, the moving average if any.
 struct Tensor {
   Span span;               // of the whole tensor
   const Strided* strided;  // nullptr: all operands are dense and alike
+  const Lookups* rows;     // nullptr: the gradient has the parameter's shape
   KernelId kernel;
   int group;
   int64_t sequence;  // selects its random numbers
@@ -51,15 +73,9 @@ struct Tensor {
   Scalar step, carry;
   int64_t* done;
   bool device_counts;  // without `step`, on a device: the device counts the executed steps itself, from clock.t
-};
 
-// Hyperparameters shared by tensors.
-struct Group {
-  std::vector<double> hyper;  // the learning rate first
-  bool maximize;
-  double l1 = 0, ema_weight = 0;  // ema_weight: 1 - ema_decay
-  uint64_t seed = 0;
-  Scalar lr = {};  // on a device, which reads it in place of hyper[0]
+  // Counts a step of a tensor on the host.
+  void advance(const Group& of);
 };
 
 // The factors of every gradient. Scalars that have memory are on the tensors' device.
@@ -83,8 +99,14 @@ inline void prefetch(const void* at) {
   __builtin_prefetch(at);
   asm volatile("");
 }
+// Into the second cache.
+inline void prefetch_far(const void* at) {
+  __builtin_prefetch(at, 0, 2);
+  asm volatile("");
+}
 #else
 inline void prefetch(const void*) {}
+inline void prefetch_far(const void*) {}
 #endif
 inline const char* line(const void* at, int n) { return static_cast<const char*>(at) + 64 * n; }
 

@@ -64,6 +64,11 @@ def update(
 ) -> None:
     """Adds one group to a batch and runs it."""
 
+class Pair:
+    """A gradient that names rows: their indices, and a row of values for each."""
+
+    def __init__(self, indices: Any, values: Any) -> None: ...
+
 class Extras:
     """What a group has beyond its rule's own arrays, and how it rounds."""
 
@@ -197,6 +202,7 @@ class TorchPlan:
         ema: Any = None,
         scales: list[Any] = ...,
         sequence: int = 0,
+        sparse: bool = False,
     ) -> None: ...
     def finish(self) -> None: ...
     def trouble(self, tensor: Any, written: bool) -> str: ...

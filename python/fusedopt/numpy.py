@@ -1,4 +1,4 @@
-"""The NumPy front end: an in-place function and an optimizer class for every rule, generated from ``RULES``.
+"""The NumPy front end: two in-place functions and an optimizer class for every rule, generated from ``RULES``.
 
 cpp/bindings/numpy.cpp checks arrays (dtype, shape, memory); the rule checks options.
 """
@@ -18,7 +18,35 @@ from ._make import array_names, compile_function, option_dict, option_signature,
 from .config import get_num_threads
 from .rules import RULES, Rule, check_max_grad_norm
 
-__all__: list[str] = ["Optimizer"]
+__all__: list[str] = ["Optimizer", "Rows"]
+
+
+class Rows:
+    """The gradient of a table of which few rows were used, such as an embedding: which rows, and a gradient for each.
+
+    ``step`` of an optimizer takes it in place of an array. Rows that are named several times get the sum of their
+    values, added up in their order. Rows that are not named keep their values and states: there is no weight decay and
+    no momentum for them.
+
+    Args:
+        indices: array of int32 or int64, one dimension; the rows of the parameter, in any order.
+        values: array of shape ``(len(indices), *param.shape[1:])``; read-only.
+
+    Example:
+        >>> import numpy as np, fusedopt
+        >>> table = np.zeros((1000, 16), np.float32)
+        >>> opt = fusedopt.Adam(table, lr=0.1)
+        >>> opt.step(fusedopt.Rows(np.array([3, 8, 3]), np.ones((3, 16), np.float32)))
+    """
+
+    __slots__ = ("indices", "values")
+
+    def __init__(self, indices: Any, values: Any) -> None:
+        self.indices = indices
+        self.values = values
+
+    def __repr__(self) -> str:
+        return f"Rows({self.indices!r:.200}, {self.values!r:.200})"
 
 
 _OWN = ("master", "ema", "stream")  # state entries that torch does not have
@@ -56,7 +84,18 @@ def _counted(step: Any, n: int) -> list[int]:
 _LAST_STEP = 2**63 - 1
 
 
-def _update(rule: Rule, options: dict[str, Any], arrays: dict[str, Any], step: Any) -> None:
+def _paired(param: Any, indices: Any, values: Any) -> Any:
+    """The gradient of an in-place function by rows, as the core takes it: a pair, or a list of pairs."""
+    if not isinstance(param, list | tuple):
+        return _core.Pair(indices, values)
+    several = [_listed(value, True, name) for name, value in (("indices", indices), ("values", values))]
+    for name, value in zip(("indices", "values"), several, strict=True):
+        if len(value) != len(param):
+            raise ValueError(f"{name}: expected {len(param)} arrays, one for each of param, got {len(value)}")
+    return list(map(_core.Pair, *several))
+
+
+def _update(rule: Rule, options: dict[str, Any], arrays: dict[str, Any], step: Any, rows: bool = False) -> None:
     rule.check(options)
     kernel = rule.kernel(options)
     names = kernel.operands
@@ -69,6 +108,8 @@ def _update(rule: Rule, options: dict[str, Any], arrays: dict[str, Any], step: A
             raise TypeError(f"{name}: not used with these options, expected None")
     n = len(operands[0])
     labels = range(n) if many else None
+    if rows:
+        names = (names[0], "", *names[2:])  # its two arrays are called indices and values
     maximize = bool(options["maximize"])
     _core.update(
         kernel.index, kernel.values(options), maximize, names, labels, operands, _counted(step, n), get_num_threads()
@@ -100,20 +141,56 @@ _FUNCTION_DOC = """
     """
 
 
-def _make_function(rule: Rule) -> Callable[..., None]:
+_ROWS_DOC = """
+    As :func:`fusedopt.{dense}`, for the rows of ``param`` that ``indices`` names. Other rows and their states are
+    neither read nor written: weight decay and momentum apply to rows when they are named.
+
+    Args:
+        param: array whose rows are contiguous, updated in place, or a sequence of arrays; then all array arguments are
+            sequences of this length.
+        indices: array of int32 or int64, one dimension: rows of param, in any order. The values of a row that is named
+            several times are added up in their order.
+        values: gradient of the named rows, of shape (len(indices), *param.shape[1:]); read-only.
+        {states}: state, of the shape of param, updated in place.{extra}
+
+    Supported dtypes, with values as the gradient: as for :func:`fusedopt.{dense}`.
+
+    Returns:
+        None.
+
+    Raises:
+        IndexError: an index is negative, or no row of param; the message says which and where.
+        TypeError, ValueError: as :func:`fusedopt.{dense}`.
+
+        The message names the argument. Nothing has been written.
+
+    Example:
+        >>> import numpy as np, fusedopt
+        >>> param = np.ones((100, 4), np.float32)
+        >>> indices, values = np.array([7, 3, 7]), np.ones((3, 4), np.float32)
+        >>> {zeros}fusedopt.{call}
+    """
+
+
+def _make_function(rule: Rule, rows: bool) -> Callable[..., None]:
     always, sometimes = array_names(rule)
+    grad = ["indices", "values"] if rows else ["grad"]
     # A rule without required states takes its optional state by position.
     positional = [*always, *(f"{s}=None" for s in sometimes if not always)]
     late = [f"{s}=None" for s in sometimes if always]
     clock = [*(["step"] if rule.clock == "step" else []), *rule.carried]
     first = ["first=False"] if rule.clock == "first" else []
-    signature = ", ".join(["param", "grad", *positional, "*", *clock, option_signature(rule, rule.once), *late, *first])
+    signature = ", ".join(["param", *grad, *positional, "*", *clock, option_signature(rule, rule.once), *late, *first])
     # In the kernels' order: the states of every variant are a subsequence of those of the largest.
     names = max((rule.kernel(dict.fromkeys(v, True)).operands for v in rule.variants), key=len)
-    arrays = "{" + ", ".join(f"{s!r}: {s}" for s in names) + "}"
+    given = {s: s for s in names} | ({"grad": "_paired(param, indices, values)"} if rows else {})
+    arrays = "{" + ", ".join(f"{s!r}: {value}" for s, value in given.items()) + "}"
     step = {"step": "step", "first": "1 if first else 2", None: "1"}[rule.clock]
-    body = f"_update(_rule, {option_dict(rule, rule.once)}, {arrays}, {step})"
-    function = compile_function(rule, f"fusedopt.{rule.function}", signature, body, {"_update": _update, "_rule": rule})
+    body = f"_update(_rule, {option_dict(rule, rule.once)}, {arrays}, {step}{', True' * rows})"
+    name = rule.rows_function if rows else rule.function
+    function = compile_function(
+        rule, f"fusedopt.{name}", signature, body, {"_update": _update, "_rule": rule, "_paired": _paired}
+    )
     extra = ["step: the step count, from 1; a sequence has one for each array."] * (clock != [])
     extra += [
         f"{s}: float64 array of one element, updated in place; starts at {rule.first(s, rule.defaults):g}."
@@ -123,12 +200,13 @@ def _make_function(rule: Rule) -> Callable[..., None]:
     scalars = ["step=1"] * (clock != [])
     scalars += [f"{s}=np.array({rule.first(s, rule.defaults)!r})" for s in rule.carried]
     function.__doc__ = _fill(
-        rule_doc(rule, _FUNCTION_DOC),
+        rule_doc(rule, _ROWS_DOC if rows else _FUNCTION_DOC),
         {
+            "{dense}": rule.function,
             "{states}": ", ".join((*always, *sometimes)) or "(no state)",
             "{extra}": "".join(f"\n    {line}" for line in extra),
             "{zeros}": "".join(f"{s} = np.zeros_like(param); " for s in always),
-            "{call}": f"{rule.function}({', '.join(['param', 'grad', *always, *scalars, 'lr=0.1'])})",
+            "{call}": f"{name}({', '.join(['param', *grad, *always, *scalars, 'lr=0.1'])})",
         },
     )
     function.__module__ = "fusedopt"
@@ -267,10 +345,10 @@ class Optimizer:
         Args:
             grads: gradients in the structure of ``params``: an array, a sequence, or a dict with the same keys; with
                 several groups one sequence per group, or one flat sequence. A parameter whose gradient is None is
-                skipped.
+                skipped. The gradient of a parameter may be :class:`fusedopt.Rows`.
 
         Raises:
-            TypeError, ValueError: as the in-place functions, before anything is written.
+            TypeError, ValueError, IndexError: as the in-place functions, before anything is written.
             RuntimeError: another thread is running this optimizer's step.
         """
         if not self._free.acquire(blocking=False):
@@ -374,6 +452,7 @@ class Optimizer:
         else:
             flat = list(grads)
         flat = [np.asarray(g) if isinstance(g, np.generic) else g for g in flat]  # the gradient of a 0-d array
+        flat = [_core.Pair(g.indices, g.values) if isinstance(g, Rows) else g for g in flat]
         if len(flat) != expected:
             raise ValueError(f"grads: expected {expected}, one for each of params, got {len(flat)}")
         return flat
@@ -555,6 +634,7 @@ def _make_class(rule: Rule) -> type[Optimizer]:
 
 
 for _rule in RULES.values():
-    globals()[_rule.function] = _make_function(_rule)
+    globals()[_rule.function] = _make_function(_rule, rows=False)
+    globals()[_rule.rows_function] = _make_function(_rule, rows=True)
     globals()[_rule.name] = _make_class(_rule)
-    __all__ += [_rule.function, _rule.name]
+    __all__ += [_rule.function, _rule.rows_function, _rule.name]

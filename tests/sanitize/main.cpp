@@ -333,6 +333,109 @@ void several_threads_at_once() {
   use_isa(nullptr);
 }
 
+// Tables that are updated by rows: lookups by int32 and int64, in any order, with gaps between rows and between values.
+struct Tables {
+  static constexpr int64_t kRows[] = {1, 700, 5}, kWidths[] = {3, 64, 640}, kLookups[] = {4, 40000, 9};
+  std::vector<Block> blocks;
+  std::vector<std::unique_ptr<float[]>> scales;
+  std::vector<std::vector<int64_t>> wide;
+  std::vector<std::vector<int32_t>> narrow;
+  std::vector<Lookups> rows;
+  std::vector<Tensor> tensors;
+  Step step;
+
+  Tables(int rule, int form) {
+    const Rule& k = rule_of(rule);
+    const Form& f = form_of({rule, form});
+    const bool coded = f.state == kI8 && k.n_states > 0;
+    step.groups = {group_of(k, false), group_of(k, true)};
+    Random r{uint64_t(rule * 100 + form + 1)};
+    wide.resize(3), narrow.resize(3), rows.resize(3);
+    for (size_t t = 0; t < 3; ++t) {
+      if (coded && kWidths[t] % kBlock != 0) continue;
+      const int64_t n = kLookups[t], gap = coded ? 0 : 5;
+      Lookups& l = rows[t];
+      l = {nullptr, t != 1, 1, n, kRows[t], kWidths[t], {}, {}, {}};
+      for (int64_t i = 0; i < n; ++i) {
+        const auto row = int64_t(r.next() % (1 + r.next() % uint64_t(kRows[t])));
+        wide[t].push_back(row), narrow[t].push_back(int32_t(row));
+      }
+      l.indices = l.wide ? static_cast<const void*>(wide[t].data()) : narrow[t].data();
+      Tensor tensor = {};
+      tensor.kernel = {rule, form}, tensor.group = int(t % 2), tensor.rows = &l, tensor.clock.carry = 1;
+      tensor.span.n = kRows[t] * kWidths[t], tensor.sequence = int64_t(t);
+      const bool ema = form % 2;
+      const int operands = 2 + k.n_states + (f.master != kNoMaster) + ema;
+      for (int o = 0; o < operands; ++o) {
+        const Format format = o == 0                     ? f.param
+                              : o == 1                   ? f.grad
+                              : o < 2 + k.n_states       ? f.state
+                              : ema && o == operands - 1 ? ema_format(f.param)
+                                                         : residual_format(f.master);
+        const int64_t count = o == 1 ? n : kRows[t];
+        l.stride[o] = kWidths[t] + (o < 2 + k.n_states && o >= 2 ? gap : 2 * gap);
+        blocks.emplace_back(format, (count - 1) * l.stride[o] + kWidths[t], int64_t(r.next() % 7), r);
+        void* data = blocks.back().data();
+        if (o == 0) {
+          tensor.span.param = data;
+        } else if (o == 1) {
+          tensor.span.grad = data;
+        } else if (o < 2 + k.n_states) {
+          tensor.span.state[o - 2] = data;
+        } else {
+          (ema && o == operands - 1 ? tensor.span.ema : tensor.span.residual) = data;
+        }
+      }
+      for (int s = 0; coded && s < k.n_states; ++s) {
+        scales.emplace_back(new float[size_t(tensor.span.n / kBlock)]);
+        std::fill_n(scales.back().get(), tensor.span.n / kBlock, 0.75f);
+        tensor.span.scale[s] = scales.back().get();
+      }
+      tensors.push_back(tensor);
+    }
+  }
+
+  std::vector<std::string> run(double max_norm, int threads) {
+    for (int i = 0; i < 2; ++i) {
+      step.clear();
+      for (Tensor& t : tensors) {
+        t.clock.t = i;
+        step.add(t);
+      }
+      Scaling scaling;
+      scaling.max_norm = max_norm;
+      expect((step.run(scaling, Team::kOurs, threads) >= 0) == (max_norm > 0), "norm of rows");
+    }
+    std::vector<std::string> out;
+    for (const Block& b : blocks) out.emplace_back(b.memory.get(), b.bytes);
+    return out;
+  }
+};
+
+void rows_every_way(int rule, int form) {
+  for (double max_norm : {0.0, 0.5}) {
+    use_isa("baseline");
+    const auto before = Tables(rule, form).run(max_norm, 1);
+    for (int isa = 0; usable_isa(isa); ++isa)
+      for (int threads : {2, 8}) {
+        use_isa(usable_isa(isa));
+        expect(Tables(rule, form).run(max_norm, threads) == before,
+               std::string("rows, ") + rule_of(rule).name + " form " + std::to_string(form));
+      }
+  }
+  use_isa(nullptr);
+  Tables bad(rule, form);
+  bad.wide.back()[5] = bad.rows.back().rows;
+  bad.step.clear();
+  for (Tensor& t : bad.tensors) bad.step.add(t);
+  try {
+    bad.step.run(Scaling{}, Team::kOurs, 2);
+    expect(false, "an index that is no row");
+  } catch (const BadIndex& e) {
+    expect(e.position == 5 && e.index == 5, "the index that is no row");
+  }
+}
+
 void many_small_tensors() {
   const std::vector<int64_t> lengths(1000, 64);
   for (int kernel = 0; kernel < library().n_rules; ++kernel) {
@@ -459,6 +562,9 @@ int main(int argc, char** argv) {
   for (int rule = 0; rule < rules; ++rule)
     for (int form = 0; form < library().n_forms; ++form)
       if (exists({rule, form})) same_bytes_every_way(rule, form);
+  for (int form = 0; form < library().n_forms; ++form)
+    for (int rule : {0, 1, 7, 9})  // without state, with one and two, and with a carried number
+      if (exists({rule, form})) rows_every_way(rule, form);
   every_form_apart_from_its_rule();
   many_small_tensors();
   losses_and_layers_every_way();
