@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import fusedopt
-from fusedopt.rules import RULES, Rule
+from fusedopt.rules import RULES, SPARSE_RULES, Rule
 
 PACKAGE = Path(__file__).parent / "fusedopt"
 HEAD = "# Made by python/make_stubs.py from the rules: do not edit, run `make stubs`.\n"
@@ -39,7 +39,15 @@ _Arrays: TypeAlias = _Array | Sequence[_Array]
 _Steps: TypeAlias = SupportsIndex | Sequence[SupportsIndex]
 _Timed: TypeAlias = float | Callable[[int], float]
 _Params: TypeAlias = NDArray[Any] | Sequence[NDArray[Any]] | Mapping[Any, NDArray[Any]] | Sequence[Mapping[str, Any]]
-_Grads: TypeAlias = _Array | Sequence[_Array | Sequence[_Array | None] | None] | Mapping[Any, _Array | None]
+class Rows:
+    """The gradient of a table of which few rows were used: which rows, and a gradient for each."""
+
+    indices: Any
+    values: Any
+    def __init__(self, indices: _Array, values: _Array) -> None: ...
+
+_Grad: TypeAlias = _Array | Rows
+_Grads: TypeAlias = _Grad | Sequence[_Grad | Sequence[_Grad | None] | None] | Mapping[Any, _Grad | None]
 
 class Optimizer:
     """Base class of the NumPy optimizers."""
@@ -169,9 +177,9 @@ def numpy_stub() -> str:
     kinds |= dict.fromkeys(("lr", "momentum", "weight_decay"), "_Timed")
     parts = [NUMPY.replace("{all}", _all(importlib.import_module("fusedopt.numpy").__all__))]
     for rule in RULES.values():
-        parameters = _parameters(getattr(fusedopt, rule.function), {"step": "_Steps"})
-        head = _listed(f"def {rule.function}(", parameters, ") -> None:")
-        parts.append(f"{head}\n{_docstring(rule)}")
+        for name in (rule.function, rule.rows_function):
+            head = _listed(f"def {name}(", _parameters(getattr(fusedopt, name), {"step": "_Steps"}), ") -> None:")
+            parts.append(f"{head}\n{_docstring(rule)}")
         timed = {"betas": f"tuple[{', '.join('_Timed' for _ in rule.defaults.get('betas', ()))}]"}
         parts.append(_class(rule, "Optimizer", getattr(fusedopt, rule.name).__init__, kinds | timed))
     return HEAD + "\n".join(parts)
@@ -184,7 +192,7 @@ def torch_stub() -> str:
     module = importlib.import_module("fusedopt.torch")
     kinds = KINDS | {"params": "ParamsT", "state_dtype": "torch.dtype | str | None"}
     parts = [TORCH.replace("{all}", _all(module.__all__))]
-    for rule in RULES.values():
+    for rule in (*RULES.values(), *SPARSE_RULES.values()):
         theirs = hasattr(torch.optim, rule.name)
         bases = f"_Fused, torch.optim.{rule.name}" if theirs else "_Fused"
         more = {} if theirs else {"lr": "float | torch.Tensor"}

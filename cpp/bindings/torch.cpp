@@ -10,6 +10,7 @@
 
 #include "bindings/arrays.h"
 #include "bindings/bind.h"
+#include "bindings/rows.h"
 #include "bindings/torch_tensor.h"
 #include "step/step.h"
 
@@ -46,6 +47,7 @@ struct Param {
   int n_values = 0, n_operands = 0, n_scales = 0;
   Parts parts = {};
   int64_t sequence = 0;
+  bool sparse = false;  // the gradient is sparse, with one sparse dimension
 };
 
 struct TorchGroup {
@@ -98,7 +100,7 @@ class TorchPlan {
 
   // Adds the next parameter of the last group. operands: the kernel's states, in its order.
   void add_param(py::object tensor, int kind, py::object state, py::list operands, py::object step, py::object carry,
-                 int64_t done, py::object residual, py::object ema, py::list scales, int64_t sequence) {
+                 int64_t done, py::object residual, py::object ema, py::list scales, int64_t sequence, bool sparse) {
     Param p;
     p.kind = Kind(kind);
     p.tensor = std::move(tensor);
@@ -115,6 +117,7 @@ class TorchPlan {
     if (p.parts.ema) p.operands[p.n_operands++] = std::move(ema);
     for (py::handle s : scales) p.scales[p.n_scales++] = py::reinterpret_borrow<py::object>(s);
     p.sequence = sequence;
+    p.sparse = sparse;
     if (!step.is_none()) p.step = std::move(step);
     if (!carry.is_none()) p.carry = std::move(carry);
     p.done = done;
@@ -162,9 +165,16 @@ class TorchPlan {
     if (!found_inf.is_none()) scaling.found_inf = scalar(found_inf);
     if (!grad_scale.is_none()) scaling.grad_scale = scalar(grad_scale);
     if (!norm.is_none()) scaling.norm = scalar(norm);
-    {
+    try {
       py::gil_scoped_release nogil;
       norm_ = step_.run(scaling, Team::kTorch, threads);
+    } catch (const BadIndex& e) {
+      grads_.clear();
+      const auto [group, number] = tables_[e.table];
+      throw py::index_error("the gradient of parameter " + std::to_string(number) + " of group " +
+                            std::to_string(group) + ": index " + std::to_string(e.position) +
+                            ": expected a row in [0, " + std::to_string(lookups_[e.table]->rows) + "), got " +
+                            std::to_string(e.index));
     }
     tell_autograd();
     grads_.clear();
@@ -379,6 +389,8 @@ class TorchPlan {
     const NoCollection guard;
     step_.clear();
     layouts_.clear();
+    lookups_.clear();
+    tables_.clear();
     layouts_read_.clear();
     grads_.clear();
     active_.clear();
@@ -452,11 +464,33 @@ class TorchPlan {
     }
   }
 
+  // The indices of a sparse gradient, in place of which its values are left. The objects live as long as the step.
+  IndexView indices_of(py::object& grad) {
+    if (!grad.attr(is_sparse_).cast<bool>() || grad.attr("sparse_dim")().cast<int>() != 1) throw Stale();
+    const py::object indices = grad.attr("_indices")();
+    grad = grad.attr("_values")();
+    grads_.push_back(indices);
+    const auto item = indices.attr("element_size")().cast<int64_t>();
+    const auto stride = indices.attr("stride")(1).cast<int64_t>();
+    const auto n = indices.attr("shape")[py::int_(1)].cast<int64_t>();
+    auto* data = reinterpret_cast<const char*>(indices.attr("data_ptr")().cast<uintptr_t>());
+    const py::object storage = indices.attr("untyped_storage")();
+    auto* begin = reinterpret_cast<const char*>(storage.attr("data_ptr")().cast<uintptr_t>());
+    const auto bytes = storage.attr("nbytes")().cast<int64_t>();
+    if ((item != 4 && item != 8) || !exact(grad.ptr()) || !exact(indices.ptr())) throw Stale();
+    if (n > 0 && (stride < 0 || data < begin || data + ((n - 1) * stride + 1) * item > begin + bytes))
+      throw std::runtime_error("the indices of a sparse gradient reach beyond their storage");
+    return {data, item == 8, n, stride};
+  }
+
   // True if an operand is not where it was in the last step.
   bool look(Param& p, int index, const TorchGroup& group) {
     py::object grad = grad_of(p.tensor.ptr());
     if (grad.is_none()) return false;
-    if (p.kind == kIdle || !exact(grad.ptr()) || negative(grad.ptr())) throw Stale();
+    if (p.kind == kIdle || !exact(grad.ptr())) throw Stale();
+    IndexView indices{};
+    if (p.sparse) indices = indices_of(grad);
+    if (negative(grad.ptr())) throw Stale();
     if (!p.state.is_none()) {
       if (PyDict_GET_SIZE(p.state.ptr()) != p.n_values) throw Stale();
       PyObject *key, *held;
@@ -476,7 +510,7 @@ class TorchPlan {
         moved |= v[k].data != p.last[k];
         p.last[k] = v[k].data;
       }
-      if (!v[k].same_shape(v[0]) || v[k].device != v[0].device) throw Stale();
+      if ((!v[k].same_shape(v[0]) && !(p.sparse && k == 1)) || v[k].device != v[0].device) throw Stale();
     }
     const View* states = v + 2;
     for (int k = 0; k < p.parts.states; ++k)
@@ -509,7 +543,14 @@ class TorchPlan {
                                 {v[0].format, v[1].format, state, half ? group.master : kNoMaster, half && group.noisy,
                                  state == kI8 || (size_of(state) == 2 && (group.noisy_state || !half))});
     if (tensor.kernel.form < 0) throw Stale();
-    lay_out(v, p.parts, tensor, layouts_);
+    if (!p.sparse) {
+      lay_out(v, p.parts, tensor, layouts_);
+    } else {
+      int culprit;
+      if (v[0].device != kHost || !lay_out_rows(v, p.parts, p.n_scales, indices, tensor, lookups_, &culprit).empty())
+        throw Stale();
+      tables_.push_back({index, int(&p - group.params.data())});
+    }
     for (int k = 0; k < p.n_scales; ++k) tensor.span.scale[k] = scales[k];
     Extent own = extent_of(v[0], true, 0, 0), its = extent_of(v[1], false, 0, 1);
     if (own.low < its.high && its.low < own.high) throw Stale();
@@ -554,10 +595,12 @@ class TorchPlan {
   std::vector<std::pair<py::object, py::object>> entries_;
   std::vector<TorchGroup> groups_;
   py::object grad_ = interned(py::str("grad")), params_ = interned(py::str("params")),
-             maximize_ = interned(py::str("maximize"));
+             maximize_ = interned(py::str("maximize")), is_sparse_ = interned(py::str("is_sparse"));
 
   Step step_;
   std::vector<std::unique_ptr<Strided>> layouts_;
+  std::vector<std::unique_ptr<Lookups>> lookups_;
+  std::vector<std::pair<int, int>> tables_;  // of those with sparse gradients, in their order: group, number in it
   std::vector<py::object> grads_;
   std::vector<Param*> active_;                             // those with a gradient
   std::map<int, void*> streams_;                           // torch's, by device
@@ -576,7 +619,7 @@ void bind_torch_plan(py::module_& m) {
       .def("add_param", &TorchPlan::add_param, py::arg("tensor"), py::arg("kind"), py::arg("state") = py::none(),
            py::arg("operands") = py::list(), py::arg("step") = py::none(), py::arg("carry") = py::none(),
            py::arg("done") = 0, py::arg("residual") = py::none(), py::arg("ema") = py::none(),
-           py::arg("scales") = py::list(), py::arg("sequence") = 0)
+           py::arg("scales") = py::list(), py::arg("sequence") = 0, py::arg("sparse") = false)
       .def("finish", &TorchPlan::finish)
       .def("trouble", &TorchPlan::trouble, py::arg("tensor"), py::arg("written"))
       .def("meet", &TorchPlan::meet, py::arg("a"), py::arg("b"))

@@ -26,8 +26,9 @@ class Tagged(torch.Tensor):
 
 
 def sparse(p: torch.Tensor) -> torch.Tensor:
-    rows = torch.tensor([[0, 2, 0]])
-    return torch.sparse_coo_tensor(rows, torch.ones(3, *p.shape[1:], dtype=p.dtype), p.shape, check_invariants=True)
+    """With two sparse dimensions: kernels take one."""
+    places = torch.tensor([[0, 2, 0], [1, 2, 1]])
+    return torch.sparse_coo_tensor(places, torch.ones(3, dtype=p.dtype), p.shape, check_invariants=True)
 
 
 def _sparse(p: torch.nn.Parameter) -> torch.Tensor:

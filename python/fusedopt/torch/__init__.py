@@ -18,10 +18,12 @@ Options:
 State tensors may be replaced, loaded, written to or moved to other memory between steps. Two threads cannot step one
 optimizer at the same time: the second one gets a RuntimeError, and its call changes nothing.
 
-Tensors that the kernels do not take (sparse, complex, differentiable, on the CPU capturable, subclasses of Tensor,
-overlapping memory, devices other than the CPU and, with the CUDA build, CUDA's) fall back to torch's own step, with one
-``FallbackWarning`` that says why. Together with one of the options above, or with gradients that are still scaled, this
-raises RuntimeError instead.
+Sparse gradients are taken by SparseAdam, by SGD without momentum and by Adagrad, as in torch.
+
+Tensors that the kernels do not take (other sparse ones, complex, differentiable, on the CPU capturable, subclasses of
+Tensor, overlapping memory, devices other than the CPU and, with the CUDA build, CUDA's) fall back to torch's own step,
+with one ``FallbackWarning`` that says why. Together with one of the options above, or with gradients that are still
+scaled, this raises RuntimeError instead.
 """
 
 from __future__ import annotations

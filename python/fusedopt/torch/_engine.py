@@ -23,6 +23,7 @@ from ..rules import Rule
 from ._device import PLAIN, capturing, has_device_kernels, readable_scalar
 from ._eligibility import group_reason, state_reason, tensor_reason
 from ._fallback import Fallback
+from ._sparse import dense_reason, is_sparse, sparse_reason
 from ._state import DTYPES, INTEGERS, create_state, form_of
 
 EXCHANGE = True  # read tensors by DLPack's exchange API where this torch has it (2.10 and later)
@@ -260,7 +261,11 @@ class Engine:
                     if reason:
                         self.fallback.add(reason, g, p)
                     continue
-                reason = reason or tensor_reason(plan, p, grad, group)
+                sparse = is_sparse(grad)
+                if not reason and sparse:
+                    reason = sparse_reason(plan, rule, p, grad, group)
+                elif not reason:
+                    reason = dense_reason(rule) or tensor_reason(plan, p, grad, group)
                 if not reason:
                     done, new = create_state(optimizer, rule, p, group)
                     if new:
@@ -279,7 +284,7 @@ class Engine:
                 master = state["master"] if form_of(p, group).master else None
                 plan.add_param(
                     p, _KERNEL, state or None, arrays, step, carry, done,
-                    master, state["ema"] if ema else None, scales, state.get("stream", 0),
+                    master, state["ema"] if ema else None, scales, state.get("stream", 0), sparse,
                 )  # fmt: skip
         plan.finish()
         return plan

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
-from ..rules import RULES, check_max_grad_norm
+from ..rules import check_max_grad_norm
 from ._engine import remove_engine
 from ._optimizer import CLASSES
 from ._state import NEW_OPTIONS, form_of, recode
@@ -189,7 +189,7 @@ def _drop_options(optimizer: Optimizer) -> None:
     """Removes our options and attributes, and casts state to what torch's own class would have made."""
     for group in optimizer.param_groups:
         if group.get("state_dtype"):
-            names = RULES[type(optimizer).__name__].states(group)
+            names = optimizer._rule.states(group)  # type: ignore[attr-defined]
             for p in group["params"]:
                 state = optimizer.state.get(p, {})
                 recode(p, state, names, form_of(p, {**group, **NEW_OPTIONS}))

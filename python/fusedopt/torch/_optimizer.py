@@ -15,7 +15,7 @@ from torch.optim import optimizer as _torch_optimizer
 
 from .. import forms
 from .._make import compile_function, option_dict, option_signature, rule_doc
-from ..rules import RULES, Rule, check_max_grad_norm
+from ..rules import RULES, SPARSE_RULES, Rule, check_max_grad_norm
 from ._engine import Engine, optimizers
 from ._state import DTYPES, NAMES, NEW_OPTIONS, Keep, convert_for_load, form_of, recode
 
@@ -239,5 +239,7 @@ def _own_init(rule: Rule) -> Callable[..., None]:
     )
 
 
-CLASSES: dict[str, type[Optimizer]] = {rule.name: _make_class(rule) for rule in RULES.values()}
+CLASSES: dict[str, type[Optimizer]] = {
+    rule.name: _make_class(rule) for rule in (*RULES.values(), *SPARSE_RULES.values())
+}
 """The class of every rule, by its name."""

@@ -63,6 +63,8 @@ def create_state(optimizer: Optimizer, rule: Rule, p: torch.Tensor, group: dict[
         value = state.get(name)
         if isinstance(value, torch.Tensor) and value.device != p.device:
             state[name] = value.to(p.device)
+        elif isinstance(value, int | float):  # torch's SparseAdam counts in a number
+            state[name] = torch.full((), float(value), dtype=scalar, device=p.device)
     with torch.no_grad():
         for name in missing:
             first = rule.first(name, optimizer.defaults)
