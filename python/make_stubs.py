@@ -39,6 +39,7 @@ _Arrays: TypeAlias = _Array | Sequence[_Array]
 _Steps: TypeAlias = SupportsIndex | Sequence[SupportsIndex]
 _Timed: TypeAlias = float | Callable[[int], float]
 _Params: TypeAlias = NDArray[Any] | Sequence[NDArray[Any]] | Mapping[Any, NDArray[Any]] | Sequence[Mapping[str, Any]]
+
 class Rows:
     """The gradient of a table of which few rows were used: which rows, and a gradient for each."""
 
