@@ -365,3 +365,91 @@ def test_int8_states_are_refused_where_blocks_cross_rows() -> None:
     p.grad = sparse(torch.tensor([1]), torch.ones(1, 40), p.shape)
     with pytest.raises(RuntimeError, match=r"state_dtype: .*rows of 40 elements, no whole number of blocks of 64"):
         opt.step()
+
+
+# ---- lazy
+
+
+LAZY: list[tuple[str, dict[str, Any]]] = [
+    ("SGD", {"lr": 0.1, "momentum": 0.9, "nesterov": True, "weight_decay": 0.1}),
+    ("Adagrad", {"lr": 0.1, "weight_decay": 0.1}),
+    ("RMSprop", {"centered": True, "momentum": 0.5}),
+    ("Adam", {"amsgrad": True, "weight_decay": 0.1, "max_grad_norm": 1.0}),
+    ("AdamW", {"lr": 0.05, "l1": 0.1, "ema_decay": 0.9}),
+    ("NAdam", {"lr": 0.05}),
+    ("RAdam", {"weight_decay": 0.1}),
+    ("Adamax", {}),
+    ("Adadelta", {"lr": 0.5}),
+    ("Lion", {"lr": 0.01, "weight_decay": 0.1}),
+]
+
+
+@pytest.mark.parametrize(("name", "options"), LAZY, ids=lambda v: v if isinstance(v, str) else "")
+def test_lazy_steps_have_the_bits_of_numpys_and_leave_other_rows_alone(name: str, options: dict[str, Any]) -> None:
+    start = torch.randn(40, 16, generator=torch.Generator().manual_seed(11))
+    p, array = start.clone().requires_grad_(), start.numpy().copy()
+    opt: Any = make(ours, name, [p], {**options, "lazy": True})
+    known = getattr(fusedopt, name)(array.copy()).defaults  # torch's constructors have defaults of their own
+    given = {k: v for k, v in opt.param_groups[0].items() if k in known}
+    twin = getattr(fusedopt, name)(array, **given, max_grad_norm=options.get("max_grad_norm"))
+    named = torch.arange(1, 40, 3)
+    for step in range(4):
+        g = torch.Generator().manual_seed(step)
+        indices = named[torch.randint(0, len(named), (20,), generator=g)]
+        values = torch.randn(20, 16, generator=g)
+        p.grad = sparse(indices, values, p.shape)
+        opt.step()
+        twin.step(fusedopt.Rows(indices.numpy(), values.numpy()))
+    assert torch.equal(p.detach(), torch.from_numpy(array))
+    others = torch.ones(40, dtype=torch.bool)
+    others[named] = False
+    assert torch.equal(p[others], start[others])
+    for key, value in opt.state[p].items():
+        if value.ndim and key != "ema":
+            assert not value[others].any(), key
+
+
+def test_lazy_does_not_change_a_dense_step() -> None:
+    results = []
+    for lazy in (False, True):
+        p = torch.ones(5, 3, requires_grad=True)
+        opt = ours.AdamW([p], lr=0.1, lazy=lazy)
+        for step in range(3):
+            p.grad = torch.full((5, 3), float(step))
+            opt.step()
+        results.append(p.detach())
+    assert torch.equal(*results)
+
+
+def test_lazy_is_checked_and_may_be_set_by_group_and_between_steps() -> None:
+    with pytest.raises(TypeError, match="lazy: expected True or False"):
+        ours.Adam([torch.ones(2, requires_grad=True)], lazy=1)
+    a, b = torch.ones(4, 2, requires_grad=True), torch.ones(4, 2, requires_grad=True)
+    opt: Any = ours.Adam([{"params": [a], "lazy": True}, {"params": [b]}], lr=0.1)
+    a.grad = sparse(torch.tensor([2]), torch.ones(1, 2), (4, 2))
+    b.grad = torch.ones(4, 2)
+    opt.step()
+    assert (a[2] != 1).all()
+    assert (a[[0, 1, 3]] == 1).all()
+    b.grad = a.grad.clone()
+    warnings.simplefilter("ignore", FallbackWarning)  # within the fixture's context
+    with pytest.raises(RuntimeError, match="sparse"):
+        opt.step()
+    opt.param_groups[1]["lazy"] = True
+    before = b.detach().clone()
+    opt.step()
+    assert (b[2] != before[2]).all()
+    assert torch.equal(b[[0, 1, 3]], before[[0, 1, 3]])
+
+
+def test_lazy_is_kept_in_checkpoints() -> None:
+    p = torch.ones(4, 2, requires_grad=True)
+    opt: Any = ours.Adam([p], lr=0.1, lazy=True)
+    p.grad = sparse(torch.tensor([2]), torch.ones(1, 2), (4, 2))
+    opt.step()
+    other: Any = ours.Adam([p], lr=0.1)
+    other.load_state_dict(opt.state_dict())
+    assert other.param_groups[0]["lazy"] is True
+    torch.optim.Adam([p]).load_state_dict(opt.state_dict())
+    with pytest.raises(ValueError, match="lazy"):
+        ours.convert(opt, back=True)

@@ -6,12 +6,14 @@ Beyond torch, every class takes these keyword-only options.
 
 Options:
     state_dtype: dtype of the state arrays (``torch.float32`` or ``"float32"``; also float64, bfloat16, float16, int8);
-        None is torch's own, that of the parameter. Per group, as are the next five.
+        None is torch's own, that of the parameter. Per group, as are the next six.
     master: the residual of a 16-bit parameter: ``"split16"`` or ``"split8"``, its low-order bits, or ``"float32"``, a
         master weight.
     stochastic_rounding, seed: 16-bit parameters and states are rounded at random, without bias.
     ema_decay: maintains a moving average of the parameters; ``opt.ema_parameters()`` swaps it in.
     l1: soft-thresholds parameters by lr * l1 after the update.
+    lazy: takes sparse gradients and updates the rows that they name alone; weight decay, momentum and l1 apply to a row
+        when it is named.
     max_grad_norm: clips the gradients of all groups together to this global norm inside the step, as
         ``torch.nn.utils.clip_grad_norm_`` would; gradients are not written. The norm is ``opt.last_grad_norm``.
 

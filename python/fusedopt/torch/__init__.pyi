@@ -35,6 +35,7 @@ __all__ = [
     "NAdam",
     "RAdam",
     "RMSprop",
+    "SparseAdam",
     "memory_report",
     "step_in_backward",
 ]
@@ -79,6 +80,7 @@ class SGD(_Fused, torch.optim.SGD):
         seed: int = 0,
         ema_decay: float | None = None,
         l1: float = 0.0,
+        lazy: bool = False,
         max_grad_norm: float | None = None,
     ) -> None: ...
 
@@ -107,6 +109,7 @@ class Adagrad(_Fused, torch.optim.Adagrad):
         seed: int = 0,
         ema_decay: float | None = None,
         l1: float = 0.0,
+        lazy: bool = False,
         max_grad_norm: float | None = None,
     ) -> None: ...
 
@@ -136,6 +139,7 @@ class RMSprop(_Fused, torch.optim.RMSprop):
         seed: int = 0,
         ema_decay: float | None = None,
         l1: float = 0.0,
+        lazy: bool = False,
         max_grad_norm: float | None = None,
     ) -> None: ...
 
@@ -166,6 +170,7 @@ class Adam(_Fused, torch.optim.Adam):
         seed: int = 0,
         ema_decay: float | None = None,
         l1: float = 0.0,
+        lazy: bool = False,
         max_grad_norm: float | None = None,
     ) -> None: ...
 
@@ -195,6 +200,7 @@ class AdamW(_Fused, torch.optim.AdamW):
         seed: int = 0,
         ema_decay: float | None = None,
         l1: float = 0.0,
+        lazy: bool = False,
         max_grad_norm: float | None = None,
     ) -> None: ...
 
@@ -224,6 +230,7 @@ class NAdam(_Fused, torch.optim.NAdam):
         seed: int = 0,
         ema_decay: float | None = None,
         l1: float = 0.0,
+        lazy: bool = False,
         max_grad_norm: float | None = None,
     ) -> None: ...
 
@@ -252,6 +259,7 @@ class RAdam(_Fused, torch.optim.RAdam):
         seed: int = 0,
         ema_decay: float | None = None,
         l1: float = 0.0,
+        lazy: bool = False,
         max_grad_norm: float | None = None,
     ) -> None: ...
 
@@ -279,6 +287,7 @@ class Adamax(_Fused, torch.optim.Adamax):
         seed: int = 0,
         ema_decay: float | None = None,
         l1: float = 0.0,
+        lazy: bool = False,
         max_grad_norm: float | None = None,
     ) -> None: ...
 
@@ -306,6 +315,7 @@ class Adadelta(_Fused, torch.optim.Adadelta):
         seed: int = 0,
         ema_decay: float | None = None,
         l1: float = 0.0,
+        lazy: bool = False,
         max_grad_norm: float | None = None,
     ) -> None: ...
 
@@ -329,6 +339,7 @@ class Lion(_Fused):
         seed: int = 0,
         ema_decay: float | None = None,
         l1: float = 0.0,
+        lazy: bool = False,
         max_grad_norm: float | None = None,
     ) -> None: ...
 
@@ -354,6 +365,31 @@ class AdEMAMix(_Fused):
         seed: int = 0,
         ema_decay: float | None = None,
         l1: float = 0.0,
+        lazy: bool = False,
+        max_grad_norm: float | None = None,
+    ) -> None: ...
+
+class SparseAdam(_Fused, torch.optim.SparseAdam):
+    """Adam over the rows that a sparse gradient names; other rows and their moments stay as they are.
+
+    The rule is class SparseAdam in fusedopt/rules.py.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | torch.Tensor = 0.001,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-08,
+        maximize: bool = False,
+        *,
+        state_dtype: torch.dtype | str | None = None,
+        master: str | None = None,
+        stochastic_rounding: bool = False,
+        seed: int = 0,
+        ema_decay: float | None = None,
+        l1: float = 0.0,
+        lazy: bool = False,
         max_grad_norm: float | None = None,
     ) -> None: ...
 

@@ -243,7 +243,7 @@ class Engine:
             ]
             ema = group["ema_decay"] is not None
             hyper += [("l1", -1, 0.0), ("ema_decay" if ema else None, -1, 0.0), ("seed", -1, 0.0)]
-            same = ["fused", "differentiable", "capturable", "state_dtype", "master", "stochastic_rounding"]
+            same = ["fused", "differentiable", "capturable", "lazy", "state_dtype", "master", "stochastic_rounding"]
             plan.add_group(
                 group, kernel.index, hyper,
                 [k for k in (*rule.chooses, "ema_decay") if k in group],

@@ -26,6 +26,10 @@ def _checked(key: str, value: Any) -> Any:
     """The value of one of our options; dtypes as their names."""
     if key == "max_grad_norm":
         return check_max_grad_norm(value)
+    if key == "lazy":
+        if not isinstance(value, bool):
+            raise TypeError(f"lazy: expected True or False, got {value!r}")
+        return value
     if key == "state_dtype" and isinstance(value, torch.dtype):
         value = str(value).removeprefix("torch.")
     forms.check({**forms.OPTIONS, key: value})
@@ -167,7 +171,7 @@ Fused.step.hooked = True  # type: ignore[attr-defined]  # torch need not wrap it
 
 _CLASS_DOC = """
     {name} takes torch.optim's arguments, and ``state_dtype``, ``master``, ``stochastic_rounding``, ``seed``,
-    ``ema_decay``, ``l1`` and ``max_grad_norm``; see :mod:`fusedopt.torch`.
+    ``ema_decay``, ``l1``, ``lazy`` and ``max_grad_norm``; see :mod:`fusedopt.torch`.
 
     Example:
         >>> import torch

@@ -57,8 +57,8 @@ def sparse_reason(plan: Any, rule: Rule, p: torch.Tensor, grad: torch.Tensor, gr
 
 
 def _takes_sparse(rule: Rule, group: dict[str, Any]) -> bool:
-    """Whether torch's class takes sparse gradients and updates the rows that they name alone."""
-    if rule.name in SPARSE_RULES:
+    """Whether sparse gradients update the rows that they name alone: with ``lazy``, or in torch's class."""
+    if rule.name in SPARSE_RULES or group["lazy"]:
         return True
     return rule.name in ("SGD", "Adagrad") and not group.get("momentum") and not group["weight_decay"]
 

@@ -17,7 +17,7 @@ DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 WIDE = (torch.float32, torch.float64)
 INTEGERS = {"int8": torch.int8, "uint8": torch.uint8, "int16": torch.int16, "float32": torch.float32}
-NEW_OPTIONS: dict[str, Any] = {**forms.OPTIONS, "max_grad_norm": None}
+NEW_OPTIONS: dict[str, Any] = {**forms.OPTIONS, "lazy": False, "max_grad_norm": None}
 
 
 class Keep:
