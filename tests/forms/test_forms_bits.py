@@ -19,6 +19,7 @@ from form_cases import (
     numpy_dtype,
     one_of_each_form,
     optimizer,
+    stepped_by_rows,
     train,
 )
 from helpers import Array, assert_same_bits, engine, offset_empty
@@ -235,3 +236,14 @@ def test_torch_gives_the_bits_that_numpy_gives(case: Case) -> None:
                 assert_same_bits(to_numpy(x), want[name], name)
         missing = set(want) - set(opt.state[p]) - {"param", "step"}
         assert not missing
+
+
+@pytest.mark.parametrize("case", FULL, ids=str)
+def test_steps_by_rows_are_the_same_everywhere(case: Case) -> None:
+    for options in ({}, {"ema_decay": 0.9, "l1": 0.01, "max_grad_norm": 1.0}):
+        with engine("baseline", 1):
+            want = copied(stepped_by_rows(case, **options))
+        for isa in fusedopt.isas():
+            for threads in (2, 8):
+                with engine(isa, threads):
+                    assert_same(kept(stepped_by_rows(case, **options)), want, f"{isa}, {threads} threads")

@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 import numpy as np
 
 import fusedopt
-from form_cases import CASES, Case, data, gradients, kept, optimizer
+from form_cases import CASES, Case, data, gradients, kept, optimizer, stepped_by_rows
 from fusedopt import losses
 
 SHAPES: list[Any] = [(), (1,), (7,), (64,), (65,), (33, 70), (4097,), (100_003,)]
@@ -46,7 +46,8 @@ def rows(dtype: str) -> list[list[Any]]:
 
 
 def of_case(case: Case) -> bytes:
-    """Three steps over tensors of many lengths, dense and strided, clipped, with an average of the weights and l1."""
+    """Three steps over tensors of many lengths, dense and strided, clipped, with an average of the weights and l1; and
+    three by rows."""
     digest = hashlib.sha256()
     for options in ({}, {"max_grad_norm": 1.0, "ema_decay": 0.9, "l1": 0.01, "maximize": True}):
         opt = optimizer(case, [p.copy(order="K") for p in parameters(case.param)], **options)
@@ -55,6 +56,9 @@ def of_case(case: Case) -> bytes:
         for entry in kept(opt):
             for name in sorted(entry):
                 put(digest, entry[name])
+    for entry in kept(stepped_by_rows(case)):
+        for name in sorted(entry):
+            put(digest, entry[name])
     return digest.digest()
 
 

@@ -151,3 +151,17 @@ def round_away(x: Array) -> Array:
     """float32 rounded to bf16, ties away from zero, as for a split master."""
     b = np.where(np.isnan(x), np.float32(np.nan), x).view(np.uint32)
     return ((b + np.uint32(0x8000)) >> np.uint32(16)).astype(np.uint16).view(BF16)
+
+
+def stepped_by_rows(case: Case, steps: int = 3, **more: Any) -> Any:
+    """An optimizer of tables after steps whose gradients name rows, by Zipf's law and evenly."""
+    tables = [(4000, 64), (7, 128)] if case.form.quantised and case.states else [(4000, 24), (7, 100), (300, 1)]
+    opt = optimizer(case, [data(shape, case.param, i) for i, shape in enumerate(tables)], **more)
+    for step in range(steps):
+        rng = np.random.default_rng(step)
+        named = [np.minimum(rng.zipf(1.1, 20_000), 4000) - 1, *(rng.integers(0, n, 3000) for n, _ in tables[1:])]
+        shapes = [(len(i), width) for i, (_, width) in zip(named, tables, strict=True)]
+        specials = step == 2 and "max_grad_norm" not in more  # a norm that is no number spreads to all tables
+        values = gradients(case, shapes, 1, specials)[0]
+        opt.step([fusedopt.Rows(i, v) for i, v in zip(named, values, strict=True)])
+    return opt
