@@ -33,6 +33,7 @@ TITLES = {
     "numpy": "NumPy functions against in-place NumPy",
     "training": "Whole iterations: forward, backward, step",
     "estimators": "Estimators and losses for NumPy",
+    "sparse": "Sparse gradients",
     "denormals": "Denormal moments",
     "short": "Every rule, small",
     "bars": "The bars the project sets itself",

@@ -22,6 +22,7 @@ PICTURES = {
     "loss_surface": ["loss-surface"],
     "mnist": ["mnist-confusion", "mnist-history"],
     "overfitting": ["overfitting"],
+    "ratings": ["ratings"],
     "schedules": ["schedules", "schedules-losses"],
     "torch_optimizers": ["torch-optimizers"],
 }
@@ -34,6 +35,7 @@ SAYS = {
     "loss_surface": "Adam: after 100 steps at (",
     "mnist": "64-10-10 on digits",
     "overfitting": "batch normalisation",
+    "ratings": "NumPy, fusedopt.Adam",
     "schedules": "polynomial decay",
     "torch_optimizers": "Adam, lr 0.01",
 }

@@ -7,14 +7,15 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from fusedopt.bench.shapes import BYTES, F32, Format, Shapes, count
-from fusedopt.rules import RULES
+from fusedopt.bench.shapes import BYTES, F32, Format, Shapes, count, distinct
+from fusedopt.rules import RULES, SPARSE_RULES
 
 LARGE = 32 << 20
 CEILING = "ceiling"
 COMPILED = "compiled"
 FUSED_F32 = "fused f32"  # torch's fused step with everything in float32, whatever form ours has
 FUSED_LERP = "fused + lerp"  # the same, then torch._foreach_lerp_ into the moving average
+DENSE = "fused, dense"  # torch's fused step with a dense gradient, where ours has a sparse one
 BEST_NUMPY = "best NumPy"  # the faster of the two below
 NUMPY = ("NumPy whole", "NumPy blocked")
 TORCH = ("default", "foreach", "fused", COMPILED)
@@ -39,6 +40,8 @@ class Case:
     kind: str = "torch"  # or gpu, numpy, training, denormals, estimators, ...: selects the builder in contenders.py
     model: str = ""  # of a training or estimators case
     grouped: bool = False  # one parameter group per tensor
+    lookups: int = 0  # of a sparse case: rows that its gradient names,
+    zipf: float = 0.0  # by Zipf's law with this exponent; 0: all alike
     fresh: bool = False  # gradients are replaced before every step, untimed
     misaligned: bool = False  # gradients are views of one buffer, from its second element on
     graph: bool = False  # the step is captured in a CUDA graph, whose replays are timed
@@ -58,8 +61,12 @@ class Case:
         """Minimum memory traffic of a step; None if more than a step is timed."""
         if self.kind in ("training", "estimators", "compiled", "ddp", "fsdp"):
             return None
-        rule = RULES[self.rule]
+        rule = {**RULES, **SPARSE_RULES}[self.rule]
         states = len(rule.states({**rule.defaults, **self.options}))
+        if self.kind == "sparse":
+            rows, width = self.shapes[0]
+            moved = distinct(rows, self.lookups, self.zipf) * 2 * (1 + states)
+            return (moved + self.lookups) * width * 4
         norm = 0.0 if self.max_grad_norm is None else BYTES[self.format.grad]  # the norm reads the gradients once more
         beside: float = {None: 0, "split8": 1, "split16": 2, "float32": 4}[self.ours.get("master")]
         beside += BYTES["f32"] if "ema_decay" in self.ours else 0

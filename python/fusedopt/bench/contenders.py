@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fusedopt.bench import estimators, gpu, numpy_best, peers
+from fusedopt.bench import estimators, gpu, numpy_best, peers, sparse
 from fusedopt.bench.cases import CEILING, COMPILED, FUSED_F32, FUSED_LERP, LARGE, NUMPY, Case
 from fusedopt.bench.timing import Contender
 
@@ -31,7 +31,7 @@ COMPILING_CALLS = 3
 def builder(case: Case) -> Builder:
     """Creates the shared data of a case; returns a function from a contender's name to the contender."""
     builders = {"torch": _torch, "denormals": _torch, "training": _training, "compiled": _training, "numpy": _numpy}
-    builders |= {"estimators": estimators.builder, "ddp": _pair, "fsdp": _pair, "gpu": _torch}
+    builders |= {"estimators": estimators.builder, "ddp": _pair, "fsdp": _pair, "gpu": _torch, "sparse": _sparse}
     return builders[case.kind](case)
 
 
@@ -271,6 +271,12 @@ def _training(case: Case) -> Builder:
         return Contender(run, first_seconds=compiled.first_seconds)
 
     return build
+
+
+def _sparse(case: Case) -> Builder:
+    """Steps with sparse gradients."""
+    build = sparse.builder(case)
+    return lambda name: ceiling(case) if name == CEILING else build(name)
 
 
 def _pair(case: Case) -> Builder:

@@ -1,4 +1,4 @@
-"""Shapes of the benchmark's tensors, real networks included, and formats with their sizes."""
+"""Shapes of the benchmark's tensors, real networks included, lookups in tables, and formats with their sizes."""
 
 from __future__ import annotations
 
@@ -6,6 +6,10 @@ import itertools
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+from numpy.typing import NDArray
 
 Shapes = tuple[tuple[int, ...], ...]
 
@@ -89,3 +93,20 @@ def llama(width: int = 2048, layers: int = 16, heads: int = 512, inner: int = 81
 
 
 MANY: Shapes = ((64,),) * 1000
+
+
+@cache
+def draw(rows: int, lookups: int, exponent: float, seed: int) -> NDArray[np.int64]:
+    """Rows that are looked up. With an exponent the shares of rows are 1, 2 ** -exponent, ..., in random order."""
+    make = np.random.default_rng(seed)
+    if not exponent:
+        return make.integers(0, rows, lookups)
+    share = np.cumsum(np.arange(1, rows + 1) ** -exponent)
+    ranks = np.minimum(np.searchsorted(share, make.random(lookups) * share[-1]), rows - 1)
+    found: NDArray[np.int64] = np.random.default_rng(0).permutation(rows)[ranks]
+    return found
+
+
+def distinct(rows: int, lookups: int, exponent: float) -> int:
+    """The number of rows that one step updates."""
+    return len(np.unique(draw(rows, lookups, exponent, 0)))

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from fusedopt.bench import gpu
-from fusedopt.bench.cases import BEST_NUMPY, CEILING, FUSED_F32, FUSED_LERP, NUMPY, TORCH, Case, rows
+from fusedopt.bench.cases import BEST_NUMPY, CEILING, DENSE, FUSED_F32, FUSED_LERP, LARGE, NUMPY, TORCH, Case, rows
 from fusedopt.bench.numpy_best import BODIES
 from fusedopt.bench.shapes import F32, FORMATS, MANY, Format, Shapes, gpt2, human, mlp, resnet50
 from fusedopt.bench.training import MODELS
@@ -133,6 +133,30 @@ def estimators(large: int) -> list[Case]:
     ]
 
 
+def sparse(large: int) -> list[Case]:
+    """Embedding tables whose gradients name few rows, and a lazy step against a dense one."""
+    promised = {"SparseAdam": 10.0, "Adagrad": 7.0, "SGD": 2.0}
+    tables: list[tuple[str, int, int, int, float]] = [
+        ("1M x 64, 65,536 lookups", 1_000_000, 64, 65_536, 0),
+        ("1M x 16, 200,000 lookups", 1_000_000, 16, 200_000, 0),
+        ("1M x 64, 65,536 lookups by Zipf", 1_000_000, 64, 65_536, 1.15),
+        ("10M x 32, 1,000,000 lookups", 10_000_000, 32, 1_000_000, 0),
+    ]
+
+    def case(
+        rule: str, name: str, rows: int, width: int, n: int, zipf: float, bars: dict[str, float], **ours: Any
+    ) -> Case:
+        return Case(
+            f"{rule}, {name}", (*bars, CEILING), rule, shapes=((rows * large // LARGE, width),), kind="sparse",
+            lookups=n * large // LARGE, zipf=zipf, bars=bars, ours=ours,
+        )  # fmt: skip
+
+    return [
+        *(case(rule, *table, {"default": bar}) for table in tables for rule, bar in promised.items()),
+        case("AdamW", "lazy, 1M x 64, 10,000 lookups", 1_000_000, 64, 10_000, 0, {DENSE: 5.0}, lazy=True),
+    ]
+
+
 def denormals(large: int) -> list[Case]:
     """Adam on normal and on denormal moments, which are not flushed to zero."""
     return [Case("Adam", ("default", "fused"), shapes=((large // 8,),), kind="denormals")]
@@ -181,7 +205,7 @@ def integrations(large: int) -> list[Case]:
     ]  # fmt: skip
 
 
-_SUITES = (bars, rules, formats, shapes, bytes_, numpy, training, estimators, denormals, integrations)
+_SUITES = (bars, rules, formats, shapes, bytes_, numpy, training, estimators, sparse, denormals, integrations)
 SUITES: dict[str, Callable[[int], list[Case]]] = {f.__name__.rstrip("_"): f for f in _SUITES}
 SUITES |= {"gpu": gpu.cases, "short": short}
 # Seconds per case; the default is 4.

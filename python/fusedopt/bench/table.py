@@ -107,11 +107,13 @@ def _bars(results: Sequence[Result]) -> str:
 
 
 def render(results: Sequence[Result]) -> str:
-    """Text tables, one per suite; if every case of a suite has bars, only the bars are shown."""
+    """Text tables, one per suite; if bars say all of it, only the bars are shown."""
     texts = []
     for suite, group in groupby(results, key=lambda r: r.suite):
         rows = list(group)
-        tables = [_times(rows)] * (not all(r.case.bars for r in rows)) + [_bars(rows)] * any(r.case.bars for r in rows)
+        # A share of the ceiling that is not promised is in the table of times alone.
+        times = any(not r.case.bars or (r.share is not None and CEILING not in r.case.bars) for r in rows)
+        tables = [_times(rows)] * times + [_bars(rows)] * any(r.case.bars for r in rows)
         texts.append(f"{suite}\n" + "\n\n".join(tables))
         texts += ["\n".join(dict.fromkeys(note for r in rows for note in r.notes))]
     about = machine()

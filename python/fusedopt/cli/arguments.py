@@ -24,6 +24,7 @@ SUITES = {
     "numpy": "the NumPy functions against the best in-place NumPy",
     "training": "whole iterations of small networks",
     "estimators": "fits and the softmax loss against scikit-learn, torch and NumPy, each with its bar",
+    "sparse": "steps with sparse gradients, on embedding tables",
     "denormals": "what denormal moments cost",
     "integrations": "DDP and FSDP2 in two processes, compiled iterations",
     "gpu": "every rule, small tensors and networks on a GPU, against torch's paths and other projects",
