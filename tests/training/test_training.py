@@ -514,7 +514,7 @@ def test_a_checkpoint_is_not_overwritten_without_a_word(tmp_path: Path) -> None:
     path = tmp_path / "x.pt"
     first = run(path, None, False)
     kept = path.read_bytes(), path.with_name("x.pt.previous").read_bytes()
-    with pytest.raises(FileExistsError, match=r"x\.pt exists; resume=True goes on from it.*delete it and x\.pt\.prev"):
+    with pytest.raises(FileExistsError, match=r"x\.pt exists; resume=True resumes from it.*delete it and x\.pt\.prev"):
         run(path, None, False)
     assert (path.read_bytes(), path.with_name("x.pt.previous").read_bytes()) == kept
     first.fit(*loaders(0, False), epochs=first.epoch + 1)  # its own file
@@ -644,7 +644,7 @@ def test_a_loss_that_is_not_finite_stops_with_advice(tmp_path: Path) -> None:
     bad = [(torch.full((4, 6), math.nan), torch.zeros(4, 1))]
     model = torch.nn.Linear(6, 1)
     before = model.weight.clone()
-    with pytest.raises(FloatingPointError, match="batch holds NaN"):
+    with pytest.raises(FloatingPointError, match="batch contains NaN"):
         fit(model, bad, loss=torch.nn.functional.mse_loss, optimizer=optim.SGD(model.parameters()), epochs=1)
     assert torch.equal(before, model.weight)
 
@@ -682,7 +682,7 @@ def test_data_and_lengths_that_make_no_sense_are_refused() -> None:
         trainer.fit(plain_data(), steps=1.5)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="train"):
         trainer.fit([], epochs=1)
-    with pytest.raises(ValueError, match="again"):
+    with pytest.raises(ValueError, match="more than once"):
         trainer.fit(iter(plain_data()), epochs=2)
     with pytest.raises(ValueError, match="validation"):
         trainer.fit(plain_data(), [], epochs=5)
@@ -739,7 +739,7 @@ def test_arrays_of_all_rows_are_trained_on_in_shuffled_batches(kind: Any) -> Non
     assert by_array.history["loss"] == by_loader.history["loss"]
     np.testing.assert_allclose(by_array.history["val_loss"], by_loader.history["val_loss"], rtol=1e-6)
     torch.testing.assert_close(by_array.predict(arrays[0], batch_size=9), by_loader.predict([data.x]))
-    with pytest.raises(ValueError, match="arrays of one length, got 70, 69 rows"):
+    with pytest.raises(ValueError, match="arrays of equal length, got 70, 69 rows"):
         by_array.fit((arrays[0], arrays[1][:-1]), epochs=4)
 
 
@@ -769,5 +769,5 @@ def test_predictions_are_those_of_the_model_in_evaluation() -> None:
 
 
 def test_a_metric_cannot_take_the_place_of_the_loss() -> None:
-    with pytest.raises(ValueError, match="metrics: 'loss' is the name of the loss"):
+    with pytest.raises(ValueError, match="metrics: 'loss' is reserved for the loss"):
         trainer_of(network(), metrics={"loss": lambda output, target: 0.0})

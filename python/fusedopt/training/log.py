@@ -1,6 +1,6 @@
 """Progress reporting: the progress bar, and logs as CSV, JSON lines or for TensorBoard.
 
-A logger is told all rows so far, then each new one.
+A logger receives all rows so far when training starts or resumes, then each new row.
 """
 
 from __future__ import annotations
@@ -19,23 +19,23 @@ Row = Mapping[str, float]
 
 
 class Logger(Protocol):
-    """Takes rows: numbers by name."""
+    """Receives rows of the history: numbers by name."""
 
     def begin(self, rows: Sequence[Row]) -> None:
-        """The rows of before, when a training begins or is taken up again."""
+        """Called when training starts or resumes, with the rows so far."""
 
     def add(self, row: Row) -> None:
-        """A new row."""
+        """Called with each new row."""
 
 
 class JSONLines:
-    """A file with a JSON object on each line; what is not finite is null."""
+    """Writes one JSON object per line; a number that is not finite is written as null."""
 
     def __init__(self, path: PathLike) -> None:
         self.path = Path(path)
 
     def begin(self, rows: Sequence[Row]) -> None:
-        """Writes the file anew, so that no row is in it twice."""
+        """Rewrites the file, so that it contains no row twice."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.path.write_text("".join(map(self._line, rows)))
 
@@ -49,13 +49,13 @@ class JSONLines:
 
 
 class CSV:
-    """A table with a column for every name."""
+    """Writes a table with one column per name."""
 
     def __init__(self, path: PathLike) -> None:
         self.path, self._rows = Path(path), list[Row]()
 
     def begin(self, rows: Sequence[Row]) -> None:
-        """Writes the file anew, so that no row is in it twice."""
+        """Rewrites the file, so that it contains no row twice."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._rows = list(rows)
         with open(self.path, "w", newline="") as file:
@@ -65,7 +65,7 @@ class CSV:
                 writer.writerows(rows)
 
     def add(self, row: Row) -> None:
-        """Appends a line; a new column makes the table anew."""
+        """Appends a line, or rewrites the table if the row has a new column."""
         self._rows.append(row)
         columns = self._columns(self._rows[:-1])
         if not set(row) <= set(columns):
@@ -79,7 +79,7 @@ class CSV:
 
 
 class TensorBoard:
-    """A folder of TensorBoard's; needs the package ``tensorboard``."""
+    """Writes to a TensorBoard folder; needs the package ``tensorboard``."""
 
     def __init__(self, folder: PathLike) -> None:
         try:
@@ -90,11 +90,11 @@ class TensorBoard:
         self._writer: Any = None
 
     def begin(self, rows: Sequence[Row]) -> None:
-        """Opens the folder; what was written after the last of these rows is void."""
+        """Opens the folder. TensorBoard discards what was written after the last of these rows."""
         self._writer = self._make(int(rows[-1]["step"]) + 1 if rows else 0)
 
     def add(self, row: Row) -> None:
-        """A point on each curve."""
+        """Adds a point to each curve."""
         for name, value in row.items():
             if name not in ("step", "epoch"):
                 self._writer.add_scalar(name, value, int(row["step"]))
@@ -102,7 +102,7 @@ class TensorBoard:
 
 
 def loggers(log: PathLike | Logger | Sequence[PathLike | Logger] | None) -> list[Logger]:
-    """The loggers that are meant: ``.csv``, ``.jsonl``, a folder for TensorBoard, or an object with begin and add."""
+    """The loggers for ``log``: ``.csv`` or ``.jsonl`` files, TensorBoard folders, objects with begin and add."""
     several: list[Any] = [] if log is None else list(log) if isinstance(log, list | tuple) else [log]
     return [one if hasattr(one, "add") else _logger(one) for one in several]
 
@@ -117,7 +117,7 @@ def _logger(path: PathLike) -> Logger:
 
 
 class _NoBar(contextlib.nullcontext[Any]):
-    """Takes what a progress bar takes."""
+    """Has the methods of a progress bar, and does nothing."""
 
     def __enter__(self) -> _NoBar:
         return self
@@ -128,7 +128,7 @@ class _NoBar(contextlib.nullcontext[Any]):
 
 
 def progress_bar(progress: bool | None, total: int | None, done: int) -> Any:
-    """A progress bar over the steps, or something that takes what one takes."""
+    """A progress bar over the steps, or a stand-in without output."""
     if progress is False:
         return _NoBar()
     try:

@@ -1,7 +1,7 @@
-"""``fusedopt.torch.fit`` and ``fusedopt.torch.Trainer``: a training loop for torch models, to be read in one sitting.
+"""``fusedopt.torch.fit`` and ``fusedopt.torch.Trainer``: a training loop for torch models, short enough to read.
 
-Random generators, files and shares of the data are in ``state.py``; logs and the progress bar in ``log.py``.
-What Lightning or Accelerate do better (sharded models, many devices) is left to them.
+Random generators, checkpoint files and sharding of the data are in ``state.py``; logs and the progress bar in
+``log.py``. For sharded models and many devices use Lightning or Accelerate.
 """
 
 from __future__ import annotations
@@ -48,64 +48,65 @@ from .state import (
 
 
 class Callback:
-    """What is told how a training goes; ``trainer.stop = True`` ends it after the step."""
+    """Base class of callbacks; setting ``trainer.stop = True`` in one ends training after the step."""
 
     def on_fit_start(self, trainer: Trainer) -> None:
-        """Before the first step."""
+        """Called before the first step."""
 
     def on_step_end(self, trainer: Trainer, loss: float) -> None:
-        """After each step of the optimizer, with its training loss."""
+        """Called after each step of the optimizer, with its training loss."""
 
     def on_log(self, trainer: Trainer, row: dict[str, float]) -> None:
-        """After each row of the history; a bare function in place of a callback is called here."""
+        """Called after each row of the history. A function passed as a callback is called at this point."""
 
     def on_fit_end(self, trainer: Trainer) -> None:
-        """After the last step."""
+        """Called after the last step."""
 
 
 class Trainer:
-    """Trains a torch model: batches to losses, losses to steps, and everything that is kept on the way.
+    """Trains a torch model: runs the steps, records the history, writes logs and checkpoints.
 
-    A row of the history is made at the end of each epoch, or every ``every`` steps: training loss, learning rate, and
-    on the validation data the loss and the metrics. Then the schedule and early stopping listen, the log is written,
-    the checkpoint saved. Under ``torchrun`` every process trains on its share of the data, on gradients averaged by
-    DistributedDataParallel, and rows are those of all processes; logs and checkpoints are written by the first.
+    The history gets a row at the end of each epoch, or every ``every`` steps: training loss, learning rate, and the
+    loss and metrics on the validation data. Each row updates metric-driven schedules and early stopping, and is logged;
+    then the checkpoint is written. Under ``torchrun`` each process trains on its shard of the data, and
+    DistributedDataParallel averages the gradients. Rows cover all processes; rank 0 writes logs and checkpoints.
 
     Args:
-        model: gives outputs for a batch's inputs.
-        loss: a function of outputs and targets; the mean over a batch.
-        optimizer: of torch or of ours, over the model's parameters.
-        schedule: the learning rate: a schedule of ours, another function of the step, or a torch scheduler.
-        schedule_by: ``"step"`` or ``"epoch"``: what the schedule counts.
-        metrics: by name, functions of all outputs and all targets of the validation data, as tensors on the CPU.
-        precision: ``"bfloat16"`` or ``"float16"``: autocast, with a GradScaler for the latter; None for neither.
-        accumulate: batches for one step; their gradients are those of one large batch.
-        max_grad_norm: gradients are clipped to this global norm; inside the step where the optimizer is ours.
-        ema_decay: keep an exponential moving average of weights and buffers, ``trainer.ema.module``, and validate it.
-            An optimizer of ours with ``ema_decay`` averages the weights inside its step: they are validated, too, and
-            are what ``restore_best`` puts back.
-        every: steps from one row to the next; None for an epoch.
-        monitor: what early stopping and schedules listen to; by default ``val_loss``, or ``loss`` without validation.
-        mode: ``"min"`` or ``"max"``: which is better.
-        patience: stop after so many rows in a row without a better one; None never stops.
-        min_delta: how much better is better.
-        restore_best: at the end, put back the weights of the best row; by default if there is a patience.
-        checkpoint: a file, written whole or not at all, at every row.
-        checkpoint_every: and every so many steps.
+        model: maps the inputs of a batch to outputs.
+        loss: function of outputs and targets that returns the mean over the batch.
+        optimizer: torch or fusedopt optimizer over the model's parameters.
+        schedule: learning rate: a fusedopt schedule, any other function of the step, or a torch scheduler.
+        schedule_by: ``"step"`` or ``"epoch"``, the unit in which the schedule counts.
+        metrics: name -> function of all outputs and all targets of the validation data, as tensors on the CPU.
+        precision: ``"bfloat16"`` or ``"float16"`` for autocast, float16 with a GradScaler; None for no autocast.
+        accumulate: number of batches per step; the gradient is that of one large batch.
+        max_grad_norm: clips the gradients to this global norm; within the step for fusedopt's optimizers.
+        ema_decay: decay of an exponential moving average of weights and buffers, ``trainer.ema.module``, which is
+            validated. If a fusedopt optimizer with ``ema_decay`` averages the weights within its step, these averages
+            are validated, and ``restore_best`` restores them.
+        every: number of steps between rows; None for one row per epoch.
+        monitor: column that early stopping and metric-driven schedules use; by default ``val_loss``, or ``loss``
+            without validation data.
+        mode: ``"min"`` if lower is better, or ``"max"``.
+        patience: training stops after this many consecutive rows without improvement; None never stops.
+        min_delta: minimum change that counts as an improvement.
+        restore_best: restore the weights of the best row at the end; by default only with a patience.
+        checkpoint: file that is written atomically at every row.
+        checkpoint_every: also write the checkpoint every so many steps.
         log: ``.csv`` or ``.jsonl`` files or a folder for TensorBoard, one or several.
         callbacks: :class:`Callback` objects, or functions of the trainer and a row.
-        progress: a progress bar; None shows one where tqdm is installed and a terminal watches.
+        progress: show a progress bar; None shows one if tqdm is installed and the output is a terminal.
 
     A batch is ``(input, ..., target)`` or a dict; for others override :meth:`forward`.
 
     Attributes:
-        epoch, step: how many are done.
-        history: a list for each column of the rows.
-        best: value and step of the best row, and its weights where they are to be restored.
-        stop: set it to end the training.
+        epoch, step: number of completed epochs and steps.
+        history: name -> list, one list per column of the rows.
+        best: value and step of the best row, and its weights if they are to be restored.
+        stop: set it to True to end training.
 
     Raises:
-        ValueError, TypeError: for an argument out of its range.
+        ValueError, TypeError: an argument is out of its range or has the wrong type.
 
     Example:
         >>> import torch
@@ -145,7 +146,7 @@ class Trainer:
     ) -> None:
         check_options(locals())
         if "loss" in (metrics or {}):
-            raise ValueError("metrics: 'loss' is the name of the loss; give the metric another")
+            raise ValueError("metrics: 'loss' is reserved for the loss; rename the metric")
         self.model, self.loss, self.optimizer, self.metrics = model, loss, optimizer, dict(metrics or {})
         self.device = next((p.device for p in model.parameters()), torch.device("cpu"))
         self.schedule = scheduler_of(schedule, optimizer)
@@ -169,37 +170,37 @@ class Trainer:
         self.rows: list[dict[str, float]] = []
         self.best: dict[str, Any] = {}
         self.stop = False
-        self._sum = self._rows_seen = 0.0  # the training loss since the last row, and over how many samples
+        self._sum = self._rows_seen = 0.0  # sum of the losses since the last row, and the number of samples
         self._norm = math.nan
         self._epoch_rng: dict[str, Any] = {}
         self._saved_rng: dict[str, Any] = {}
 
     @property
     def history(self) -> dict[str, list[float]]:
-        """The rows as columns: epoch, step, loss, lr, ...; NaN where a row lacks one."""
+        """The rows as columns: epoch, step, loss, lr, ...; NaN if a row lacks the column."""
         names = dict.fromkeys(name for row in self.rows for name in row)
         return {name: [row.get(name, math.nan) for row in self.rows] for name in names}
 
     def forward(self, net: nn.Module, batch: Any) -> tuple[torch.Tensor, Any, Any]:
-        """Loss, outputs and targets of a batch. Override it for batches of another kind.
+        """Loss, outputs and targets of a batch. Override it for other kinds of batches.
 
-        A batch is ``(input, ..., target)``, or a dict whose ``target``, ``targets``, ``label``, ``labels`` or ``y`` is
-        the target; the rest are the model's keyword arguments.
+        A batch is ``(input, ..., target)``, or a dict with the target under ``target``, ``targets``, ``label``,
+        ``labels`` or ``y``. The other entries of a dict are the model's keyword arguments.
         """
         inputs, named, target = parts_of(batch)
         output = net(*inputs, **named)
         return self.loss(output, target), output, target
 
     def predict(self, data: Any, *, targets: bool | None = None, batch_size: int = 32) -> Any:
-        """The outputs of the averaged weights if there are any, else of the model's, for all rows, on the CPU.
+        """The outputs for all rows, on the CPU; of the averaged weights if there are any, else of the model.
 
         Args:
-            data: a DataLoader or another iterable of batches; or one array or tensor of rows.
-            targets: whether the last part of a batch is a target, as in training. None: if there is more than one.
-            batch_size: of an array or tensor.
+            data: a DataLoader or another iterable of batches, or one array or tensor of rows.
+            targets: whether the last part of a batch is a target, as in training; None: if there are several parts.
+            batch_size: rows per batch of an array or tensor.
 
         Returns:
-            The outputs of all batches, concatenated; of several processes each gives those of its own batches.
+            The outputs of all batches, concatenated. With several processes, each returns those of its own batches.
         """
         check_counts({"batch_size": batch_size})
         if isinstance(data, torch.Tensor | np.ndarray):
@@ -214,7 +215,7 @@ class Trainer:
                     outputs.append(tree_map_only(torch.Tensor, lambda t: t.cpu(), net(*inputs, **named)))
         net.train(was_training)
         if not outputs:
-            raise ValueError("data: no batch; expected rows to predict")
+            raise ValueError("data: no batch; expected at least one")
         return tree_map(lambda *parts: torch.cat(parts), *outputs)
 
     # --- training ---
@@ -229,25 +230,26 @@ class Trainer:
         batch_size: int = 32,
         resume: bool = False,
     ) -> Trainer:
-        """Trains until so many epochs or steps are done, counted from the very first; whichever comes first.
+        """Trains until ``epochs`` or ``steps`` are completed, whichever comes first.
 
         Args:
-            train: a DataLoader, or anything that can be iterated over again for each epoch; or arrays or tensors
-                ``(input, ..., target)`` of all rows, which are shuffled.
-            validation: likewise, for the columns ``val_...``.
-            epochs: of the whole training, what is done already included.
-            steps: of the optimizer, likewise.
-            batch_size: of arrays.
-            resume: go on from the file ``checkpoint``, if there is one: with the same bits as if nothing had
-                happened, given the same data. Batches of the begun epoch are drawn again and skipped.
+            train: a DataLoader or another iterable of batches that can be iterated once per epoch; or arrays or
+                tensors ``(input, ..., target)`` of all rows, which are shuffled.
+            validation: the same kinds of data, for the columns ``val_...``.
+            epochs: total number of epochs, including completed ones.
+            steps: total number of optimizer steps, including completed ones.
+            batch_size: rows per batch of arrays and tensors.
+            resume: resume from the file ``checkpoint``, if it exists. With the same data the result has the same bits
+                as uninterrupted training. Batches of the unfinished epoch are drawn again and skipped.
 
         Returns:
             The trainer itself.
 
         Raises:
-            FloatingPointError: a loss that is not finite; the message says what to try.
-            ValueError: a damaged or foreign checkpoint, no batches, or neither epochs nor steps.
-            FileExistsError: a checkpoint of another training, without ``resume``.
+            FloatingPointError: the loss is not finite; the message suggests a remedy.
+            ValueError: the checkpoint is damaged or was not written by this Trainer, the data have no batch, or
+                neither epochs nor steps are given.
+            FileExistsError: the checkpoint of an earlier run exists, and ``resume`` is False.
         """
         if epochs is None and steps is None:
             raise ValueError("epochs, steps: expected at least one of the two")
@@ -266,7 +268,7 @@ class Trainer:
         first = processes()[0] == 0
         for logger in self._loggers if first else ():
             logger.begin(self.rows)
-        self._tell("on_fit_start")
+        self._notify("on_fit_start")
         length = length_of(train)
         totals = [steps] if length is None or epochs is None else [steps, epochs * math.ceil(length / self._accumulate)]
         total = min((n for n in totals if n is not None), default=None)
@@ -280,14 +282,14 @@ class Trainer:
             self.model.load_state_dict(self.best["model"])
             if self.ema is not None:
                 self.ema.load_state_dict(self.best["ema"])
-        self._tell("on_fit_end")
+        self._notify("on_fit_end")
         return self
 
     def _done(self, epochs: int | None, steps: int | None) -> bool:
         return self.stop or self.epoch >= (epochs or math.inf) or self.step >= (steps or math.inf)
 
     def _epoch(self, train: Any, validation: Any, length: int | None, done: Callable[[], bool]) -> None:
-        """The rest of the epoch, or less; batches of an epoch that has begun are drawn again to find the place."""
+        """Runs the rest of the epoch, or until done. Batches of an unfinished epoch are drawn again and skipped."""
         now, self._saved_rng = self._saved_rng or rng_state(train), {}
         set_rng_state(self._epoch_rng if self._batch else now, train)
         self._epoch_rng = rng_state(train)
@@ -306,7 +308,7 @@ class Trainer:
             self.step, self._batch = self.step + 1, self._batch + len(group)
             self._bar.update(1)
             self._bar.set_postfix({"loss": f"{loss:.4g}", "lr": f"{lr:.3g}", **self._shown()}, refresh=False)
-            self._tell("on_step_end", loss)
+            self._notify("on_step_end", loss)
             ended = self._batch == length
             if ended:
                 self.epoch, self._batch = self.epoch + 1, 0
@@ -318,7 +320,7 @@ class Trainer:
             if ended or done():
                 return
         if not self._batch:
-            raise ValueError("train: no batch in this epoch; expected data that can be iterated over again")
+            raise ValueError("train: no batch in this epoch; expected data that can be iterated more than once")
         self.epoch, self._batch = self.epoch + 1, 0
         if not self._every:
             self._row(validation)
@@ -331,12 +333,12 @@ class Trainer:
             self._save(train)
 
     def _step(self, group: list[Any]) -> float:
-        """Forward and backward for each batch, then one step; the loss."""
+        """Forward and backward for each batch, then one optimizer step. Returns the loss."""
         sizes = [size_of(batch) for batch in group]
         total = 0.0
         self.optimizer.zero_grad()
         for i, (batch, size) in enumerate(zip(group, sizes, strict=True)):
-            quiet = self._net is not self.model and i < len(group) - 1  # gradients are averaged with the last batch
+            quiet = self._net is not self.model and i < len(group) - 1  # DDP averages gradients with the last batch
             with self._net.no_sync() if quiet else contextlib.nullcontext():  # type: ignore[operator]
                 batch = self._moved(batch)
                 with self._autocast():
@@ -355,7 +357,7 @@ class Trainer:
         self._scaler.update()
         if getattr(self.optimizer, "last_grad_norm", None) is not None:
             self._norm = float(self.optimizer.last_grad_norm)  # type: ignore[attr-defined]
-        if self._scaler.get_scale() >= scale:  # else the step was skipped
+        if self._scaler.get_scale() >= scale:  # a lower scale means that the step was skipped
             if self._by == "step" and not isinstance(self.schedule, ReduceLROnPlateau | None):
                 self.schedule.step()
             if self.ema is not None:
@@ -367,7 +369,7 @@ class Trainer:
         lr = float(self.optimizer.param_groups[0]["lr"])
         text = f"the loss is {value} at step {self.step} (lr {lr:g}); "
         if not all(t.isfinite().all() for t in tree_leaves(batch) if isinstance(t, torch.Tensor)):
-            return text + "the batch holds NaN or infinity: look at the data"
+            return text + "the batch contains NaN or infinity: check the data"
         half = ", precision='bfloat16'" if self._dtype == torch.float16 else ""
         return text + f"try a smaller lr, a warm-up (fusedopt.schedules.LinearWarmup), max_grad_norm=1.0{half}"
 
@@ -382,7 +384,7 @@ class Trainer:
     # --- rows ---
 
     def evaluate(self, data: Iterable[Any]) -> dict[str, float]:
-        """``loss`` and the metrics over all of this data, of the averaged weights if there are any."""
+        """``loss`` and the metrics over all of the data, of the averaged weights if there are any."""
         net: nn.Module = self.model if self.ema is None else self.ema.module
         was_training, total, rows = net.training, 0.0, 0
         outputs: list[Any] = []
@@ -398,7 +400,7 @@ class Trainer:
         parts = gathered((total, rows, outputs))
         rows = sum(part[1] for part in parts)
         if not rows:
-            raise ValueError("validation: no batch; expected data that can be iterated over again")
+            raise ValueError("validation: no batch; expected data that can be iterated more than once")
         values = {"loss": sum(part[0] for part in parts) / rows}
         if self.metrics:
             pairs = [pair for part in parts for pair in part[2]]
@@ -407,13 +409,13 @@ class Trainer:
         return values
 
     def _averaged(self) -> contextlib.AbstractContextManager[Any]:
-        """Puts the averages that the optimizer keeps inside its step, if it does, into the model."""
+        """A context with the averaged weights of the optimizer, if it keeps them, in the model."""
         if any(group.get("ema_decay") is not None for group in self.optimizer.param_groups):
             return self.optimizer.ema_parameters()  # type: ignore[attr-defined, no-any-return]
         return contextlib.nullcontext()
 
     def _row(self, validation: Iterable[Any] | None, lr: float | None = None) -> None:
-        """A new row of the history, and who listens to it."""
+        """Adds a row to the history; updates schedule, early stopping, loggers and callbacks."""
         parts = gathered((self._sum, self._rows_seen))
         row: dict[str, float] = {
             "epoch": self.epoch,
@@ -446,13 +448,13 @@ class Trainer:
             self.stop |= self._patience is not None and self._bad >= self._patience
         for logger in self._loggers if processes()[0] == 0 else ():
             logger.add(row)
-        self._tell("on_log", row)
+        self._notify("on_log", row)
 
     def _shown(self) -> dict[str, str]:
         last = self.rows[-1] if self.rows else {}
         return {name: f"{value:.4g}" for name, value in last.items() if name.startswith("val_")}
 
-    def _tell(self, event: str, *what: Any) -> None:
+    def _notify(self, event: str, *what: Any) -> None:
         for callback in self._callbacks:
             if isinstance(callback, Callback):
                 getattr(callback, event)(self, *what)
@@ -476,21 +478,21 @@ class Trainer:
             distributed.barrier()
 
     def _refuse_overwriting(self) -> None:
-        """A checkpoint that another training has written is not replaced without a word."""
-        if self._checkpoint is None or self.step:  # after a first step the file is this training's own
+        """Raises FileExistsError instead of overwriting the checkpoint of an earlier run."""
+        if self._checkpoint is None or self.step:  # after the first step the file belongs to this run
             return
         path = Path(self._checkpoint)
         exists = gathered(path.exists() or previous(path).exists())[0]
         if exists:
             raise FileExistsError(
-                f"checkpoint: {path} exists; resume=True goes on from it. To begin anew delete it"
+                f"checkpoint: {path} exists; resume=True resumes from it. To start over, delete it"
                 f"{' and ' + previous(path).name if previous(path).exists() else ''}, or give another path"
             )
 
     def _resume(self) -> None:
-        """Takes over the file, if there is one; read by the first process for all."""
+        """Loads the checkpoint, if there is one; rank 0 reads the file for all processes."""
         if self._checkpoint is None:
-            raise ValueError("resume: expected a checkpoint= to go on from")
+            raise ValueError("resume: expected checkpoint= with the file to resume from")
         rank, world = processes()
         value: Any = None
         try:
@@ -503,12 +505,12 @@ class Trainer:
         if value is None:
             return
         if len(value["own"]) != world:
-            raise ValueError(f"checkpoint: written by {len(value['own'])} processes; this is one of {world}")
+            raise ValueError(f"checkpoint: written by {len(value['own'])} processes; this run has {world}")
         for name in ("schedule", "ema"):
             if (value[name] is None) != (getattr(self, name) is None):
                 there = "no " if value[name] is None else "a "
-                raise ValueError(f"checkpoint: there is {there}{name} in it; expected a Trainer with the same options")
-        ours, theirs = type(self.optimizer).__name__, value.get("optimizer_class")  # 0.1.0 wrote none
+                raise ValueError(f"checkpoint: it contains {there}{name}; expected a Trainer with the same options")
+        ours, theirs = type(self.optimizer).__name__, value.get("optimizer_class")  # 0.1.0 did not write it
         if theirs not in (None, ours):
             raise ValueError(f"checkpoint: written with the optimizer {theirs}; this Trainer has {ours}")
         self.model.load_state_dict(value["model"])
@@ -538,7 +540,7 @@ def fit(
     resume: bool = False,
     **options: Any,
 ) -> Trainer:
-    """Makes a :class:`Trainer` with these options, and lets it :meth:`~Trainer.fit`.
+    """Creates a :class:`Trainer` with these options and calls its :meth:`~Trainer.fit`.
 
     Args:
         model: as in :class:`Trainer`; so are loss, optimizer and all further options.
@@ -548,7 +550,7 @@ def fit(
         The trainer.
 
     Raises:
-        As both of them do.
+        The exceptions of both.
     """
     trainer = Trainer(model, loss, optimizer, **options)
     return trainer.fit(train, validation, epochs=epochs, steps=steps, batch_size=batch_size, resume=resume)

@@ -1,4 +1,4 @@
-"""What the loop in ``loop.py`` calls: its arguments checked, random generators, files, shares of the data."""
+"""Helpers of the training loop: argument checks, batches, random generators, checkpoint files, processes."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ PRECISIONS = {None: None, "float32": None, "bfloat16": torch.bfloat16, "float16"
 
 
 def check_options(given: dict[str, Any]) -> None:
-    """Refuses arguments of Trainer that are out of their range."""
+    """Checks the arguments of Trainer. Raises ValueError, naming the argument that is out of its range."""
     known = {"precision": tuple(PRECISIONS), "schedule_by": ("step", "epoch"), "mode": ("min", "max")}
     for name, values in known.items():
         if given[name] not in values:
@@ -51,17 +51,17 @@ def check_options(given: dict[str, Any]) -> None:
 
 
 def check_counts(given: dict[str, Any]) -> None:
-    """Refuses what is neither None nor a positive integer."""
+    """Raises ValueError for a value that is neither None nor a positive integer."""
     for name, value in given.items():
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
             raise ValueError(f"{name}: expected an integer, 1 or more, got {value!r}")
 
 
 def length_of(data: Any) -> int | None:
-    """How many batches it has, if it says so."""
+    """The number of batches, or None if the data have no length."""
     try:
         return len(data)
-    except TypeError:  # of an iterable data set
+    except TypeError:  # an iterable data set
         return None
 
 
@@ -77,11 +77,11 @@ def scheduler_of(schedule: Any, optimizer: torch.optim.Optimizer) -> Any:
 # --- batches ---
 
 TARGETS = ("target", "targets", "label", "labels", "y")
-"""What the target of a batch that is a dict may be called."""
+"""Possible keys of the target in a batch that is a dict."""
 
 
 def parts_of(batch: Any, targets: bool | None = True) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
-    """Inputs, named inputs and the target of a batch; None decides by the number of parts whether there is a target."""
+    """Inputs, named inputs and target of a batch. ``targets=None``: the last of several parts is the target."""
     if isinstance(batch, Mapping):
         names = [name for name in TARGETS if name in batch]
         if targets and len(names) != 1:
@@ -99,11 +99,11 @@ def parts_of(batch: Any, targets: bool | None = True) -> tuple[tuple[Any, ...], 
 
 
 def are_arrays(data: Any) -> bool:
-    """Whether it is all rows at once: a tuple of arrays or tensors of one length, and no sequence of batches."""
+    """Whether the data are a tuple of arrays or tensors of equal length with all rows, not a sequence of batches."""
     if not isinstance(data, tuple) or len(data) < 2 or not all(isinstance(a, torch.Tensor | np.ndarray) for a in data):
         return False
     if len({len(a) for a in data}) > 1:
-        raise ValueError(f"train: expected arrays of one length, got {', '.join(str(len(a)) for a in data)} rows")
+        raise ValueError(f"train: expected arrays of equal length, got {', '.join(str(len(a)) for a in data)} rows")
     return True
 
 
@@ -123,8 +123,8 @@ def as_loader(arrays: Iterable[Any], batch_size: int, model: nn.Module, shuffle:
 
 
 def rng_state(loader: Iterable[Any]) -> dict[str, Any]:
-    """The state of torch's, NumPy's and Python's global generators and of the loader's own; loads with weights_only."""
-    _, keys, *rest = np.random.get_state()  # noqa: NPY002  # transforms of data may use the global one
+    """The state of the global generators of torch, NumPy and Python, and of the loader's; loads with weights_only."""
+    _, keys, *rest = np.random.get_state()  # noqa: NPY002  # data transforms may use it
     return {
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
@@ -135,7 +135,7 @@ def rng_state(loader: Iterable[Any]) -> dict[str, Any]:
 
 
 def set_rng_state(state: dict[str, Any], loader: Iterable[Any]) -> None:
-    """Puts back what :func:`rng_state` took."""
+    """Restores the state from :func:`rng_state`."""
     torch.set_rng_state(state["torch"])
     if state["cuda"]:
         torch.cuda.set_rng_state_all(state["cuda"])
@@ -156,17 +156,17 @@ def _generators(loader: Iterable[Any]) -> list[torch.Generator]:
 
 
 def write_checkpoint(value: dict[str, Any], path: PathLike) -> None:
-    """Writes a checkpoint whole or not at all; the one that stood there is kept beside it, as ``<name>.previous``."""
+    """Writes a checkpoint atomically; the previous one is kept as ``<name>.previous``."""
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     write_whole(target, lambda file: torch.save(value, file))
 
 
 def read_checkpoint(path: PathLike) -> dict[str, Any] | None:
-    """The checkpoint at this path, or None where there is none. A damaged one is refused: the one before it is read.
+    """The checkpoint at this path, or None if there is none. If it is damaged, warns and reads the previous one.
 
     Raises:
-        ValueError: if there is no whole one, or the file is something else.
+        ValueError: no undamaged checkpoint is left, or Trainer did not write the file.
     """
     target, damage = Path(path), ""
     for candidate in (target, previous(target)):
@@ -176,18 +176,18 @@ def read_checkpoint(path: PathLike) -> dict[str, Any] | None:
             value = _read_whole(candidate)
         except (zipfile.BadZipFile, OSError, RuntimeError, EOFError) as e:
             damage = f"checkpoint: {candidate} is damaged ({e})"
-            os.replace(candidate, candidate.with_name(candidate.name + ".damaged"))  # or it would become the previous
+            os.replace(candidate, candidate.with_name(candidate.name + ".damaged"))  # else it becomes the previous
             continue
         if damage:
-            warnings.warn(f"{damage}; going on from the one before it, {candidate.name}", stacklevel=2)
+            warnings.warn(f"{damage}; resuming from the previous one, {candidate.name}", stacklevel=2)
         return value
     if damage:
-        raise ValueError(f"{damage}, and there is no other beside it")
+        raise ValueError(f"{damage}, and there is no other one")
     return None
 
 
 def _read_whole(path: Path) -> dict[str, Any]:
-    with zipfile.ZipFile(path) as archive:  # torch reads without looking at the checksums
+    with zipfile.ZipFile(path) as archive:  # torch does not verify the checksums
         if (broken := archive.testzip()) is not None:
             raise zipfile.BadZipFile(f"bad checksum of {broken}")
     value = torch.load(path, map_location="cpu", weights_only=True)
@@ -200,7 +200,7 @@ def _read_whole(path: Path) -> dict[str, Any]:
 
 
 def processes() -> tuple[int, int]:
-    """The rank of this process and the number of all."""
+    """The rank of this process, and the number of processes."""
     if distributed.is_available() and distributed.is_initialized():
         return distributed.get_rank(), distributed.get_world_size()
     return 0, 1
@@ -217,9 +217,9 @@ def gathered(value: Any) -> list[Any]:
 
 
 def share(loader: Iterable[Any], train: bool) -> Iterable[Any]:
-    """This process's share of a loader; a loader that samples in its own way is taken to give it already.
+    """This process's shard of a loader. A loader with a custom sampler is assumed to be sharded already.
 
-    Shares of a training loader are equally long (a few rows come twice); those of another hold every row once.
+    Shards for training have equal length, so a few rows occur twice. Other shards contain every row once.
     """
     rank, world = processes()
     if world == 1 or not isinstance(loader, DataLoader) or type(loader.batch_sampler) is not BatchSampler:
@@ -242,7 +242,7 @@ def share(loader: Iterable[Any], train: bool) -> Iterable[Any]:
 
 
 def distribute(model: nn.Module, device: torch.device) -> nn.Module:
-    """The model as it trains: wrapped, where torchrun has started several processes."""
+    """The model, wrapped by DistributedDataParallel if torchrun has started several processes."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and distributed.is_available() and not distributed.is_initialized():
         distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
         atexit.register(distributed.destroy_process_group)
@@ -252,7 +252,7 @@ def distribute(model: nn.Module, device: torch.device) -> nn.Module:
 
 
 def size_of(batch: Any) -> int:
-    """How many samples are in it."""
+    """The number of samples in a batch."""
     for leaf in tree_leaves(batch):
         if isinstance(leaf, torch.Tensor) and leaf.ndim:
             return len(leaf)
