@@ -139,7 +139,7 @@ def test_child_processes_are_served_and_report(tmp_path: Path) -> None:
     )  # fmt: skip
     assert steps == [2, 2, 3, 3]
     assert json.loads((tmp_path / "r.json").read_text())["optimizers"] == []
-    assert "spawns.py\n  no optimizer made a step" in got.stderr
+    assert "spawns.py\n  no optimizer took a step" in got.stderr
 
 
 def test_an_error_in_the_script_is_its_own(tmp_path: Path) -> None:

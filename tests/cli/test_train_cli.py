@@ -388,7 +388,7 @@ def test_models_of_arrays_predict_arrays(tmp_path: Path, source: str, capsys: py
     assert len(pd.read_csv(tmp_path / "p.csv")) == {"digits": 1797, "x.npz": 20, "mnist": 20}[source]
     np.savez(tmp_path / "other.npz", x=rng.standard_normal((20, 5)))
     assert run("predict", *arguments, "--data", tmp_path / "other.npz", "--overwrite") == 2
-    assert "numbers a row, as in training, got 5" in capsys.readouterr().err
+    assert "numbers per row, as in training, got 5" in capsys.readouterr().err
 
 
 class Evil:
@@ -409,7 +409,7 @@ def test_a_model_file_of_other_types_is_refused(tmp_path: Path, capsys: pytest.C
     (tmp_path / "damaged.skops").write_bytes(b"PK\x03\x04 no zip file")
     arguments = ["--data", "iris", "--output", tmp_path / "p.csv"]
     for name, message in {
-        "function": "holds builtins.print", "other": "does not hold a model", "damaged": "cannot be loaded",
+        "function": "contains builtins.print", "other": "does not contain a model", "damaged": "cannot be loaded",
         "nothing": "there is no file",
     }.items():  # fmt: skip
         assert run("predict", "--model", tmp_path / f"{name}.skops", *arguments) == 2
@@ -428,7 +428,7 @@ def test_many_categories_stay_sparse_and_have_a_limit(tmp_path: Path, capsys: py
     assert distinct > 4000
     options = ["--model", "linear", "--epochs", 1, "--max-categories", 500, "--batch-size", 500]
     train(tmp_path / "out", "--data", tmp_path / "t.csv", "--optimizer", "adam", "--lr", 0.01, *options)
-    assert f"user: of {distinct:,} categories the 499 most frequent are told apart" in capsys.readouterr().out
+    assert f"user: of {distinct:,} categories the 499 most frequent are kept" in capsys.readouterr().out
     pipeline = models.load(tmp_path / "out" / "model.skops")
     x = pipeline["prepare"].transform(frame[["user", "a"]])
     assert x.shape == (n, 501)
@@ -544,7 +544,7 @@ def test_ctrl_c_marks_what_is_saved_and_the_same_command_goes_on(
         assert run(*command) == 130
     said = capsys.readouterr().err
     assert "interrupted after 2 of 6 epochs" in said
-    assert f"the same command goes on from {tmp_path / 'fit.ckpt'}" in said
+    assert f"the same command resumes from {tmp_path / 'fit.ckpt'}" in said
     cut = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert (cut["interrupted"], cut["epochs"]) == (True, 2)
     assert run(*command) == 0

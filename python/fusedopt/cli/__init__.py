@@ -1,4 +1,4 @@
-"""The command line: ``fusedopt info``, ``bench``, ``run``, ``train`` and ``compare``."""
+"""The command line: ``fusedopt info``, ``bench``, ``run``, ``train``, ``compare`` and ``predict``."""
 
 from .arguments import main
 

@@ -1,7 +1,6 @@
-"""The models of ``fusedopt train``: a scikit-learn pipeline from the columns of a table to predictions, and its file.
+"""The models of ``fusedopt train``: scikit-learn pipelines from the columns of a table to predictions, and their files.
 
-A skops file holds data alone and is checked before anything in it is used. A joblib file is a pickle: it can run code
-when it is loaded.
+A skops file contains only data and is checked before use. A joblib file is a pickle: loading it can run code.
 """
 
 from __future__ import annotations
@@ -47,9 +46,9 @@ SCHEDULES: dict[str, Callable[[float, int], schedules.Schedule]] = {
     "plateau": lambda lr, steps: schedules.ReduceOnPlateau(lr, factor=0.3, patience=2),
     "wsd": lambda lr, steps: schedules.WarmupStableDecay(lr, steps, warmup=steps // 20, decay=steps // 5),
 }
-"""By the name of the option: the schedule from the learning rate over all steps."""
+"""Option -> function from the learning rate and the number of steps to the schedule."""
 
-# What the files of our models hold beside scikit-learn's own types. Nothing else is loaded.
+# The types in our model files besides scikit-learn's own. No others are loaded.
 _PARTS: tuple[str, ...] = ("_fit.Fit", "_fit.Progress", "_network.Network", "_rates.Rate", "_linear.LinearClassifier")
 _PARTS += ("_linear.LinearRegressor", "_mlp.MLPClassifier", "_mlp.MLPRegressor")
 _TRUSTED = frozenset(
@@ -61,14 +60,14 @@ _TRUSTED = frozenset(
 )
 
 
-# ---- making
+# ---- pipelines
 
 
 def preprocessing(table: Table, max_categories: int = MAX_CATEGORIES) -> Any:
-    """From the columns of a table to numbers with mean 0 and variance 1, and one-hot encoded categories.
+    """Transformer of a table: numbers are scaled to mean 0 and variance 1, categories are one-hot encoded.
 
-    A missing number or date becomes the median, a missing category the most frequent one. All but the most frequent
-    ``max_categories`` of a column share one place; a category that was not seen in training joins them.
+    A missing number or date becomes the median, a missing category the most frequent one. Each column keeps at most
+    ``max_categories`` outputs: its less frequent categories share one, as do categories not seen in training.
     """
     if table.pixels:
         return "passthrough"
@@ -92,7 +91,7 @@ def preprocessing(table: Table, max_categories: int = MAX_CATEGORIES) -> Any:
 
 
 def build(args: argparse.Namespace, table: Table, rows: int, optimizer: str, lr: float) -> Pipeline:
-    """Preprocessing and the model that the arguments describe, for so many training rows."""
+    """Preprocessing and the model that the arguments describe; ``rows`` is the number of training rows."""
     batch = min(args.batch_size, rows)
     held_out = int(np.ceil(0.1 * rows)) if args.early_stopping else 0
     steps = args.epochs * -(-(rows - held_out) // batch)
@@ -120,20 +119,20 @@ def build(args: argparse.Namespace, table: Table, rows: int, optimizer: str, lr:
 
 
 def fitted(pipeline: Pipeline) -> Any:
-    """The estimator of ours inside the pipeline."""
+    """The fusedopt estimator inside the pipeline."""
     model = pipeline[-1]
     return getattr(model, "regressor_", model)
 
 
 def scores(pipeline: Pipeline, x: Any) -> Any:
-    """Of two classes, how much each row belongs to the second."""
+    """The score of the second of two classes for each row."""
     if hasattr(pipeline, "predict_proba"):
         return pipeline.predict_proba(x)[:, 1]
     return pipeline.decision_function(x)
 
 
 def columns_of(pipeline: Pipeline) -> dict[str, list[str]] | None:
-    """By kind, the columns that the model takes from a DataFrame; None if it takes an array."""
+    """Kind -> columns that the model uses from a DataFrame; None if it takes an array."""
     prepare = pipeline[0]
     if not isinstance(prepare, ColumnTransformer):
         return None
@@ -144,24 +143,24 @@ def columns_of(pipeline: Pipeline) -> dict[str, list[str]] | None:
 
 
 def save(pipeline: Pipeline, path: Path) -> None:
-    """Writes the model, in the format that the suffix names."""
+    """Writes the model in the format of the suffix."""
     if path.suffix == ".joblib":
         joblib.dump(pipeline, path)
     else:
-        import skops.io  # here, as it imports all of scikit-learn, which imports torch
+        import skops.io  # imported late: it imports all of scikit-learn, which imports torch
 
         skops.io.dump(pipeline, path)
 
 
 def load(path: str | os.PathLike[str]) -> Pipeline:
-    """Reads a model that :func:`save` has written.
+    """Reads a model written by :func:`save`.
 
-    A ``.joblib`` file can run code when it is loaded: load only files whose origin is known. A ``.skops`` file cannot;
-    one with any type that our models do not have is refused.
+    Loading a ``.joblib`` file can run code: load only files that you trust. Loading a ``.skops`` file cannot; it raises
+    an error if the file contains a type that is not part of these models.
 
     Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if it is damaged, or does not hold a model of ours.
+        FileNotFoundError: the file does not exist.
+        ValueError: the file is damaged, or does not contain a model of ``fusedopt train``.
     """
     path = Path(path)
     if not path.exists():
@@ -170,16 +169,16 @@ def load(path: str | os.PathLike[str]) -> Pipeline:
         raise ValueError(f"model: expected a .skops or .joblib file, got {str(path)!r}")
     try:
         if path.suffix == ".joblib":
-            print(f"{path}: a joblib file can run code when it is loaded; use only files you trust", file=sys.stderr)
+            print(f"{path}: loading a joblib file can run code; use only files you trust", file=sys.stderr)
             model = joblib.load(path)
         else:
             import skops.io
 
             if foreign := sorted(set(skops.io.get_untrusted_types(file=path)) - _TRUSTED):
-                raise ValueError(f"it holds {', '.join(foreign)}, which the models of fusedopt train do not")
+                raise ValueError(f"it contains {', '.join(foreign)}, which are not part of a model of fusedopt train")
             model = skops.io.load(path, trusted=sorted(_TRUSTED))
     except (ValueError, KeyError, TypeError, OSError, EOFError, zipfile.BadZipFile) as e:
         raise ValueError(f"model: {path} cannot be loaded: {e}") from None
     if not isinstance(model, Pipeline) or not isinstance(fitted(model), estimators._base.Estimator):
-        raise ValueError(f"model: {path} does not hold a model of fusedopt train")
+        raise ValueError(f"model: {path} does not contain a model of fusedopt train")
     return model

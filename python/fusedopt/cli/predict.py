@@ -13,17 +13,17 @@ from . import models
 
 
 def rows(args: argparse.Namespace, model: Any) -> Any:
-    """The rows of the source as the model takes them.
+    """The rows of the source, in the form that the model expects.
 
     Raises:
-        ValueError: for columns that the model needs and the source lacks.
+        ValueError: the source lacks columns that the model needs.
     """
     wanted = models.columns_of(model)
     if wanted is None:
         x = data.arrays(args.data)
         expected = models.fitted(model).n_features_in_
         if x.shape[1] != expected:
-            raise ValueError(f"data: expected {expected} numbers a row, as in training, got {x.shape[1]}")
+            raise ValueError(f"data: expected {expected} numbers per row, as in training, got {x.shape[1]}")
         return x
     as_text = [name for kind in ("category", "date") for name in wanted.get(kind, [])]
     header = not args.no_header
@@ -43,15 +43,15 @@ def rows(args: argparse.Namespace, model: Any) -> Any:
 
 
 def predict(args: argparse.Namespace) -> int:
-    """Writes a CSV file, row by row as in the table: ``prediction``, and if asked for, a probability for each class."""
+    """Writes a CSV file with one row per row of the table: ``prediction``, optionally a probability per class."""
     if args.output.exists() and not args.overwrite:
-        raise FileExistsError(f"output: {args.output} exists; give another name, or --overwrite")
+        raise FileExistsError(f"output: {args.output} exists; give another name, or use --overwrite")
     model = models.load(args.model)
     if args.probabilities and not hasattr(model, "predict_proba"):
         raise ValueError("probabilities: this model has none; it predicts numbers, or was trained with --loss hinge")
     x = rows(args, model)
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    with open(args.output, "w", newline="", encoding="utf-8") as file:  # before the work, in case it cannot be written
+    with open(args.output, "w", newline="", encoding="utf-8") as file:  # fails before the work if not writable
         found: dict[str, Any] = {"prediction": np.asarray(model.predict(x))}
         if args.probabilities:
             found |= {f"probability of {c}": p for c, p in zip(model.classes_, model.predict_proba(x).T, strict=True)}

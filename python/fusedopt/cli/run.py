@@ -1,7 +1,8 @@
-"""``fusedopt run``: an unmodified training script with our optimizers in torch.optim's place, and a report at the end.
+"""``fusedopt run``: runs a training script unchanged, with fusedopt's optimizers in place of torch.optim's.
 
-The script sees the arguments, ``__main__``, ``sys.path`` and exit status that it would have without us. Processes that
-it starts through ``multiprocessing`` get the same treatment and report for themselves.
+The script's arguments, ``__main__``, ``sys.path`` and exit status are those of a run without fusedopt. A report at the
+end lists what each optimizer did. Child processes started through ``multiprocessing`` also use fusedopt's optimizers,
+and write reports of their own.
 """
 
 from __future__ import annotations
@@ -38,17 +39,17 @@ __all__ = ["Record", "Recorder", "run"]
 
 
 class Record:
-    """What one optimizer did: steps, seconds of each, and which of its tensors were updated by whom."""
+    """What one optimizer did: steps, their durations, and which tensors were updated by kernels or by torch."""
 
     def __init__(self, optimizer: Optimizer) -> None:
         self.name, self.module = type(optimizer).__name__, type(optimizer).__module__
-        self.seconds = array("d")  # of each step, without its closure
-        self.fused = 0  # tensors that the kernels updated in the last step that was looked at
-        self.reasons: dict[str, int] = {}  # why torch's own step updated tensors -> the most at once
+        self.seconds = array("d")  # per step, without its closure
+        self.fused = 0  # largest number of tensors that the kernels updated in a step
+        self.reasons: dict[str, int] = {}  # reason for the fallback -> largest number of tensors in a step
         self._plans_built = 0
 
     def look(self, optimizer: Any) -> None:
-        """Notes who updates what; called after a step."""
+        """Counts fused and fallback tensors; called after a step."""
         if not isinstance(optimizer, Fused):
             self.reasons[_why_not(optimizer)] = sum(len(group["params"]) for group in optimizer.param_groups)
             return
@@ -101,18 +102,18 @@ def _why_not(optimizer: Optimizer) -> str:
         return "made before the classes were replaced"
     base = next((c for c in cls.__mro__ if c in REPLACED), None)
     if base is not None:
-        return f"a class of its own, derived from torch.optim.{base.__name__}"
+        return f"a custom class derived from torch.optim.{base.__name__}"
     return f"fusedopt has no {cls.__name__}"
 
 
 class Recorder:
-    """Watches every optimizer of the process through torch's global step hooks while it is entered."""
+    """Context that records the steps of all optimizers of the process through torch's global step hooks."""
 
     def __init__(self, file: Path | None = None, quiet: bool = False) -> None:
         self.file, self.quiet = file, quiet
         self.records: list[Record] = []
         self._by_optimizer: weakref.WeakKeyDictionary[Optimizer, Record] = weakref.WeakKeyDictionary()
-        self._running: dict[int, list[float]] = {}  # id of an optimizer in a step -> start, seconds of its closure
+        self._running: dict[int, list[float]] = {}  # id of a stepping optimizer -> start, seconds in its closure
         self._handles: list[Any] = []
 
     def __enter__(self) -> Recorder:
@@ -158,7 +159,7 @@ class Recorder:
         record.look(optimizer)
 
     def restart(self) -> None:
-        """In a child process: forgets what the parent did, reports when the child ends."""
+        """In a child process: discards the parent's records, and reports when the child exits."""
         self.records, self._running = [], {}
         self._by_optimizer = weakref.WeakKeyDictionary()
         if self.file is not None:
@@ -170,21 +171,21 @@ class Recorder:
             self.report(f"process {os.getpid()}")
 
     def report(self, what: str) -> None:
-        """To stderr, and to the file as JSON."""
+        """Writes the report to stderr, and as JSON to the file."""
         if self.file is not None:
             text = {"ran": what, "torch": str(torch.__version__), "optimizers": [r.as_dict() for r in self.records]}
             try:
                 self.file.parent.mkdir(parents=True, exist_ok=True)
                 self.file.write_text(json.dumps(text, indent=2) + "\n")
-            except OSError as e:  # what the script has done and its exit status stay as they are
+            except OSError as e:  # must not change the exit status of the script
                 print(f"fusedopt run: the report cannot be written: {e}", file=sys.stderr)
         if not self.quiet:
-            lines = [f"  {record}" for record in self.records] or ["  no optimizer made a step"]
+            lines = [f"  {record}" for record in self.records] or ["  no optimizer took a step"]
             print("\n".join([f"fusedopt run: {what}", *lines]), file=sys.stderr, flush=True)
 
 
 class _Child:
-    """Travels with the data that ``multiprocessing`` sends to a process it spawns, and starts us there."""
+    """Sent to a process that ``multiprocessing`` spawns; unpickling it there starts the recording."""
 
     def __init__(self, file: Path | None, quiet: bool) -> None:
         self.settings = (file, quiet)
@@ -198,22 +199,22 @@ def _begin_in_child(file: Path | None, quiet: bool) -> None:
 
 
 def begin(recorder: Recorder) -> Recorder:
-    """Replaces the classes and starts to watch, here and in the processes that will be started."""
+    """Replaces the classes and starts recording, in this process and in its future child processes."""
     install()
-    warnings.filterwarnings("ignore", category=FallbackWarning)  # the report says it
+    warnings.filterwarnings("ignore", category=FallbackWarning)  # the report contains the reasons
     recorder.__enter__()
     multiprocessing.util.register_after_fork(recorder, Recorder.restart)
     prepare = multiprocessing.spawn.get_preparation_data
 
-    def with_us(name: str) -> dict[str, Any]:
+    def preparation_data(name: str) -> dict[str, Any]:
         return {**prepare(name), "fusedopt": _Child(recorder.file, recorder.quiet)}
 
-    multiprocessing.spawn.get_preparation_data = with_us
+    multiprocessing.spawn.get_preparation_data = preparation_data
     return recorder
 
 
 def _run_script(path: Path) -> None:
-    """As ``python script.py``: an absolute ``__file__``, but ``sys.argv[0]`` as given, which runpy changes."""
+    """Like ``python script.py``: absolute ``__file__``, and ``sys.argv[0]`` as given, which runpy would change."""
     main = types.ModuleType("__main__")
     main.__dict__.update(__file__=str(path), __builtins__=builtins, __cached__=None)
     before = sys.modules["__main__"]
@@ -227,7 +228,7 @@ def _run_script(path: Path) -> None:
 
 
 def _wait_for_threads() -> None:
-    """Python waits for them at its end; their steps belong into the report."""
+    """Joins non-daemon threads, as Python does at exit: the report must include their steps."""
     while left := [t for t in threading.enumerate() if t is not threading.current_thread() and not t.daemon]:
         for thread in left:
             thread.join()
@@ -236,14 +237,15 @@ def _wait_for_threads() -> None:
 def run(
     target: str, args: Sequence[str] = (), *, module: bool = False, report: Path | None = None, quiet: bool = False
 ) -> None:
-    """Runs a script (or ``module``, as ``python -m`` would) and reports; what it raises, SystemExit included, passes.
+    """Runs a script, or a module like ``python -m``, and reports. Exceptions and SystemExit of the script propagate.
 
-    Arguments:
-        target: the script's path or the module's name.
-        args: its arguments, ``sys.argv[1:]`` for it.
-        report: a JSON file to write. The processes of ``torchrun`` other than the first, and child processes, add
-            their rank or number to its name.
-        quiet: say nothing on stderr.
+    Args:
+        target: path of the script or name of the module.
+        args: ``sys.argv[1:]`` of the script.
+        module: whether the target is a module.
+        report: JSON file to write. Under ``torchrun`` ranks above 0 append their rank to the file name, and child
+            processes their process id.
+        quiet: write no report to stderr.
     """
     rank = os.environ.get("RANK", "0")
     if report is not None and rank != "0":
@@ -251,7 +253,7 @@ def run(
     sys.argv = [target, *args]
     if module:
         sys.path.insert(0, os.getcwd())
-    elif not Path(target).is_dir() and not target.endswith((".zip", ".pyz")):  # runpy sees to those
+    elif not Path(target).is_dir() and not target.endswith((".zip", ".pyz")):  # runpy handles those
         sys.path.insert(0, str(Path(target).resolve().parent))
     recorder = begin(Recorder(report.absolute() if report is not None else None, quiet))
     try:

@@ -1,4 +1,4 @@
-"""What ``fusedopt train`` and ``fusedopt compare`` do: load a table, fit, evaluate, and save the results in a folder.
+"""``fusedopt train`` and ``fusedopt compare``: load a table, fit, evaluate, and save the results in a folder.
 
 The arguments are parsed in ``arguments.py``; tables come from ``data.py``, pipelines and their files from
 ``models.py``, metrics from scikit-learn, plots from ``plots``.
@@ -36,7 +36,7 @@ from .models import build, fitted, scores
 
 OPTIMIZERS = {name.lower(): name for name in RULES}
 RATES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
-INTERRUPTED = 130  # the exit status of a program that Ctrl-C has ended
+INTERRUPTED = 130  # exit status after Ctrl-C
 
 _DEFAULTS = {
     "hidden": [100], "activation": "relu", "dropout": 0.0, "batch_norm": False, "loss": "log", "test_size": 0.2,
@@ -51,10 +51,10 @@ Parts = tuple[Any, Any, np.ndarray[Any, Any], np.ndarray[Any, Any]]
 
 
 def split(table: Table, test_size: float, seed: int) -> Parts:
-    """The training rows, the test rows, their targets; classes in equal parts. A test part of the data's own is kept.
+    """Training rows, test rows and their targets, stratified by class. A test part that the data provide is used as is.
 
     Raises:
-        ValueError: for one class only, or a class with a single row.
+        ValueError: there is only one class, or a class has a single row.
     """
     if table.task == "classification":
         classes, counts = np.unique(table.y, return_counts=True)
@@ -70,7 +70,7 @@ def split(table: Table, test_size: float, seed: int) -> Parts:
 
 
 def evaluate(pipeline: Pipeline, x: Any, y: Any, predicted: Any, task: str) -> dict[str, float]:
-    """scikit-learn's metrics; with more than two classes precision, recall, F1 and AUC are means over the classes."""
+    """scikit-learn's metrics; for more than two classes, precision, recall, F1 and AUC are means over the classes."""
     if task == "regression":
         return {
             "mse": float(metrics.mean_squared_error(y, predicted)),
@@ -90,7 +90,7 @@ def evaluate(pipeline: Pipeline, x: Any, y: Any, predicted: Any, task: str) -> d
 
 
 def train(args: argparse.Namespace) -> int:
-    """``fusedopt train``: fits, evaluates on the held-out part, saves model, history, metrics and plots."""
+    """``fusedopt train``: fits, evaluates on the test rows, saves model, history, metrics and plots."""
     with _output(args, Path("train-output")) as folder:
         table, (x_train, x_test, y_train, y_test) = _prepare(args)
         if args.lr is None:
@@ -133,10 +133,10 @@ def train(args: argparse.Namespace) -> int:
                     plots.roc({args.model: (truth, scores(pipeline, x_test))}, folder / "roc.png")
         print(f"in {folder}: " + ", ".join(sorted(path.name for path in folder.iterdir())))
     if cut:
-        more = f"; the same command goes on from {args.checkpoint}" if args.checkpoint else ""
+        more = f"; the same command resumes from {args.checkpoint}" if args.checkpoint else ""
         print(
             f"fusedopt train: interrupted after {epochs} of {args.epochs} epochs; "
-            f"the model as it was then is saved in {folder}{more}",
+            f"the model at that point is saved in {folder}{more}",
             file=sys.stderr,
         )
         return INTERRUPTED
@@ -144,12 +144,12 @@ def train(args: argparse.Namespace) -> int:
 
 
 def compare(args: argparse.Namespace) -> int:
-    """``fusedopt compare``: one model with every optimizer, each with the rate that ends lowest, and their curves."""
+    """``fusedopt compare``: trains one model with every optimizer, each at its best learning rate; plots the losses."""
     with _output(args, Path("compare-output")) as folder:
         table, parts = _prepare(args)
         score = "r2" if table.task == "regression" else "accuracy"
         rates = args.lrs or RATES
-        print("each optimizer with the learning rate, of " + ", ".join(f"{r:g}" for r in rates) + ", that ends lowest")
+        print("each optimizer at the learning rate with the lowest last loss, of " + ", ".join(f"{r:g}" for r in rates))
         print(f"{'optimizer':>10} {'lr':>8} {'last loss':>10} {score:>9} {'seconds':>8}")
         results: dict[str, dict[str, float]] = {}
         histories: dict[str, Mapping[str, Any]] = {}
@@ -171,7 +171,7 @@ def compare(args: argparse.Namespace) -> int:
             if cut:
                 print("fusedopt compare: interrupted before the first result; nothing was saved", file=sys.stderr)
                 return INTERRUPTED
-            raise ValueError("every optimizer diverges at every rate: try smaller --lrs")
+            raise ValueError("every optimizer diverges at every learning rate: try smaller --lrs")
         _clear(folder)
         settings = {"settings": _settings(args, table), "results": results, "interrupted": cut}
         _write_json(folder / "compare.json", settings)
@@ -191,7 +191,7 @@ Best = tuple[float, float, Pipeline, float]
 def _best_rate(
     args: argparse.Namespace, table: Table, parts: Parts, optimizer: str, rates: Any, bar: Any
 ) -> tuple[Best | None, bool]:
-    """Last loss, rate, model and seconds of the fit that ends lowest; whether Ctrl-C has ended one of them."""
+    """Last loss, learning rate, model and seconds of the best fit; and whether Ctrl-C interrupted one."""
     quiet = argparse.Namespace(**{**vars(args), "quiet": True, "checkpoint": None})
     best: Best | None = None
     for lr in rates:
@@ -213,7 +213,7 @@ def _best_rate(
 
 
 def _prepare(args: argparse.Namespace) -> tuple[Table, Parts]:
-    """Checks the options, loads and splits the table, and shows what was understood."""
+    """Loads the table, checks the options, splits the rows, and prints how the columns are interpreted."""
     with _stage(args, "reading"):
         table = load(
             args.data, target=args.target, task=args.task, separator=args.separator, header=not args.no_header,
@@ -227,12 +227,12 @@ def _prepare(args: argparse.Namespace) -> tuple[Table, Parts]:
     if table.columns:
         print(describe(table.columns) + "\n")
         if not args.no_header and all(_looks_like_number(name) for name in table.names):
-            print("The first row is taken for the names of the columns; give --no-header if it is data.")
+            print("The first row is used as column names; give --no-header if it is data.")
         counts = {c: table.x[c].nunique() for c in table.of_kind("category")}
         for name in (c for c, n in counts.items() if n > args.max_categories):
             print(
-                f"{name}: of {counts[name]:,} categories the {args.max_categories - 1:,} most frequent are told apart "
-                "(--max-categories)"
+                f"{name}: of {counts[name]:,} categories the {args.max_categories - 1:,} most frequent are kept, "
+                "the rest are merged (--max-categories)"
             )
     if table.why:
         other = "regression" if table.task == "classification" else "classification"
@@ -243,7 +243,7 @@ def _prepare(args: argparse.Namespace) -> tuple[Table, Parts]:
 
 
 def describe(columns: list[Column], limit: int = 60) -> str:
-    """A table of what was understood: column, kind, missing, example."""
+    """A text table of the columns: name, kind, missing values, example."""
     shown = [*columns[: limit - 1], columns[-1]] if len(columns) > limit else columns
     rows = [("column", "kind", "missing", "example", "")]
     rows += [(_cut(c.name), c.kind, f"{c.missing:,}" if c.missing else "", _cut(c.example), c.note) for c in shown]
@@ -268,13 +268,13 @@ def _looks_like_number(name: str) -> bool:
 
 
 def _refuse_what_does_not_apply(args: argparse.Namespace, table: Table) -> None:
-    """Options of a network with a linear model, and the like, are mistakes that nobody would see."""
+    """Raises ValueError for options without effect, such as options of a network given for a linear model."""
     unused = {
         "--model linear": ("hidden", "activation", "dropout", "batch_norm") if args.model == "linear" else (),
         "--model mlp": ("loss",) if args.model == "mlp" else (),
         "regression": ("loss",) if table.task == "regression" else (),
-        "data with a test part of their own": ("test_size",) if table.test is not None else (),
-        "data without columns of categories": () if table.of_kind("category") else ("max_categories",),
+        "data with a separate test part": ("test_size",) if table.test is not None else (),
+        "data without categorical columns": () if table.of_kind("category") else ("max_categories",),
     }
     for why, names in unused.items():
         if wrong := [f"--{name.replace('_', '-')}" for name in names if getattr(args, name) is not None]:
@@ -282,9 +282,9 @@ def _refuse_what_does_not_apply(args: argparse.Namespace, table: Table) -> None:
 
 
 def _fit(pipeline: Pipeline, x: Any, y: Any) -> bool:
-    """Fits; whether Ctrl-C has ended it early."""
-    with warnings.catch_warnings(), np.errstate(all="ignore"):  # a fit that diverges says so itself
-        warnings.simplefilter("ignore", ConvergenceWarning)  # the epochs were asked for
+    """Fits the pipeline. Returns whether Ctrl-C ended the fit early."""
+    with warnings.catch_warnings(), np.errstate(all="ignore"):  # a fit that diverges raises an error
+        warnings.simplefilter("ignore", ConvergenceWarning)  # --epochs is the limit on purpose
         warnings.filterwarnings("ignore", "Training interrupted by user")
         pipeline.fit(x, y)
     return bool(fitted(pipeline).interrupted_)
@@ -295,7 +295,7 @@ def _fit(pipeline: Pipeline, x: Any, y: Any) -> bool:
 
 @contextlib.contextmanager
 def _stage(args: argparse.Namespace, what: str) -> Iterator[None]:
-    """Says what takes so long, once it has taken two seconds."""
+    """Prints the name of the stage to stderr if it takes longer than two seconds."""
     timer = threading.Timer(2.0, lambda: print(f"fusedopt {args.command}: {what} ...", file=sys.stderr, flush=True))
     timer.daemon = True
     if not args.quiet:
@@ -307,7 +307,7 @@ def _stage(args: argparse.Namespace, what: str) -> Iterator[None]:
 
 
 class _NoBar:
-    """Takes what a progress bar takes."""
+    """Stand-in for tqdm's progress bar; only prints lines."""
 
     def update(self, n: int) -> None: ...
 
@@ -317,7 +317,7 @@ class _NoBar:
 
 @contextlib.contextmanager
 def _fits(args: argparse.Namespace, total: int) -> Iterator[Any]:
-    """A progress bar over fits, shown once they have taken two seconds."""
+    """A progress bar over fits, shown after two seconds."""
     try:
         from tqdm import tqdm  # type: ignore[import-untyped, unused-ignore]
     except ImportError:
@@ -332,11 +332,11 @@ def _fits(args: argparse.Namespace, total: int) -> Iterator[Any]:
 
 @contextlib.contextmanager
 def _output(args: argparse.Namespace, default: Path) -> Iterator[Path]:
-    """The folder of results, created and tested before the work; it is removed again if nothing came into it.
+    """The folder of results, created and checked for write access first; removed at the end if it is still empty.
 
     Raises:
-        FileExistsError: if a folder was named that is not empty. The default folder gets a number instead.
-        OSError: if nothing can be written there.
+        FileExistsError: the folder given with --output is not empty. The default folder gets a number instead.
+        OSError: the folder is not writable.
     """
     folder: Path = args.output or default
     if args.output is None:
@@ -344,7 +344,7 @@ def _output(args: argparse.Namespace, default: Path) -> Iterator[Path]:
         while _occupied(folder):
             folder, number = default.with_name(f"{default.name}-{number}"), number + 1
     elif _occupied(folder) and not args.overwrite and not _is_cut(args, folder):
-        raise FileExistsError(f"output: {folder} is not empty; give another folder, or --overwrite")
+        raise FileExistsError(f"output: {folder} is not empty; give another folder, or use --overwrite")
     made = [one for one in (folder, *folder.parents) if not one.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -365,7 +365,7 @@ def _occupied(folder: Path) -> bool:
 
 
 def _is_cut(args: argparse.Namespace, folder: Path) -> bool:
-    """Whether the folder has the results of a fit that was interrupted, and this one goes on from its checkpoint."""
+    """Whether the folder has the results of an interrupted fit whose checkpoint this one resumes from."""
     if getattr(args, "checkpoint", None) is None or not args.checkpoint.exists():
         return False
     try:
@@ -375,13 +375,13 @@ def _is_cut(args: argparse.Namespace, folder: Path) -> bool:
 
 
 def _clear(folder: Path) -> None:
-    """Removes what an earlier run has left, so that no file of it stays beside those of this one."""
+    """Removes the results of an earlier run, so that they do not mix with those of this run."""
     for name in _OUTPUTS:
         (folder / name).unlink(missing_ok=True)
 
 
 def _settings(args: argparse.Namespace, table: Table) -> dict[str, Any]:
-    """The options that were in force."""
+    """The options that applied to this run."""
     found = {name: str(v) if isinstance(v, Path) else v for name, v in vars(args).items() if v is not None}
     for name in ("hidden", "activation", "dropout", "batch_norm") if args.model == "linear" else ("loss",):
         del found[name]
@@ -389,7 +389,7 @@ def _settings(args: argparse.Namespace, table: Table) -> dict[str, Any]:
 
 
 def _write_json(path: Path, value: Any) -> None:
-    """JSON as every reader takes it: a number that is not finite becomes null."""
+    """Writes strictly valid JSON: a number that is not finite becomes null."""
     path.write_text(json.dumps(_finite(value), indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
