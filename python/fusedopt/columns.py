@@ -1,8 +1,8 @@
-"""Columns of a table: what kind each one is, and their conversion to numbers and categories. Needs pandas.
+"""Columns of a table: their kinds, and their conversion to numbers and categories. Needs pandas.
 
-The kinds are decided once, on the whole table. The conversions (:func:`numbers`, :func:`dates`, :func:`categories`)
-learn nothing from the data and are part of a saved model, which applies them to every table it predicts. What is
-learned (medians, scales, known categories) is scikit-learn's, in ``cli/train.py``.
+The kinds are determined once, on the whole table. The conversions (:func:`numbers`, :func:`dates`, :func:`categories`)
+are not fitted to the data. They are part of a saved model, which applies them to every table it predicts. Medians,
+scales and known categories are fitted by scikit-learn's transformers in ``cli/models.py``.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 
 MISSING = frozenset({"", "na", "n/a", "#n/a", "nan", "null", "none", "?"})
-"""Texts, in lower case, that stand for a missing value in a feature."""
+"""Texts, in lower case, that mark a missing value in a feature."""
 
 USED = ("number", "date", "category")
 """The kinds of column that a model is trained on."""
@@ -28,25 +28,25 @@ DATE_FORMATS = {
     "%d/%m/%Y": "31/12/2024",
     "%d-%m-%Y": "31-12-2024",
 }
-"""By pandas' name of a format: an example. Where several fit, the first one is taken."""
+"""Format of ``pandas.to_datetime`` -> example. If several formats match, the first one is used."""
 
 _INDEX_NAMES = re.compile(r"(unnamed: \d+|index|id|row|row[ _]?(id|number))", re.IGNORECASE)
 _DATE = re.compile(r"\d{1,4}[-./]\d{1,2}[-./]\d{1,4}([T ].*)?")
 _CURRENCY = r"[$€£¥]?\s?"
-# Thousands and decimals: 1,234.5 or 1.234,5.
+# Separators of thousands and decimals: 1,234.5 or 1.234,5.
 _POINT = re.compile(rf"[+-]?{_CURRENCY}(\d{{1,3}}(,\d{{3}})+|\d+)?(\.\d*)?([eE][+-]?\d+)?\s?[%€£]?")
 _COMMA = re.compile(rf"[+-]?{_CURRENCY}(\d{{1,3}}(\.\d{{3}})+|\d+)?(,\d*)?\s?[%€£]?")
 
 
 @dataclass(frozen=True)
 class Column:
-    """What was understood about one column."""
+    """How one column is interpreted."""
 
     name: str
     kind: str
-    """``number``, ``date`` or ``category``, which are used; else ``index``, ``identifier``, ``constant`` or ``empty``.
+    """``number``, ``date`` or ``category`` if it is used; else ``index``, ``identifier``, ``constant`` or ``empty``.
 
-    The target's is ``target: classes`` or ``target: number``.
+    For the target ``target: n classes`` or ``target: number``.
     """
     missing: int
     example: str
@@ -56,7 +56,7 @@ class Column:
 
 
 def understand(frame: pd.DataFrame) -> list[Column]:
-    """Decides the kind of every column."""
+    """Determines the kind of every column."""
     return [_understand(str(name), frame[name]) for name in frame.columns]
 
 
@@ -72,7 +72,7 @@ def _understand(name: str, values: pd.Series) -> Column:
         return Column(name, "constant", missing, example, "not used")
     if is_number(values):
         if _INDEX_NAMES.fullmatch(name) and not missing and len(distinct) == len(values) and (values % 1 == 0).all():
-            return Column(name, "index", missing, example, "not used: it counts the rows")
+            return Column(name, "index", missing, example, "not used: row numbers")
         return Column(name, "number", missing, example)
     if is_date(values):
         return Column(name, "date", missing, example)
@@ -81,10 +81,10 @@ def _understand(name: str, values: pd.Series) -> Column:
         note = f"{odd.iloc[0]} is read as {parse_numbers(odd, style).iloc[0]:g}" if len(odd) else ""
         return Column(name, "number", missing, example, note, "comma" if style == "comma" else "")
     if found := date_formats(distinct):
-        note = f"read as {DATE_FORMATS[found[0]]}; {DATE_FORMATS[found[1]]} is possible, too" if found[1:] else ""
+        note = f"read as {DATE_FORMATS[found[0]]}; {DATE_FORMATS[found[1]]} also matches" if found[1:] else ""
         return Column(name, "date", missing, example, note, found[0])
     if len(distinct) == len(known) >= 20:
-        return Column(name, "identifier", missing, example, "not used: every row has its own")
+        return Column(name, "identifier", missing, example, "not used: a different text in every row")
     return Column(name, "category", missing, example, f"{len(distinct):,} categories")
 
 
@@ -92,14 +92,14 @@ def _understand(name: str, values: pd.Series) -> Column:
 
 
 def numbers(frame: pd.DataFrame, comma: Sequence[str] = ()) -> np.ndarray[Any, Any]:
-    """Columns of numbers as float64, NaN where one is missing.
+    """Converts columns of numbers to float64; missing values become NaN.
 
     Args:
-        frame: numbers, truth values or texts such as ``1,000``, ``5%`` and ``$3.50``.
-        comma: the columns whose texts have a decimal comma.
+        frame: numbers, booleans or texts such as ``1,000``, ``5%`` and ``$3.50``.
+        comma: names of columns whose texts use a decimal comma.
 
     Raises:
-        ValueError: for another text or an infinite number; the message names the column.
+        ValueError: a text is not a number, or a number is infinite; the message names the column.
     """
     out = np.empty(frame.shape)
     for i, name in enumerate(frame.columns):
@@ -121,14 +121,14 @@ DATE_PARTS = ("days", "day of the year", "weekday", "hour")
 
 
 def dates(frame: pd.DataFrame, formats: Mapping[str, str]) -> np.ndarray[Any, Any]:
-    """Each column of dates as four numbers: days since 1970, day of the year, weekday, hour; NaN where one is missing.
+    """Converts each column of dates to four numbers: days since 1970, day of the year, weekday, hour; or NaN.
 
     Args:
-        frame: dates, or texts.
-        formats: by column, the format of its texts as ``pandas.to_datetime`` takes it.
+        frame: dates or texts; missing values become NaN.
+        formats: column -> format of its texts for ``pandas.to_datetime``.
 
     Raises:
-        ValueError: for a text in another format; the message names the column.
+        ValueError: a text has another format; the message names the column.
     """
     parts = []
     for name in frame.columns:
@@ -145,7 +145,7 @@ def dates(frame: pd.DataFrame, formats: Mapping[str, str]) -> np.ndarray[Any, An
 
 
 def categories(frame: pd.DataFrame) -> np.ndarray[Any, Any]:
-    """Columns of categories as texts, None where one is missing; truth values and numbers become their text."""
+    """Converts columns of categories to texts, also from booleans and numbers; missing values become None."""
     out = np.empty(frame.shape, object)
     for i, name in enumerate(frame.columns):
         known = texts(frame[name])
@@ -165,19 +165,19 @@ def is_date(values: pd.Series) -> bool:
 
 
 def texts(values: pd.Series, missing: frozenset[str] = MISSING) -> pd.Series:
-    """Stripped texts, NA where one is missing. The text of a whole number has no decimal point."""
+    """The values as stripped texts; missing ones become NA. The text of an integer has no decimal point."""
     if is_number(values):
         whole = values.dropna() % 1 == 0
         if whole.all():
             values = values.astype("Int64")
-    codes, distinct = pd.factorize(values)  # the work is done once for each different text
+    codes, distinct = pd.factorize(values)  # each distinct text is processed once
     known = pd.Series(distinct).astype("string").str.strip()
     known = known.mask(known.str.lower().isin(missing))
     return pd.Series(known.array.take(codes, allow_fill=True), index=values.index, name=values.name)
 
 
 def number_style(distinct: pd.Series) -> str:
-    """How all these texts are numbers: ``plain`` as Python writes them, ``point``, ``comma``; or that they are not."""
+    """The number format of these texts: ``plain`` (Python's), ``point`` or ``comma``; empty if one is no number."""
     for sample in (distinct[:100], distinct):
         if pd.to_numeric(sample, errors="coerce").notna().all():
             found = "plain"
@@ -191,13 +191,13 @@ def number_style(distinct: pd.Series) -> str:
 
 
 def parse_numbers(values: pd.Series, style: str) -> pd.Series:
-    """Texts as float64; NaN where one is missing or is no number."""
+    """Converts texts to float64; missing values and texts that are not numbers become NaN."""
     parsed = pd.to_numeric(values, errors="coerce").astype("float64")
     rest = values[parsed.isna() & values.notna()]
     if style != "plain" and len(rest):
         pattern, thousands, decimal = (_COMMA, ".", ",") if style == "comma" else (_POINT, ",", ".")
         if style == "comma":
-            rest = values.dropna()  # 1.000 is a thousand
+            rest = values.dropna()  # 1.000 means one thousand
         rest = rest[rest.str.fullmatch(pattern.pattern)]
         digits = rest.str.replace(thousands, "", regex=False).str.replace(decimal, ".", regex=False)
         parsed[rest.index] = pd.to_numeric(digits.str.replace(r"[$€£¥%\s]", "", regex=True), errors="coerce")
@@ -209,7 +209,7 @@ def _all_match(pattern: re.Pattern[str], values: pd.Series) -> bool:
 
 
 def date_formats(distinct: pd.Series) -> list[str]:
-    """The formats in which all these texts are dates."""
+    """The date formats that all these texts match."""
     found = list(DATE_FORMATS)
     for sample in (distinct[:100], distinct):
         if not sample.str.fullmatch(_DATE.pattern).all():

@@ -1,8 +1,8 @@
-"""Tables to train on, by name or from a file: scikit-learn's, CSV, Parquet, NumPy's .npz, folders of MNIST's IDX files.
+"""Loads tables to train on: scikit-learn's data sets, CSV, Parquet, NumPy's .npz, folders of MNIST's IDX files.
 
-pandas reads what has named columns; nothing is downloaded. Nothing here is fitted to the data: imputation, scaling and
-encoding are the pipeline's (``cli/train.py``), which learns them on the training part alone. What kind of column is
-what, is decided in ``columns.py``.
+pandas reads tables with named columns; nothing is downloaded. Nothing here is fitted to the data: the pipeline
+(``cli/models.py``) fits imputation, scaling and encoding to the training rows only. ``columns.py`` determines the kind
+of each column.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 PathLike = str | os.PathLike[str]
 
 NAMES = ("digits", "breast_cancer", "iris", "wine", "diabetes")
-"""The tables that scikit-learn ships."""
+"""The data sets that scikit-learn ships."""
 
 SEPARATORS = {".csv": ",", ".tsv": "\t", ".txt": "\t"}
 _COMPRESSED: dict[str, Any] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
@@ -46,24 +46,24 @@ _IDX_FILES = {
 
 @dataclass
 class Table:
-    """Rows to learn from."""
+    """Features, targets, and how the columns are interpreted."""
 
     x: Any
-    """(n, d): a pandas DataFrame of the columns that are used, as the file has them; or an array of numbers."""
+    """(n, d): a pandas DataFrame of the used columns, unconverted; or an array of numbers."""
     y: np.ndarray[Any, Any]
     """(n,): classes or numbers."""
     task: str
     """``classification`` or ``regression``."""
     names: list[str]
-    """Of the columns of x."""
+    """The names of the columns of x."""
     columns: list[Column] = field(default_factory=list)
-    """What was understood about every column of a DataFrame, those that are not used and the target included."""
+    """How each column of a DataFrame is interpreted, including unused columns and the target."""
     why: str = ""
-    """Why the target is taken to be classes or numbers, where that was guessed."""
+    """The reason for the task, if it was inferred from the target."""
     pixels: bool = False
-    """Whether all columns are of one kind and need no scaling: pixels in 0 to 1."""
+    """Whether the features are pixels in [0, 1], which need no scaling."""
     test: tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]] | None = None
-    """A part that the data themselves keep for testing."""
+    """Test features and targets, if the data provide them."""
 
     def of_kind(self, kind: str) -> list[str]:
         """The names of the columns of this kind: ``number``, ``date`` or ``category``."""
@@ -83,22 +83,22 @@ def load(
     """Loads a table.
 
     Args:
-        source: a name of scikit-learn's (``digits``, ``breast_cancer``, ``iris``, ``wine``, ``diabetes``); a ``.csv``,
-            ``.tsv``, ``.txt`` (compressed or not), ``.parquet`` or ``.npz`` file; or a folder that holds MNIST's four
-            IDX files, or the two for training, gzipped or not.
-        target: the column to predict, the last one if None; of an ``.npz`` file the array, ``y`` if None (the rows are
-            the array ``x`` or ``X``).
-        task: ``"classification"`` or ``"regression"``; None guesses: texts and truth values are classes, and so are
-            whole numbers of two kinds, or 0, 1, 2, ... of at most 20 kinds; other numbers are not.
-        separator: between the cells of a text file; a comma in ``.csv`` files, else a tab.
-        header: whether the first row of a text file has the names of the columns.
-        drop: columns that are left out.
-        progress: show a progress bar once reading a text file has taken two seconds.
+        source: the name of a scikit-learn data set (``digits``, ``breast_cancer``, ``iris``, ``wine``, ``diabetes``); a
+            ``.csv``, ``.tsv``, ``.txt`` (compressed or not), ``.parquet`` or ``.npz`` file; or a folder with MNIST's
+            four IDX files, or only the two for training, gzipped or not.
+        target: the column to predict, by default the last one. For an ``.npz`` file, the array of targets, by default
+            ``y``; its features are the array ``x`` or ``X``.
+        task: ``"classification"`` or ``"regression"``. None infers it: classification if the target has texts,
+            booleans, two different integers, or the integers 0, 1, 2, ... up to 20 classes; else regression.
+        separator: separator of the cells of a text file; by default a comma in ``.csv`` files, else a tab.
+        header: whether the first row of a text file contains the column names.
+        drop: columns to leave out.
+        progress: show a progress bar if reading a text file takes longer than two seconds.
 
     Raises:
-        FileNotFoundError: if there is no such file or folder.
-        ValueError: if it does not hold a table; the message says what was expected.
-        ImportError: without pandas, for a table with named columns.
+        FileNotFoundError: the file or folder does not exist.
+        ValueError: the source is not a table; the message says what was expected.
+        ImportError: a table with named columns needs pandas, which is not installed.
     """
     kind = _kind(source)
     named = kind in ("shipped", "text", "parquet") and not _as_pixels(source, target, drop)
@@ -131,11 +131,11 @@ def read(
     as_text: Sequence[str] = (),
     progress: bool = False,
 ) -> pd.DataFrame:
-    """Reads a table with named columns, or scikit-learn's, as pandas understands its types.
+    """Reads a table with named columns, or a scikit-learn data set, with the types that pandas infers.
 
     Args:
-        source: as in :func:`load`; so are separator, header and progress.
-        as_text: columns that are not converted to numbers or truth values.
+        source, separator, header, progress: as in :func:`load`.
+        as_text: columns that are not converted to numbers or booleans.
 
     Raises:
         FileNotFoundError, ValueError, ImportError: as in :func:`load`.
@@ -161,7 +161,7 @@ def read(
 
 
 def arrays(source: PathLike) -> np.ndarray[Any, Any]:
-    """The rows of a source without named columns: of a folder of MNIST's files its test part, if it has one.
+    """The features of a source without named columns. For a folder of MNIST's files: the test images, if present.
 
     Raises:
         FileNotFoundError, ValueError: as in :func:`load`.
@@ -192,7 +192,7 @@ def _kind(source: PathLike) -> str:
 
 
 def _suffix(path: Path) -> str:
-    """The suffix in lower case, without that of a compressed file."""
+    """The suffix in lower case, ignoring that of a compressed file."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
     if suffixes and suffixes[-1] in _COMPRESSED:
         suffixes.pop()
@@ -204,10 +204,10 @@ def _as_pixels(source: PathLike, target: str | None, drop: Sequence[str]) -> boo
 
 
 def as_task(y: Any, task: str | None) -> tuple[np.ndarray[Any, Any], str, str]:
-    """The targets as the task wants them, the task, and why it was chosen where None was given.
+    """The targets in the form the task needs, the task, and the reason for it if it was inferred.
 
     Raises:
-        ValueError: for regression on classes.
+        ValueError: the task is regression, but the targets are classes.
     """
     y = np.asarray(y)
     why = ""
@@ -223,15 +223,15 @@ def as_task(y: Any, task: str | None) -> tuple[np.ndarray[Any, Any], str, str]:
 
 
 def _guess(y: np.ndarray[Any, Any]) -> tuple[str, str]:
-    """The task, and why."""
+    """The inferred task, and the reason for it."""
     if y.dtype.kind not in "fiu":
         return "classification", ""
     kinds = np.unique(y)
     if len(kinds) == 2 and (kinds == np.floor(kinds)).all():
-        return "classification", "whole numbers of two kinds are taken as classes"
+        return "classification", "two different integers are treated as classes"
     if len(kinds) <= 20 and np.array_equal(kinds, np.arange(len(kinds))):
-        return "classification", f"whole numbers from 0 to {len(kinds) - 1} are taken as classes"
-    return "regression", f"{len(kinds):,} different numbers are taken as quantities" if len(kinds) <= 20 else ""
+        return "classification", f"integers from 0 to {len(kinds) - 1} are treated as classes"
+    return "regression", f"{len(kinds):,} different numbers are treated as quantities" if len(kinds) <= 20 else ""
 
 
 def _from_frame(frame: pd.DataFrame, source: str, target: str | None, task: str | None, drop: Sequence[str]) -> Table:
@@ -246,11 +246,11 @@ def _from_frame(frame: pd.DataFrame, source: str, target: str | None, task: str 
     if len(names) < 2 or frame.empty:
         raise ValueError(
             f"{source}: expected rows of two or more columns, got {len(frame)} of {', '.join(names) or 'none'}; "
-            "if the cells are separated by another character, give separator"
+            "if the cells have another separator, pass separator"
         )
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"{source}: expected a name for each column, got {twice!r} twice")
+        raise ValueError(f"{source}: expected unique column names, got {twice!r} twice")
     if target is not None and target not in names:
         raise ValueError(f"target: expected one of {', '.join(names)}, got {target!r}")
     chosen = names[-1] if target is None else target
@@ -258,12 +258,12 @@ def _from_frame(frame: pd.DataFrame, source: str, target: str | None, task: str 
     described = columns.understand(frame.drop(columns=[chosen]))
     used = [column.name for column in described if column.kind in columns.USED]
     if not used:
-        raise ValueError(f"{source}: no column but the target {chosen!r} can be used")
+        raise ValueError(f"{source}: no usable column besides the target {chosen!r}")
     return Table(frame[used], y, task, used, [*described, about], why)
 
 
 def _target(values: pd.Series, name: str, task: str | None) -> tuple[np.ndarray[Any, Any], str, str, Column]:
-    """The targets, the task, why it was chosen, and what was understood. In a text only an empty cell is missing."""
+    """The targets, the task, its reason, and the column's description. In texts only empty cells are missing values."""
     from . import columns
 
     note, refusal = "", f"target: expected classes or numbers, got dates in {name!r}"
@@ -296,11 +296,11 @@ def _refuse_missing(values: pd.Series, name: str) -> None:
 def read_idx(path: PathLike) -> np.ndarray[Any, Any]:
     """Reads an array in the IDX format of MNIST's files, gzipped or not.
 
-    A header of two zero bytes, a byte for the type and one for the number of axes, then the length of each as a
-    big-endian 32-bit integer; then the elements, big-endian.
+    The format: two zero bytes, one byte for the type, one for the number of axes, the length of each axis as a
+    big-endian 32-bit integer, then the elements, big-endian.
 
     Raises:
-        ValueError: if the file is damaged, too short or too long, or of another format.
+        ValueError: the file is damaged, too short, too long, or has another format.
     """
     with open(path, "rb") as file:
         data = file.read()
@@ -308,9 +308,9 @@ def read_idx(path: PathLike) -> np.ndarray[Any, Any]:
         try:
             data = gzip.decompress(data)
         except (OSError, EOFError) as e:
-            raise ValueError(f"{path}: a damaged gzip file ({e})") from None
+            raise ValueError(f"{path}: damaged gzip file ({e})") from None
     if len(data) < 4 or data[:2] != b"\0\0" or data[2] not in _IDX_TYPES:
-        raise ValueError(f"{path}: expected an IDX file, got one that begins with {data[:4]!r}")
+        raise ValueError(f"{path}: expected an IDX file, got one that starts with {data[:4]!r}")
     dtype, axes = np.dtype(_IDX_TYPES[data[2]]).newbyteorder(">"), data[3]
     begin = 4 + 4 * axes
     if len(data) < begin:
@@ -377,7 +377,7 @@ def _text(path: Path, separator: str, header: bool, as_text: Sequence[str], prog
         raise ValueError(f"{path}: expected text in UTF-8 ({e})") from None
     except (ValueError, OSError, EOFError) as e:
         raise ValueError(f"{path}: {str(e).strip()}") from None
-    if len(frame) and frame.iloc[:, -1].isna().any():  # the last cell is empty, or the row is too short
+    if len(frame) and frame.iloc[:, -1].isna().any():  # an empty last cell, or a row that is too short
         with _COMPRESSED.get(path.suffix.lower(), open)(path, "rt", encoding="utf-8", newline="") as lines:
             _refuse_short_rows(path, lines, separator, frame.shape[1], header)
     return frame
@@ -408,7 +408,7 @@ def _opened(path: Path, progress: bool) -> Iterator[Any]:
 
 
 def _npz(path: Path, target: str | None) -> Table:
-    """The arrays of the file; targets of zeros where none are asked for."""
+    """The arrays of the file; the targets are zeros if ``target`` is None."""
     with np.load(path, allow_pickle=False) as found:
         rows = next((name for name in ("x", "X") if name in found), None)
         if rows is None or (target is not None and target not in found):

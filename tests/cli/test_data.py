@@ -153,7 +153,7 @@ def test_the_target_may_be_any_column_and_the_task_is_guessed(tmp_path: Path) ->
         ("a,a ,b\n1,2,3\n", {}, "'a' twice"),
         ("a,d,b\n1,2024-01-31,3\n", {"target": "d"}, "dates in 'd'"),
         ("a,b\n1,2\n", {"drop": ["c"]}, "drop: expected some of a, b, got c"),
-        ("a,b\n1,1\n1,2\n", {}, "no column but the target"),
+        ("a,b\n1,1\n1,2\n", {}, "no usable column besides the target"),
         ("a,b\n", {}, "two or more columns"),
         ("a,b\n1,2\n3,\n", {}, "1 values of 'b' are missing"),
         ("a,b\n1,2\n", {"target": "c"}, "target: expected one of a, b"),
@@ -245,7 +245,7 @@ def test_numbers_as_people_write_them_are_numbers(
 def test_dates_are_dates(tmp_path: Path, cells: list[str], how: str) -> None:
     table, found = column(tmp_path, [*cells, "", cells[0]])
     assert (found.kind, found.how, found.missing) == ("date", how, 1)
-    assert ("possible, too" in found.note) == (cells[0] == "02/03/2024")
+    assert ("also matches" in found.note) == (cells[0] == "02/03/2024")
     values = dates(table.x[["c"]], {"c": how})
     assert values.shape == (4, 4)
     assert np.isnan(values[2]).all()

@@ -155,7 +155,7 @@ def test_mnists_files_are_trained_on_and_tested_with_their_own_part(
 ) -> None:
     mnist(tmp_path, compressed=True)
     train(tmp_path / "out", "--data", tmp_path, "--epochs", 2, "--hidden", 10)
-    assert "60 rows to train on, 20 to test with" in capsys.readouterr().out
+    assert "60 training rows, 20 test rows" in capsys.readouterr().out
 
 
 def test_a_checkpoint_is_gone_on_from(tmp_path: Path) -> None:
@@ -191,7 +191,7 @@ def test_a_rate_that_diverges_is_left_out(tmp_path: Path, capsys: pytest.Capture
     assert run("compare", *arguments, "--lrs", 1e30, 1e-2) == 0
     assert json.loads((tmp_path / "compare.json").read_text())["results"]["sgd"]["lr"] == 0.01
     assert run("compare", *arguments, "--lrs", 1e30, "--overwrite") == 2
-    assert "every rate" in capsys.readouterr().err
+    assert "every learning rate" in capsys.readouterr().err
 
 
 # ---- refusals
@@ -293,7 +293,7 @@ def test_a_model_predicts_another_table(tmp_path: Path, form: str, capsys: pytes
     )  # fmt: skip
     shown = capsys.readouterr().out
     for words in (
-        "Unnamed: 0 index 0 not used: it counts the rows",
+        "Unnamed: 0 index 0 not used: row numbers",
         "town category", "sold date", "lift category", "tax number", "income number", "price target: number",
     ):  # fmt: skip
         pattern = r"\s+(?:\d+\s+)?".join(map(re.escape, words.split(" ")))

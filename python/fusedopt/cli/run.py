@@ -48,7 +48,7 @@ class Record:
         self.reasons: dict[str, int] = {}  # reason for the fallback -> largest number of tensors in a step
         self._plans_built = 0
 
-    def look(self, optimizer: Any) -> None:
+    def count_tensors(self, optimizer: Any) -> None:
         """Counts fused and fallback tensors; called after a step."""
         if not isinstance(optimizer, Fused):
             self.reasons[_why_not(optimizer)] = sum(len(group["params"]) for group in optimizer.param_groups)
@@ -156,7 +156,7 @@ class Recorder:
             record = self._by_optimizer[optimizer] = Record(optimizer)
             self.records.append(record)
         record.seconds.append(now - start - elsewhere)
-        record.look(optimizer)
+        record.count_tensors(optimizer)
 
     def restart(self) -> None:
         """In a child process: discards the parent's records, and reports when the child exits."""

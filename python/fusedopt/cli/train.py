@@ -219,7 +219,7 @@ def _prepare(args: argparse.Namespace) -> tuple[Table, Parts]:
             args.data, target=args.target, task=args.task, separator=args.separator, header=not args.no_header,
             drop=args.drop or (), progress=not args.quiet,
         )  # fmt: skip
-    _refuse_what_does_not_apply(args, table)
+    _check_options_apply(args, table)
     for name, value in _DEFAULTS.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
@@ -238,7 +238,7 @@ def _prepare(args: argparse.Namespace) -> tuple[Table, Parts]:
         other = "regression" if table.task == "classification" else "classification"
         print(f"target: {table.why}; give --task {other} if they are not")
     inputs = f"{table.x.shape[1]} columns"
-    print(f"{args.data}: {table.task}, {inputs}, {len(parts[0]):,} rows to train on, {len(parts[1]):,} to test with")
+    print(f"{args.data}: {table.task}, {inputs}, {len(parts[0]):,} training rows, {len(parts[1]):,} test rows")
     return table, parts
 
 
@@ -267,7 +267,7 @@ def _looks_like_number(name: str) -> bool:
     return True
 
 
-def _refuse_what_does_not_apply(args: argparse.Namespace, table: Table) -> None:
+def _check_options_apply(args: argparse.Namespace, table: Table) -> None:
     """Raises ValueError for options without effect, such as options of a network given for a linear model."""
     unused = {
         "--model linear": ("hidden", "activation", "dropout", "batch_norm") if args.model == "linear" else (),
@@ -343,7 +343,7 @@ def _output(args: argparse.Namespace, default: Path) -> Iterator[Path]:
         number = 2
         while _occupied(folder):
             folder, number = default.with_name(f"{default.name}-{number}"), number + 1
-    elif _occupied(folder) and not args.overwrite and not _is_cut(args, folder):
+    elif _occupied(folder) and not args.overwrite and not _is_interrupted(args, folder):
         raise FileExistsError(f"output: {folder} is not empty; give another folder, or use --overwrite")
     made = [one for one in (folder, *folder.parents) if not one.exists()]
     try:
@@ -364,7 +364,7 @@ def _occupied(folder: Path) -> bool:
     return folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
 
 
-def _is_cut(args: argparse.Namespace, folder: Path) -> bool:
+def _is_interrupted(args: argparse.Namespace, folder: Path) -> bool:
     """Whether the folder has the results of an interrupted fit whose checkpoint this one resumes from."""
     if getattr(args, "checkpoint", None) is None or not args.checkpoint.exists():
         return False
