@@ -312,7 +312,7 @@ def test_a_function_makes_the_optimizer(digits: tuple[Array, Array]) -> None:
     assert model.score(x, y) > 0.93
     with pytest.raises(TypeError, match="solver: expected a function that returns an optimizer of fusedopt"):
         MLPClassifier(solver=lambda params: None).fit(x, y)
-    with pytest.raises(ValueError, match="solver: expected an optimizer over the array it was given"):
+    with pytest.raises(ValueError, match="solver: expected an optimizer over exactly the array passed to the function"):
         MLPClassifier(solver=lambda params: fusedopt.SGD(params.copy())).fit(x, y)
 
 
@@ -363,7 +363,7 @@ def test_a_schedule_that_listens_is_told_loss_or_score(digits: tuple[Array, Arra
         x, y
     )
     assert model._fitted.rate.how.seen == model.validation_scores_
-    with pytest.raises(ValueError, match="listens to the validation score: set early_stopping=True"):
+    with pytest.raises(ValueError, match="needs the validation score: set early_stopping=True"):
         MLPClassifier((10,), learning_rate=Plateau("max"), max_iter=3).fit(x, y)
 
 
@@ -560,12 +560,12 @@ BAD: list[tuple[str, Callable[[], Any]]] = [
     ("validation_fraction: expected a number in (0, 1), got 1", lambda: MLPClassifier(validation_fraction=1)),
     ("shuffle: expected True or False, got 1", lambda: MLPClassifier(shuffle=1)),  # type: ignore[arg-type]
     ("augment: expected a function of a batch, or None, got 'shift'", lambda: MLPClassifier(augment="shift")),
-    ("solver='lbfgs' does not go with dropout", lambda: MLPClassifier(solver="lbfgs", dropout=0.5)),
+    ("solver='lbfgs' does not support dropout", lambda: MLPClassifier(solver="lbfgs", dropout=0.5)),
     ("loss: expected one of squared_error, poisson,", lambda: MLPRegressor("mse")),
     ("loss: expected one of hinge, log_loss,", lambda: LinearClassifier("log")),
     ("penalty: expected one of l2, l1, elasticnet, got 'l3'", lambda: LinearClassifier(penalty="l3")),
     ("alpha must be > 0 since learning_rate is 'optimal'", lambda: LinearClassifier(alpha=0)),
-    ("average and ema_decay: expected one of them", lambda: LinearClassifier(average=True, ema_decay=0.9)),
+    ("average and ema_decay: expected at most one of them", lambda: LinearClassifier(average=True, ema_decay=0.9)),
     ("epsilon: expected a number in (0, inf), got 0", lambda: LinearRegressor("huber", epsilon=0)),
 ]
 
@@ -602,7 +602,7 @@ def test_labels_that_were_not_announced_are_refused(make: Any) -> None:
     with pytest.raises(ValueError, match="classes must be passed on the first call to partial_fit"):
         model.partial_fit(X, Y)
     model.partial_fit(X, Y, classes=[0, 1, 2])
-    with pytest.raises(ValueError, match=r"(has classes not in|expected classes of the first call)"):
+    with pytest.raises(ValueError, match=r"(has classes not in|expected the classes of the first call)"):
         model.partial_fit(X, Y + 1)
     with pytest.raises(ValueError, match="is not the same as on last call"):
         model.partial_fit(X, Y, classes=[0, 1])
@@ -610,7 +610,7 @@ def test_labels_that_were_not_announced_are_refused(make: Any) -> None:
 
 @pytest.mark.parametrize("make", ALL)
 def test_a_batch_larger_than_the_data_is_clipped_with_a_warning(make: Any) -> None:
-    with pytest.warns(UserWarning, match="batch_size: 31 is larger than the 30 rows to train on; it is clipped"):
+    with pytest.warns(UserWarning, match="batch_size: 31 is larger than the 30 training rows; it is clipped"):
         model = make(batch_size=31, max_iter=2).fit(X, Y)
     assert model._fitted.step == 2
 
@@ -641,7 +641,7 @@ def test_a_warm_start_with_other_layers_or_classes_is_refused() -> None:
     with pytest.raises(ValueError, match="warm_start can only be used where `y` has the same classes"):
         model.set_params(hidden_layer_sizes=(5,)).fit(X, Y % 2)
     linear = LinearClassifier(warm_start=True, max_iter=2).fit(X, Y)
-    with pytest.raises(ValueError, match="warm_start: expected the classes of the fit before"):
+    with pytest.raises(ValueError, match="warm_start: expected the classes of the previous fit"):
         linear.fit(X, Y % 2)
 
 

@@ -280,7 +280,7 @@ def test_lbfgs_refuses_what_it_cannot_do(options: dict[str, Any], message: str) 
     x, y = np.eye(4), [0, 1, 0, 1]
     with pytest.raises(ValueError, match=message):
         LinearClassifier(**{"loss": "log_loss", "solver": "lbfgs"} | options).fit(x, y)
-    with pytest.raises(ValueError, match="partial_fit needs another solver"):
+    with pytest.raises(ValueError, match="use another solver with partial_fit"):
         LinearClassifier("log_loss", solver="lbfgs").partial_fit(x, y, classes=[0, 1])
 
 
@@ -432,7 +432,7 @@ def test_a_damaged_checkpoint_is_refused_and_the_one_before_it_used(
     assert previous.exists()
     damage(how)(path)
     bad = path.read_bytes()
-    with pytest.warns(UserWarning, match=r"fit\.ckpt: .*(damaged|head).* goes on from the one before it"):
+    with pytest.warns(UserWarning, match=r"fit\.ckpt: .*(damaged|head).*resuming from the previous one"):
         resumed = MLPClassifier(**options, checkpoint=path).fit(*digits)
     assert_same(resumed, MLPClassifier(**options).fit(*digits))
     assert (tmp_path / "fit.ckpt.damaged").read_bytes() == bad
@@ -440,7 +440,7 @@ def test_a_damaged_checkpoint_is_refused_and_the_one_before_it_used(
     damage(how)(path)
     damage(how)(previous)
     kept = path.read_bytes(), previous.read_bytes()
-    with pytest.raises(ValueError, match=r"checkpoint: .*fit\.ckpt.*damaged.*Delete it to begin anew"):
+    with pytest.raises(ValueError, match=r"checkpoint: .*fit\.ckpt.*damaged.*Delete it to start over"):
         MLPClassifier(**options, checkpoint=path).fit(*digits)
     assert (path.read_bytes(), previous.read_bytes()) == kept
 

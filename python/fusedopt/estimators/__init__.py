@@ -1,6 +1,6 @@
-"""Estimators with scikit-learn's conventions over the fused step: networks and linear models, for NumPy alone.
+"""Networks and linear models with scikit-learn's conventions, trained by the fused step, for NumPy without torch.
 
-Change the import: ``from fusedopt.estimators import MLPClassifier``. Needs scikit-learn:
+To use them, change the import: ``from fusedopt.estimators import MLPClassifier``. Needs scikit-learn:
 ``pip install '.[sklearn]'`` in a checkout.
 """
 

@@ -1,6 +1,6 @@
-"""Changes of a batch of images, drawn anew for every batch: functions of a batch and a RandomState, over scipy.ndimage.
+"""Random augmentation of image batches: functions of a batch and a RandomState, based on scipy.ndimage.
 
-A batch is (n, features) as estimators see it, each row an image of ``shape``, last axis first to vary.
+A batch has shape (n, features). Each row is an image of ``shape`` in C order.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ Array = NDArray[Any]
 
 @dataclass(frozen=True)
 class Shift:
-    """Moves every image by up to ``pixels`` up, down, left and right, in whole pixels; what enters is ``fill``."""
+    """Shifts every image by up to ``pixels`` whole pixels along each axis; new pixels are ``fill``."""
 
     shape: tuple[int, int]
     pixels: int = 1
@@ -36,7 +36,7 @@ class Shift:
 
 @dataclass(frozen=True)
 class Flip:
-    """Mirrors images left to right with this probability; ``axis=0``: top to bottom."""
+    """Mirrors each image left to right with this probability; with ``axis=0``, top to bottom."""
 
     shape: tuple[int, int]
     probability: float = 0.5
@@ -51,7 +51,7 @@ class Flip:
 
 @dataclass(frozen=True)
 class Rotate:
-    """Turns every image about its middle by an angle of up to ``degrees``, interpolating linearly."""
+    """Rotates every image about its centre by up to ``degrees`` in either direction, with linear interpolation."""
 
     shape: tuple[int, int]
     degrees: float = 10.0
@@ -68,7 +68,7 @@ class Rotate:
 
 @dataclass(frozen=True)
 class Noise:
-    """Adds normal noise with this standard deviation, in units of the data."""
+    """Adds Gaussian noise with this standard deviation, in units of the data."""
 
     scale: float = 0.1
 
@@ -77,7 +77,7 @@ class Noise:
 
 
 class Compose:
-    """One change after another: ``Compose(Shift((8, 8)), Noise(0.05))``."""
+    """Applies several augmentations in order: ``Compose(Shift((8, 8)), Noise(0.05))``."""
 
     def __init__(self, *changes: Callable[[Array, np.random.RandomState], Array]) -> None:
         self.changes = changes

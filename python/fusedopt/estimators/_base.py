@@ -1,4 +1,4 @@
-"""What the estimators have in common on scikit-learn's side: settings checked, rows split, results shown."""
+"""Base class of all estimators: checks of the settings, held-out rows, fitted attributes."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ from ._rates import Rate, make_optimizer, solver_names
 
 FLOATS = (np.float64, np.float32)
 
-# Settings that may change between a fit and its resumption.
+# Settings that may change when a fit is resumed.
 _FREE = ("checkpoint", "progress", "verbose", "max_iter", "n_jobs", "warm_start")
 
-# Setting: lowest value, whether it is allowed itself, highest value, likewise.
+# Lower bound, whether it is included, upper bound, whether it is included.
 Range = tuple[float, bool, float, bool]
 POSITIVE: Range = (0.0, False, math.inf, False)
 NOT_NEGATIVE: Range = (0.0, True, math.inf, False)
@@ -43,7 +43,7 @@ ANY: Range = (-math.inf, False, math.inf, False)
 
 
 def check_number(name: str, value: Any, allowed: Range, *, integer: bool = False, none: bool = False) -> None:
-    """Raises ValueError, naming the setting, unless it is a number in its range."""
+    """Raises ValueError, naming the setting, unless the value is a number in its range."""
     low, low_in, high, high_in = allowed
     if value is None and none:
         return
@@ -58,36 +58,36 @@ def check_number(name: str, value: Any, allowed: Range, *, integer: bool = False
 
 
 def check_choice(name: str, value: Any, choices: Any) -> None:
-    """Raises ValueError, naming the setting, unless it is one of these words."""
+    """Raises ValueError, naming the setting, unless the value is one of the choices."""
     if not isinstance(value, str) or value not in choices:
         raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
 
 
 def check_flag(name: str, value: Any) -> None:
-    """Raises ValueError, naming the setting, unless it is True or False."""
+    """Raises ValueError, naming the setting, unless the value is True or False."""
     if not isinstance(value, bool | np.bool_):
         raise ValueError(f"{name}: expected True or False, got {value!r}")
 
 
 def targets_like(like: Array, y: Any) -> Array:
-    """The numbers to predict of ``validation_data``, in the columns and dtype of those of the training data."""
+    """The targets of ``validation_data``, with the number of columns and the dtype of the training targets."""
     target = np.asarray(y, like.dtype)
     target = np.ascontiguousarray(target.reshape(len(target), -1))
     if target.shape[1] != like.shape[1]:
-        raise ValueError(f"validation_data: expected {like.shape[1]} targets a row, got {target.shape[1]}")
+        raise ValueError(f"validation_data: expected {like.shape[1]} targets per row, got {target.shape[1]}")
     return target
 
 
 @dataclass
 class Watch:
-    """What a fit is watched by: rows that it is not trained on, and functions that are told every epoch."""
+    """Validation rows, and functions to call after every epoch."""
 
     data: Data | None
     callbacks: tuple[Callable[[dict[str, float]], Any], ...]
 
 
 class Estimator(BaseEstimator):
-    """The fit that all share. A subclass names its settings in ``__init__``, as scikit-learn wants it."""
+    """Base class: the fit. As in scikit-learn, the settings of a subclass are the arguments of ``__init__``."""
 
     _per_row_penalty = True
     _lr_name = "learning_rate_init"
@@ -128,19 +128,19 @@ class Estimator(BaseEstimator):
             raise ValueError(f"augment: expected a function of a batch, or None, got {s.augment!r:.80}")
 
     def _adam(self) -> tuple[tuple[float, float], float]:
-        """betas and eps of the rules that have both."""
+        """betas and eps, for rules that have both."""
         return (0.9, 0.999), 1e-8
 
     def _fewest_steps(self) -> float:
-        """Steps without a better loss that are let pass, however few there are in an epoch."""
+        """Minimum number of steps without improvement before the fit stops, however few steps an epoch has."""
         return 0.0
 
     def _refuse_with_lbfgs(self, **more: Any) -> None:
-        """Settings that are about single steps."""
+        """Raises ValueError for settings that need a stepwise solver."""
         names = ("augment", "max_grad_norm", "ema_decay", "l1", "early_stopping", "checkpoint")
         given = {name: getattr(self, name) for name in names} | more
         if wrong := [name for name, value in given.items() if value not in (None, False, 0)]:
-            raise ValueError(f"solver='lbfgs' does not go with {', '.join(wrong)}")
+            raise ValueError(f"solver='lbfgs' does not support {', '.join(wrong)}")
 
     def _batch_size(self, n: int) -> int:
         size: Any = self.batch_size
@@ -149,7 +149,7 @@ class Estimator(BaseEstimator):
         if size == "full":
             return n
         if size > n:
-            warnings.warn(f"batch_size: {size} is larger than the {n} rows to train on; it is clipped", stacklevel=4)
+            warnings.warn(f"batch_size: {size} is larger than the {n} training rows; it is clipped", stacklevel=4)
         return int(min(size, n))
 
     def _augment(self) -> Augment | None:
@@ -164,15 +164,15 @@ class Estimator(BaseEstimator):
 
     # ---- the fit
 
-    def _as_before(self, X: Any, first: bool) -> Any:
-        """The rows in the dtype of the fit that goes on."""
+    def _in_fit_dtype(self, X: Any, first: bool) -> Any:
+        """The rows, converted to the dtype of the fit that ``partial_fit`` or a warm start continues."""
         old: Fit | None = None if first else getattr(self, "_fitted", None)
         return X if old is None or old.net.dtype == X.dtype else X.astype(old.net.dtype)
 
     def _watch(
         self, validation_data: Any, callbacks: Any, encode: Callable[[Any, Any], Array], dtype: Any
     ) -> Watch | None:
-        """``validation_data`` and ``callbacks`` of a fit, checked; ``encode`` makes targets of y."""
+        """Checks ``validation_data`` and ``callbacks`` of a fit; ``encode`` maps y to targets."""
         callbacks = tuple(callbacks)
         if wrong := [one for one in callbacks if not callable(one)]:
             raise TypeError(f"callbacks: expected functions of a dict, got {wrong[0]!r:.80}")
@@ -195,7 +195,7 @@ class Estimator(BaseEstimator):
 
     def _refuse_watching(self, watch: Watch | None) -> None:
         if watch is not None:
-            raise ValueError("solver='lbfgs' has no epochs: it does not go with validation_data and callbacks")
+            raise ValueError("solver='lbfgs' has no epochs: it does not support validation_data and callbacks")
 
     def _new_fit(self, net: Network, random: np.random.RandomState, rate: Rate) -> Fit:
         s: Any = self
@@ -223,7 +223,7 @@ class Estimator(BaseEstimator):
         stratify: Any = None,
         watch: Watch | None = None,
     ) -> None:
-        """Splits where a part is held out, runs, and shows what came of it."""
+        """Splits off held-out rows if needed, runs the fit, and sets the fitted attributes."""
         s: Any = self
         task.max_iter, task.shuffle, task.restore_best = int(s.max_iter), bool(s.shuffle), bool(s.restore_best)
         task.tol = -math.inf if s.tol is None else float(s.tol)
@@ -270,7 +270,7 @@ class Estimator(BaseEstimator):
         self._show(fit)
 
     def _learn_lbfgs(self, net: Network, data: Data, loss: LossFunction, reported: int, l2: float) -> Fit:
-        """scipy's L-BFGS-B over the whole data."""
+        """Minimises the loss over all rows with scipy's L-BFGS-B."""
         s: Any = self
         total = float(data.x.shape[0] if data.weight is None else data.weight.sum(dtype=np.float64))
         factor = 1 / total if self._per_row_penalty else 1.0
@@ -306,7 +306,7 @@ class Estimator(BaseEstimator):
         return fit
 
     def _show(self, fit: Fit) -> None:
-        """The attributes that every fit leaves."""
+        """Sets the fitted attributes that all estimators have."""
         p = fit.progress
         self.interrupted_ = fit.interrupted
         self.n_iter_, self.t_ = p.epoch, fit.samples
@@ -317,5 +317,5 @@ class Estimator(BaseEstimator):
         self.best_validation_score_ = p.best_score if scored else None
         self.history_: Mapping[str, Array] = p.history()
         if not np.isfinite(fit.in_force).all():
-            raise ValueError("the fit has come to parameters that are not finite: scale the data, or lower the rate")
+            raise ValueError("the fitted parameters are not finite: scale the data, or lower the learning rate")
         self._fitted = fit

@@ -1,4 +1,4 @@
-"""Checkpoints of a fit: one file, written whole or not at all, checked before a word of it is believed."""
+"""Checkpoints of a fit: one file, written atomically, with checksums that are verified when it is read."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _FORMAT = 1
 
 
 def fingerprint(params: Mapping[str, Any], *arrays: Any) -> str:
-    """A digest of settings and data: a checkpoint belongs to one fit."""
+    """A digest of settings and data, by which a checkpoint is matched to its fit."""
     digest = hashlib.blake2b(digest_size=16)
     digest.update(json.dumps({k: _name(v) for k, v in sorted(params.items())}).encode())
     for array in arrays:
@@ -37,10 +37,10 @@ def fingerprint(params: Mapping[str, Any], *arrays: Any) -> str:
 
 
 def details(params: Mapping[str, Any]) -> dict[str, str]:
-    """Digests of the settings that their text does not tell apart: functions, objects that hold some, generators.
+    """Digests of the settings whose ``repr`` does not identify them: functions, objects with functions, generators.
 
-    A function counts by its bytecode, constants, defaults and closure, so that another version of Python may see
-    another function.
+    A function is identified by its bytecode, constants, defaults and closure. The bytecode, and so the digest, may
+    differ between versions of Python.
     """
     return {
         name: hashlib.blake2b(repr(_content(value, set())).encode(), digest_size=8).hexdigest()
@@ -50,7 +50,7 @@ def details(params: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _content(value: Any, seen: set[int]) -> Any:
-    """What a value consists of, as nested tuples of plain values, the same in every process."""
+    """The content of a value as nested tuples of plain values, equal in every process."""
     if value is None or isinstance(value, bool | int | float | complex | str | bytes | type):
         return repr(value)
     if id(value) in seen:
@@ -83,12 +83,12 @@ def _content(value: Any, seen: set[int]) -> Any:
 def _cell(cell: Any) -> Any:
     try:
         return cell.cell_contents
-    except ValueError:  # not bound yet
+    except ValueError:  # an empty cell
         return None
 
 
 def _name(value: Any) -> str:
-    """A text for a setting that is the same in the next process, which an address is not."""
+    """A text for a setting that is equal in every process: its repr, or a qualified name if that has an address."""
     text = repr(value)
     if " at 0x" not in text:
         return text
@@ -96,7 +96,7 @@ def _name(value: Any) -> str:
 
 
 def save(path: Path, meta: Mapping[str, Any], arrays: Mapping[str, Any]) -> None:
-    """Writes the checkpoint; the one before it is kept as ``<name>.previous``."""
+    """Writes the checkpoint; the previous one is kept as ``<name>.previous``."""
     body = io.BytesIO()
     np.savez(body, **arrays)
     data = body.getvalue()
@@ -110,10 +110,10 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     size = int.from_bytes(raw[:8], "little")
     head, data = raw[24 : 24 + size], raw[24 + size :]
     if len(head) != size or hashlib.blake2b(head, digest_size=16).digest() != raw[8:24]:
-        raise ValueError("its head is damaged")
+        raise ValueError("its header is damaged")
     meta = json.loads(head)
     if meta["format"] != _FORMAT:
-        raise ValueError(f"its format {meta['format']} is not known here")
+        raise ValueError(f"its format {meta['format']} is unknown to this version")
     if hashlib.blake2b(data).hexdigest() != meta["digest"]:
         raise ValueError("its data are damaged")
     with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
@@ -121,12 +121,12 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def load(path: Path, mark: str, wanted: Mapping[str, str]) -> tuple[dict[str, Any], dict[str, Any]] | None:
-    """The checkpoint of the fit with this fingerprint and these details, or None where there is none.
+    """The checkpoint of the fit with this fingerprint and these details, or None if there is no file.
 
-    A damaged file is refused: the one before it is used, with a warning, and the damaged one put aside.
+    If the file is damaged, warns, renames it and returns the previous checkpoint.
 
     Raises:
-        ValueError: both are damaged, or the file is of another fit. Nothing has been changed.
+        ValueError: both files are damaged, or the file belongs to another fit. The files are left as they are.
     """
     problems = []
     for candidate in (path, previous(path)):
@@ -140,23 +140,23 @@ def load(path: Path, mark: str, wanted: Mapping[str, str]) -> tuple[dict[str, An
         if meta["fingerprint"] != mark:
             raise ValueError(
                 f"checkpoint: {candidate} was written by a fit with other settings or other data; "
-                "give another path, or delete it to begin anew"
+                "give another path, or delete it to start over"
             )
-        found = meta.get("details", wanted)  # 0.1.0 wrote none
+        found = meta.get("details", wanted)  # 0.1.0 did not write them
         if found != wanted:
             names = sorted(name for name in {*found, *wanted} if found.get(name) != wanted.get(name))
             raise ValueError(
                 f"checkpoint: {candidate} was written by a fit with another {' and another '.join(names)}; "
-                "give another path, or delete it to begin anew"
+                "give another path, or delete it to start over"
             )
         if problems:
             aside = path.with_name(path.name + ".damaged")
             os.replace(path, aside)
             warnings.warn(
-                f"checkpoint: {problems[0]}; it is now {aside.name}, and the fit goes on from the one before it",
+                f"checkpoint: {problems[0]}; renamed it to {aside.name}, resuming from the previous one",
                 stacklevel=2,
             )
         return meta, arrays
     if problems:
-        raise ValueError(f"checkpoint: {'; '.join(problems)}. Delete it to begin anew")
+        raise ValueError(f"checkpoint: {'; '.join(problems)}. Delete it to start over")
     return None

@@ -1,5 +1,7 @@
-"""The fitting loop that all estimators share: batches, steps, stop rules, history, checkpoints. No scikit-learn names
-of models here; what differs between them is in a Task."""
+"""The training loop of all estimators: batches, steps, stopping criteria, history, checkpoints.
+
+No code for particular models here: the settings in which they differ are in a Task.
+"""
 
 from __future__ import annotations
 
@@ -24,12 +26,12 @@ from ._network import Array, LossFunction, Network, blas_threads
 from ._rates import Rate
 
 Augment = Callable[[Array, np.random.RandomState], Array]
-Split = tuple[Array, Array]  # the rows to train on, and those held out
+Split = tuple[Array, Array]  # indices of the training rows and of the held-out rows
 
 
 @dataclass
 class Data:
-    """Rows to learn from: y as the loss wants it, weights or None."""
+    """Training data; y is in the form that the loss expects, weight may be None."""
 
     x: Any
     y: Array
@@ -41,36 +43,34 @@ class Data:
 
 @dataclass
 class Task:
-    """What is minimised, and when to stop; one fit's settings, checked."""
+    """The checked settings of one fit: the objective and the stopping criteria."""
 
     loss: LossFunction
-    outputs: int = 1  # what a reported loss is divided by
+    outputs: int = 1  # divisor of the reported loss
     l1: float = 0.0
     l2: float = 0.0
-    per_row: bool = (
-        True  # penalties are divided by the batch's weight, as in MLPClassifier, or not, as in SGDClassifier
-    )
-    proximal: float = 0.0  # l1 by soft thresholding after the step, which gives zeros, by so many times rate and l1
+    per_row: bool = True  # divide penalties by the batch's weight, as MLPClassifier does and SGDClassifier does not
+    proximal: float = 0.0  # if > 0: l1 by soft thresholding after the step, by this times learning rate times l1
     batch_size: int = 200
     shuffle: bool = True
     max_iter: int = 200
     tol: float = 1e-4
     tol_params: float | None = None
-    patience: int = 10  # epochs without a better one that are let pass
-    score: Callable[[Any, Any], float] | None = None  # of weights and intercepts on the held-out part
-    by_score: bool = True  # the score decides when to stop and which parameters are best; else it is only kept
-    callbacks: Sequence[Callable[[dict[str, float]], Any]] = ()  # told each epoch's row; one that returns True ends it
+    patience: int = 10  # epochs without improvement that are tolerated
+    score: Callable[[Any, Any], float] | None = None  # (weights, intercepts) -> score on the held-out rows
+    by_score: bool = True  # stop by the score and keep the parameters of the best one; else only record it
+    callbacks: Sequence[Callable[[dict[str, float]], Any]] = ()  # called with each epoch's row; True stops the fit
     restore_best: bool = True
     ema_decay: float | None = None
-    average: int = 0  # the step from which the mean of all parameters is kept; 0: none
+    average: int = 0  # step from which parameters are averaged; 0: never
     augment: Augment | None = None
     seed: int = 0
     checkpoint: Path | None = None
-    mark: str = ""  # the fingerprint of settings and data
+    mark: str = ""  # fingerprint of settings and data
     details: dict[str, str] = field(default_factory=dict)
     progress: bool = False
     verbose: bool | int = False
-    advice: str = "learning_rate_init"  # the setting to lower when the loss is not finite
+    advice: str = "learning_rate_init"  # setting that the error of a diverging fit names
 
 
 _COLUMNS = ("loss", "lr", "score", "grad_norm", "seconds")
@@ -78,13 +78,13 @@ _COLUMNS = ("loss", "lr", "score", "grad_norm", "seconds")
 
 @dataclass
 class Progress:
-    """What a fit has come to: all that a checkpoint keeps beside arrays."""
+    """The state of a fit apart from its arrays, as stored in checkpoints."""
 
     epoch: int = 0
     best_loss: float = math.inf
     best_score: float = -math.inf
     stale: int = 0
-    finished: str = ""  # why it has stopped
+    finished: str = ""  # the stopping criterion that was met
     loss: list[float] = field(default_factory=list)
     lr: list[float] = field(default_factory=list)
     score: list[float] = field(default_factory=list)
@@ -98,7 +98,7 @@ class Progress:
         return {"epoch": self.epoch} | {name: getattr(self, name)[-1] for name in _COLUMNS if getattr(self, name)}
 
 
-_MADE = ("_gathered", "_spare", "_threads", "_weights", "_grads")  # not pickled, made anew
+_NOT_PICKLED = ("_gathered", "_spare", "_threads", "_weights", "_grads")  # created again by _revive
 
 
 class Fit:
@@ -110,7 +110,7 @@ class Fit:
         self.last_lr = math.nan
         self.mean: Array | None = None  # EMA or average of the parameters
         self.averaged = 0
-        self.interrupted = False  # Ctrl-C has ended the last run
+        self.interrupted = False  # Ctrl-C ended the last run
         self.progress = Progress()
         self._revive()
 
@@ -121,7 +121,7 @@ class Fit:
         self._weights, self._grads = (flat[: self.net.n_weights] for flat in (self.net.params, self.net.grads))
 
     def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k not in _MADE}
+        return {k: v for k, v in self.__dict__.items() if k not in _NOT_PICKLED}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -129,7 +129,7 @@ class Fit:
 
     @property
     def in_force(self) -> Array:
-        """The parameters that predict."""
+        """The parameters used for predictions: the averaged ones if there are any."""
         return self.net.params if self.mean is None else self.mean
 
     # ---- one epoch
@@ -140,7 +140,7 @@ class Fit:
         key = (name, len(index))
         if key not in self._gathered:
             self._gathered[key] = np.empty((len(index), *source.shape[1:]), source.dtype)
-        # Without "clip" NumPy would gather into another array first.
+        # Without mode="clip" NumPy would write to a temporary array first.
         return source.take(index, axis=0, out=self._gathered[key], mode="clip")
 
     def _batches(self, data: Data, order: Array | None, size: int) -> Iterator[Data]:
@@ -160,7 +160,7 @@ class Fit:
                 )
 
     def _one_step(self, task: Task, batch: Data) -> tuple[float, float]:
-        """The batch's loss with penalties, and its weight."""
+        """One step on a batch. Returns its loss with penalties, and its weight."""
         net, n = self.net, batch.x.shape[0]
         weight = float(n) if batch.weight is None else float(batch.weight.sum(dtype=np.float64))
         if weight <= 0:
@@ -207,7 +207,7 @@ class Fit:
         return self._spare
 
     def _follow(self, task: Task) -> None:
-        if task.ema_decay is not None:  # the mean's first steps are short, so that it forgets where it began
+        if task.ema_decay is not None:  # less decay at first, so that the average forgets the initial weights
             part = 1 - min(task.ema_decay, self.step / (self.step + 9))
         elif self.step < task.average:
             return
@@ -224,7 +224,7 @@ class Fit:
 
     def _epoch(self, task: Task, data: Data, order: Array | None) -> float:
         total = weights = 0.0
-        with np.errstate(all="ignore"):  # a loss that is not finite has a message of its own
+        with np.errstate(all="ignore"):  # a loss that is not finite raises an error below
             for batch in self._batches(data, order, task.batch_size):
                 loss, weight = self._one_step(task, batch)
                 total += loss * weight
@@ -236,7 +236,7 @@ class Fit:
     # ---- the loop
 
     def run(self, task: Task, data: Data, split: Split | None = None, once: bool = False) -> None:
-        """Epochs until a rule stops them; ``once``: exactly one. ``split`` is kept in checkpoints."""
+        """Runs epochs until a stopping criterion is met, or one if ``once``. ``split`` is stored in checkpoints."""
         with blas_threads(self.net.widths, min(task.batch_size, data.x.shape[0])):
             self._run(task, data, split, once)
 
@@ -260,7 +260,7 @@ class Fit:
                 p.loss.append(self._epoch(task, data, order))
                 p.epoch += 1
                 self.samples += n
-                best = self._judge(task, best)
+                best = self._check_stop(task, best)
                 self.rate.count(self.samples + 1)
                 if before is not None and task.tol_params is not None and not p.finished:
                     moved = float(np.linalg.norm(self.net.params - before))
@@ -275,7 +275,7 @@ class Fit:
                     p.finished = "callback"
                 if task.checkpoint is not None:
                     self._save(task, order, best, split)
-                self._tell(task, bar)
+                self._report(task, bar)
                 if once:
                     break
         except KeyboardInterrupt:
@@ -286,7 +286,7 @@ class Fit:
                 bar.close()
         if (
             not once and not self.interrupted and not p.finished and p.epoch >= task.max_iter and task.tol > -math.inf
-        ):  # it was told to converge
+        ):  # tol was given
             warnings.warn(
                 f"Stochastic Optimizer: Maximum iterations ({task.max_iter}) reached and the optimization hasn't "
                 "converged yet.",
@@ -296,8 +296,8 @@ class Fit:
         if best is not None and task.restore_best:
             self._put(best)
 
-    def _judge(self, task: Task, best: Array | None) -> Array | None:
-        """Counts epochs without a better one; keeps the best parameters; says when to stop."""
+    def _check_stop(self, task: Task, best: Array | None) -> Array | None:
+        """Counts epochs without improvement; sets ``finished`` after too many. Returns the best parameters."""
         p = self.progress
         if task.score is not None:
             score = task.score(*self.net.folded(self.in_force))
@@ -375,9 +375,9 @@ class Fit:
         self.mean = arrays.get("followed")
         return arrays.get("order", order), arrays.get("best")
 
-    # ---- telling
+    # ---- reporting
 
-    def _tell(self, task: Task, bar: Any) -> None:
+    def _report(self, task: Task, bar: Any) -> None:
         p = self.progress
         if task.verbose:
             print(f"Iteration {p.epoch}, loss = {p.loss[-1]:.8f}")
@@ -391,7 +391,7 @@ class Fit:
 
 
 def earlier_split(task: Task) -> Split | None:
-    """How the fit of this checkpoint has split its rows, where there is one."""
+    """The split of the rows stored in the checkpoint, or None without a checkpoint or split."""
     found = None if task.checkpoint is None else _checkpoint.load(task.checkpoint, task.mark, task.details)
     return None if found is None or "train" not in found[1] else (found[1]["train"], found[1]["held_out"])
 
@@ -402,6 +402,6 @@ def _bar(task: Task) -> Any:
     try:
         tqdm = importlib.import_module("tqdm").tqdm
     except ImportError:
-        warnings.warn("progress: tqdm is not installed; pip install tqdm", stacklevel=2)
+        warnings.warn("progress: needs tqdm: pip install tqdm", stacklevel=2)
         return None
     return tqdm(total=task.max_iter, unit="epoch", file=sys.stderr, dynamic_ncols=True)

@@ -1,4 +1,4 @@
-"""LinearClassifier and LinearRegressor: arguments of scikit-learn's SGD estimators, a network without hidden layers."""
+"""LinearClassifier and LinearRegressor: scikit-learn's SGD estimators as networks without hidden layers."""
 
 from __future__ import annotations
 
@@ -22,39 +22,41 @@ from ._network import ACTIVATIONS, Array, predict
 
 
 class LinearClassifier(ClassifierMixin, Linear):
-    r"""Linear model of classes by gradient descent: logistic regression, linear support vector machine, perceptron.
+    r"""Linear classifier trained by gradient descent: logistic regression, linear support vector machine, perceptron.
 
     .. math::
         \min_{w, b} \frac{1}{\sum_i s_i} \sum_i s_i \, \ell(y_i, w \cdot x_i + b)
             + \alpha \left( (1 - \rho) / 2 \, ||w||_2^2 + \rho ||w||_1 \right), \qquad y_i = \pm 1
 
-    Several classes are one against the rest, as in ``sklearn.linear_model.SGDClassifier``, whose arguments, defaults
-    and attributes these are. It steps by mini-batches of ``batch_size`` rows with momentum, not by single rows.
+    Arguments, defaults and attributes are those of ``sklearn.linear_model.SGDClassifier``. With more than two classes
+    each one is separated from the rest. A step uses a mini-batch of ``batch_size`` rows and momentum, not a single row.
 
     Args:
         loss: ``"hinge"`` (support vector machine), ``"log_loss"`` (logistic regression), ``"squared_hinge"``,
             ``"modified_huber"`` or ``"perceptron"``.
-        learning_rate: ``"optimal"``: 1 / (alpha (t0 + step)); ``"constant"``, ``"invscaling"``, ``"adaptive"`` begin
-            with ``eta0``; or a schedule, any function of the step from 0. ``"optimal"`` and ``"invscaling"`` begin no
-            higher than the data's curvature bears.
-        solver: any rule of fusedopt by name, or a function of the parameters that makes an optimizer. With ``"sgd"``
-            the L1 penalty is a soft threshold after the step, so that weights become zero; else its subgradient.
+        learning_rate: ``"optimal"``: 1 / (alpha (t0 + step)); ``"constant"``, ``"invscaling"`` or ``"adaptive"``, which
+            start at ``eta0``; or a schedule, any function of the step, counted from 0. The initial rates of
+            ``"optimal"`` and ``"invscaling"`` are limited by the curvature of the loss on the data.
+        solver: the name of any rule of fusedopt, or a function of the parameters that returns an optimizer. ``"sgd"``
+            applies the L1 penalty by soft thresholding after the step, which sets weights to exactly zero; other
+            solvers use its subgradient.
         batch_size: from 1 to ``"full"``, which is plain gradient descent; ``"auto"`` is at most 200.
-        momentum, nesterovs_momentum: of SGD.
-        n_iter_no_change: epochs without a better loss that stop the fit; with momentum at least 10 / (1 - momentum)
-            steps.
-        l1: an L1 penalty beside that of ``penalty``, >= 0.
-        n_jobs: accepted and not used: all classes are fitted together.
+        momentum, nesterovs_momentum: for SGD.
+        n_iter_no_change: the fit stops after this many epochs without improvement; with momentum not before
+            10 / (1 - momentum) steps without improvement.
+        l1: strength of an L1 penalty in addition to ``penalty``, >= 0.
+        n_jobs: accepted and ignored: all classes are fitted together.
 
-        The rest as in SGDClassifier, or (``max_grad_norm, ema_decay, augment, tol_params, restore_best, checkpoint,
-        progress``) as in :class:`MLPClassifier`. X may be a CSR matrix.
+        ``max_grad_norm, ema_decay, augment, tol_params, restore_best, checkpoint, progress`` are those of
+        :class:`MLPClassifier`, all others those of SGDClassifier. X may be a CSR matrix.
 
     Attributes:
-        coef_: (1, features), or (classes, features) if there are more than two.
+        coef_: (1, features) for two classes, else (classes, features).
         intercept_, classes_, n_iter_, loss_, history_: as in SGDClassifier and :class:`MLPClassifier`.
 
     Raises:
-        ValueError: a setting out of its range; NaN in the data; a single class; a loss that is not finite.
+        ValueError: a setting is out of its range; the data contain NaN; there is only one class; the loss is not
+            finite.
 
     Example:
         >>> from sklearn.datasets import load_breast_cancer
@@ -163,7 +165,7 @@ class LinearClassifier(ClassifierMixin, Linear):
         self._check_settings()
         first = not hasattr(self, "coef_") or (not self.warm_start and not incremental)
         X, y = validate_data(self, X, y, accept_sparse=["csr"], dtype=FLOATS, order="C", reset=first)
-        X = self._as_before(X, first)
+        X = self._in_fit_dtype(X, first)
         check_classification_targets(y)
         weight = self._weights(sample_weight, X)
         found = unique_labels(y)
@@ -171,13 +173,13 @@ class LinearClassifier(ClassifierMixin, Linear):
             if len(found) < 2:
                 raise ValueError(f"y: expected at least two classes, got one class only: {found.tolist()}")
             if self.warm_start and hasattr(self, "coef_") and not np.array_equal(found, self.classes_):
-                raise ValueError(f"warm_start: expected the classes of the fit before, {self.classes_}, got {found}")
+                raise ValueError(f"warm_start: expected the classes of the previous fit, {self.classes_}, got {found}")
             self.classes_ = found
         elif len(np.setdiff1d(found, self.classes_)):
-            raise ValueError(f"y: expected classes of the first call, {self.classes_}, got {found}")
+            raise ValueError(f"y: expected the classes of the first call, {self.classes_}, got {found}")
         index = np.searchsorted(self.classes_, y)
         if incremental and self.class_weight == "balanced":
-            raise ValueError("class_weight='balanced' needs all rows: for partial_fit give a dict of weights")
+            raise ValueError("class_weight='balanced' needs all rows: pass a dict of weights for partial_fit")
         if self.class_weight is not None:
             by_class = compute_class_weight(self.class_weight, classes=self.classes_, y=y).astype(X.dtype)[index]
             weight = by_class if weight is None else weight * by_class
@@ -187,7 +189,7 @@ class LinearClassifier(ClassifierMixin, Linear):
         return self
 
     def _sides(self, index: Array, dtype: Any) -> Array:
-        """A column for each class against the rest, or one for two classes; as the loss wants them."""
+        """One column of targets per class against the rest, or one column for two classes, as the loss expects them."""
         low = 0 if self.loss == "log_loss" else -1
         many = len(self.classes_) > 2
         sides = index[:, None] == (np.arange(len(self.classes_)) if many else np.array([1]))
@@ -214,15 +216,15 @@ class LinearClassifier(ClassifierMixin, Linear):
 
         Args:
             X, y, coef_init, intercept_init, sample_weight: as in SGDClassifier.
-            validation_data: ``(X, y)`` or ``(X, y, sample_weight)``, whose score is in ``history_["score"]``; with
-                ``early_stopping`` it takes the place of the held-out part.
-            callbacks: functions that are told a dict after every epoch (``epoch, loss, lr, score, ...``); one that
-                returns True ends the fit.
+            validation_data: ``(X, y)`` or ``(X, y, sample_weight)``. Its score is recorded in ``history_["score"]``;
+                ``early_stopping`` uses it instead of held-out rows.
+            callbacks: functions called after every epoch with a dict (``epoch, loss, lr, score, ...``); the fit ends
+                when one returns True.
         """
         return self._fit(X, y, sample_weight, False, coef_init, intercept_init, validation_data, callbacks)
 
     def partial_fit(self, X: Any, y: Any, classes: Any = None, sample_weight: Any = None) -> LinearClassifier:
-        """One epoch over these rows; the first call needs all ``classes``."""
+        """Trains one epoch on these rows. The first call needs ``classes``, all of them."""
         if not hasattr(self, "classes_"):
             if classes is None:
                 raise ValueError("classes must be passed on the first call to partial_fit.")
@@ -242,7 +244,7 @@ class LinearClassifier(ClassifierMixin, Linear):
         return float(accuracy_score(truth, guess, sample_weight=data.weight))
 
     def decision_function(self, X: Any) -> Array:
-        """Signed confidences: (n,) for the second of two classes, else (n, classes)."""
+        """Decision values: shape (n,) for the second of two classes, else (n, classes)."""
         raw = self._raw(X)
         return raw.ravel() if raw.shape[1] == 1 else raw
 
@@ -260,7 +262,7 @@ class LinearClassifier(ClassifierMixin, Linear):
 
     @available_if(lambda est: est._has_probabilities())
     def predict_proba(self, X: Any) -> Array:
-        """Probabilities, a column for each of ``classes_``; those of several classes are normalised to add up to 1."""
+        """Probabilities, with one column per entry of ``classes_``; for several classes normalised to sum to 1."""
         raw = self._raw(X)
         if self.loss == "modified_huber":
             raw = (np.clip(raw, -1, 1) + 1) / 2
@@ -279,20 +281,20 @@ class LinearClassifier(ClassifierMixin, Linear):
 
 
 class LinearRegressor(RegressorMixin, Linear):
-    r"""Linear regression by gradient descent, with squared, Huber's or epsilon-insensitive loss.
+    r"""Linear regression by gradient descent, with squared, Huber or epsilon-insensitive loss.
 
     .. math::
         \min_{w, b} \frac{1}{\sum_i s_i} \sum_i s_i \, \ell(y_i, w \cdot x_i + b)
             + \alpha \left( (1 - \rho) / 2 \, ||w||_2^2 + \rho ||w||_1 \right)
 
-    Arguments, defaults and attributes of ``sklearn.linear_model.SGDRegressor``; it steps by mini-batches with momentum.
-    With several targets, y of shape (n, outputs), ``coef_`` is (outputs, features).
+    Arguments, defaults and attributes are those of ``sklearn.linear_model.SGDRegressor``. A step uses a mini-batch and
+    momentum, not a single row. With several targets, y of shape (n, outputs), ``coef_`` is (outputs, features).
 
     Args:
         loss: ``"squared_error"`` (half of it), ``"huber"``, ``"epsilon_insensitive"`` (support vector regression) or
             ``"squared_epsilon_insensitive"``; ``epsilon`` is the parameter of all but the first.
 
-        The rest as in :class:`LinearClassifier`.
+        Other arguments are those of :class:`LinearClassifier`.
 
     Example:
         >>> import numpy as np
@@ -400,7 +402,7 @@ class LinearRegressor(RegressorMixin, Linear):
         X, y = validate_data(
             self, X, y, accept_sparse=["csr"], dtype=FLOATS, order="C", y_numeric=True, multi_output=True, reset=first
         )
-        X = self._as_before(X, first)
+        X = self._in_fit_dtype(X, first)
         if y.ndim == 2 and y.shape[1] == 1:
             y = column_or_1d(y, warn=True)
         weight = self._weights(sample_weight, X)
@@ -431,7 +433,7 @@ class LinearRegressor(RegressorMixin, Linear):
         return self._fit(X, y, sample_weight, False, coef_init, intercept_init, validation_data, callbacks)
 
     def partial_fit(self, X: Any, y: Any, sample_weight: Any = None) -> LinearRegressor:
-        """One epoch over these rows."""
+        """Trains one epoch on these rows."""
         return self._fit(X, y, sample_weight, True)
 
     def _score_of(self, data: Data, weights: Any, biases: Any) -> float:

@@ -1,4 +1,4 @@
-"""What LinearClassifier and LinearRegressor share: settings, penalties, the first rate, the fit."""
+"""Base class of LinearClassifier and LinearRegressor: settings, penalties, initial learning rate, fit."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ._fit import Data, Fit, Task
 from ._network import Array, LossFunction, Network, element_loss, predict
 from ._rates import Rate, first_optimal_rate, highest_rate
 
-_SMALL, _LARGE = 0.5, 100.0  # of the largest feature: what standardised, one-hot and [0, 1] features never leave
+_SMALL, _LARGE = 0.5, 100.0  # for the largest absolute value; standardised, one-hot and [0, 1] features are within
 
 
 class Linear(Estimator):
@@ -37,7 +37,7 @@ class Linear(Estimator):
         if not isinstance(s.average, bool):
             check_number("average", s.average, NOT_NEGATIVE, integer=True)
         if s.average and s.ema_decay is not None:
-            raise ValueError("average and ema_decay: expected one of them at the most")
+            raise ValueError("average and ema_decay: expected at most one of them")
         if s.learning_rate == "optimal" and s.solver != "lbfgs" and not s.alpha > 0:
             raise ValueError("alpha must be > 0 since learning_rate is 'optimal'. alpha is used to compute the rate.")
         if s.solver == "lbfgs":
@@ -47,7 +47,7 @@ class Linear(Estimator):
 
     def _fewest_steps(self) -> float:
         s: Any = self
-        # With momentum the loss of full batches swings on its way down: a few swings are no end.
+        # With momentum and full batches the loss oscillates as it decreases: that must not stop the fit.
         return 10 / (1 - float(s.momentum)) if s.solver == "sgd" and 0 < s.momentum < 1 else 0.0
 
     def _loss(self) -> LossFunction:
@@ -55,7 +55,7 @@ class Linear(Estimator):
         return element_loss(self._LOSSES[s.loss], float(s.epsilon))
 
     def _penalties(self) -> tuple[float, float]:
-        """l1 and l2 strengths."""
+        """The strengths of the L1 and L2 penalties."""
         s: Any = self
         part = {"l1": 1.0, "l2": 0.0, "elasticnet": float(s.l1_ratio), None: 0.0}[s.penalty]
         alpha = float(s.alpha) if s.penalty is not None else 0.0
@@ -71,7 +71,7 @@ class Linear(Estimator):
         return min(first, highest_rate(s.loss, mean))
 
     def _warn_of_scale(self, x: Any) -> None:
-        """The default rates are for features of about unit size; others take many more epochs than there are."""
+        """Warns of features far from unit scale, on which the default rates need many more epochs than max_iter."""
         s: Any = self
         if not isinstance(x, np.ndarray) or s.solver != "sgd" or s.learning_rate not in ("optimal", "invscaling"):
             return
@@ -80,7 +80,7 @@ class Linear(Estimator):
         if len(sizes) and (sizes.max() > _LARGE or sizes.max() < _SMALL):
             warnings.warn(
                 f"the features' largest absolute values are between {sizes.min():.3g} and {sizes.max():.3g}: gradient "
-                "descent at the default rate is slow on them. Scale them to unit variance "
+                "descent at the default rate converges slowly. Scale them to unit variance "
                 "(sklearn.preprocessing.StandardScaler), or use solver='lbfgs'",
                 stacklevel=5,
             )
@@ -96,7 +96,7 @@ class Linear(Estimator):
     ) -> None:
         s: Any = self
         if incremental and s.solver == "lbfgs":
-            raise ValueError("solver='lbfgs' works on all rows at once: partial_fit needs another solver")
+            raise ValueError("solver='lbfgs' needs all rows at once: use another solver with partial_fit")
         old: Fit | None = getattr(self, "_fitted", None) if incremental or s.warm_start else None
         widths = [data.x.shape[1], data.y.shape[1]]
         if old is None and not incremental:
@@ -129,7 +129,7 @@ class Linear(Estimator):
                 fit.progress, fit.step, fit.samples = old.progress, old.step, old.samples
         fit.progress.epoch, fit.progress.finished, fit.progress.stale = 0, "", 0
         l1, l2 = self._penalties()
-        # A lasting gradient moves a weight by rate / (1 - momentum) times it.
+        # With momentum a constant gradient moves a weight by rate / (1 - momentum) times the gradient per step.
         proximal = 1 / (1 - float(s.momentum)) if s.solver == "sgd" and s.momentum < 1 else 0.0
         task = Task(self._loss(), l1=l1, l2=l2, proximal=proximal, average=int(s.average))
         self._learn(fit, task, data, self._score_of, once=incremental, stratify=stratify, watch=watch)

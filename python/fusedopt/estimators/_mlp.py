@@ -1,4 +1,4 @@
-"""MLPClassifier and MLPRegressor: scikit-learn's arguments and attributes over the fused network."""
+"""MLPClassifier and MLPRegressor: networks with scikit-learn's arguments and attributes, trained by the fused step."""
 
 from __future__ import annotations
 
@@ -24,45 +24,46 @@ from ._network import ACTIVATIONS, Array, element_loss, predict, softmax_loss
 
 
 class MLPClassifier(ClassifierMixin, MLP):
-    r"""Multi-layer perceptron for classes, minimising the cross-entropy. scikit-learn's, fitted by the fused step.
+    r"""Multi-layer perceptron classifier; drop-in replacement for scikit-learn's, trained by the fused step.
 
     .. math::
         h_0 = x, \qquad h_k = f(h_{k-1} W_k + b_k), \qquad p = \operatorname{softmax}(h_{K-1} W_K + b_K)
 
     The loss of a batch of n rows is the mean cross-entropy plus :math:`\frac{1}{n}(\alpha / 2 \, ||W||_2^2 +
-    l_1 ||W||_1)`. Two classes, and several labels at once, have logistic outputs.
+    l_1 ||W||_1)`. Binary and multilabel targets use logistic outputs.
 
-    Arguments, defaults and attributes of ``sklearn.neural_network.MLPClassifier``, and beyond them:
+    Arguments, defaults and attributes are those of ``sklearn.neural_network.MLPClassifier``, with these additions:
 
     Args:
         activation: also ``"gelu"``.
-        solver: also any rule of fusedopt by name (``"adamw"``, ``"lion"``, ...), with its own defaults beside
-            ``learning_rate_init``, ``momentum`` (SGD), ``beta_1, beta_2, epsilon`` (Adam's family); or a function of
-            the parameters that makes an optimizer: ``lambda params: fusedopt.Lion(params, lr=1e-4)``.
+        solver: also the name of any rule of fusedopt (``"adamw"``, ``"lion"``, ...), or a function of the parameters
+            that returns an optimizer: ``lambda params: fusedopt.Lion(params, lr=1e-4)``. A rule has its own defaults
+            except for ``learning_rate_init``, ``momentum`` (SGD) and ``beta_1, beta_2, epsilon`` (Adam's family).
         batch_size: from 1 to ``"full"``.
-        learning_rate: also a schedule, any function of the step from 0; it replaces ``learning_rate_init``. One with
-            ``observe`` is told the loss of every epoch. scikit-learn's words are about ``solver="sgd"``, as there.
+        learning_rate: also a schedule, any function of the step, counted from 0; it replaces ``learning_rate_init``. A
+            schedule with ``observe`` receives the loss of every epoch. As in scikit-learn, the strings apply only to
+            ``solver="sgd"``.
         class_weight: a dict, ``"balanced"`` or None, as in other classifiers.
         l1: strength of the L1 penalty, >= 0.
-        dropout: probability in [0, 1) with which an output of a hidden layer is left out while training.
+        dropout: probability in [0, 1) of dropping an output of a hidden layer during training.
         batch_norm: normalise every hidden layer over the batch; folded into ``coefs_`` and ``intercepts_``.
-        max_grad_norm: clip the gradient to this norm, inside the step.
-        ema_decay: predict by an exponential moving average of the parameters, with this decay in [0, 1).
-        augment: a function of a batch, or of a batch and a ``RandomState``, that returns it changed; see
+        max_grad_norm: clip the gradient to this norm, within the step.
+        ema_decay: predict with an exponential moving average of the parameters; its decay, in [0, 1).
+        augment: a function of a batch, or of a batch and a ``RandomState``, that returns the augmented batch; see
             :class:`Shift`, :class:`Flip`, :class:`Rotate`, :class:`Noise`.
-        tol_params: stop when an epoch has moved the parameters by no more than this part of their norm.
-        restore_best: with ``early_stopping``, end with the parameters of the best score.
-        checkpoint: a path; after every epoch the fit is saved there, and a fit of the same settings and data goes on
-            from it, to the same bits as without the interruption.
-        progress: show a bar, by tqdm.
+        tol_params: stop when an epoch changes the parameters by at most this fraction of their norm.
+        restore_best: with ``early_stopping``, restore the parameters of the best score at the end.
+        checkpoint: path of a checkpoint, written after every epoch. A fit with the same settings and data resumes from
+            it, with the same bits as an uninterrupted fit.
+        progress: show a tqdm progress bar.
 
     Attributes:
-        history_: arrays with an entry for every epoch: ``loss, lr, seconds``, and ``score, grad_norm`` where there
-            are such.
+        history_: name -> array with one entry per epoch: ``loss, lr, seconds``; ``score`` and ``grad_norm`` if they
+            are computed.
 
     Raises:
-        ValueError: a setting out of its range; NaN in the data; a single class; a loss that is not finite; a checkpoint
-            that is damaged or belongs to another fit.
+        ValueError: a setting is out of its range; the data contain NaN; there is only one class; the loss is not
+            finite; the checkpoint is damaged or belongs to another fit.
 
     Example:
         >>> from sklearn.datasets import load_digits
@@ -152,7 +153,7 @@ class MLPClassifier(ClassifierMixin, MLP):
         return tags
 
     def _encode(self, y: Any, incremental: bool) -> None:
-        """Sets or checks ``classes_`` and how they are coded."""
+        """Sets or checks ``classes_`` and the label encoder."""
         if not hasattr(self, "classes_") or (not self.warm_start and not incremental):
             self._binarizer = LabelBinarizer().fit(y)
             self.classes_ = self._binarizer.classes_
@@ -182,7 +183,7 @@ class MLPClassifier(ClassifierMixin, MLP):
         self._check_settings()
         first = not hasattr(self, "coefs_") or (not self.warm_start and not incremental)
         X, y = validate_data(self, X, y, accept_sparse=["csr"], multi_output=True, dtype=FLOATS, order="C", reset=first)
-        X = self._as_before(X, first)
+        X = self._in_fit_dtype(X, first)
         if y.ndim == 2 and y.shape[1] == 1:
             y = column_or_1d(y, warn=True)
         check_classification_targets(y)
@@ -199,13 +200,13 @@ class MLPClassifier(ClassifierMixin, MLP):
         else:
             loss, outputs = element_loss("binary_cross_entropy"), coded.shape[1]
         watch = self._watch(validation_data, callbacks, self._encoded_validation, X.dtype)
-        stratify = coded if outputs == 1 else None  # as scikit-learn does it
-        # The reported loss is, as in scikit-learn, summed over outputs.
+        stratify = coded if outputs == 1 else None  # as in scikit-learn
+        # As in scikit-learn, the reported loss is summed over outputs.
         self._learn_network(X, coded, weight, loss, outputs, 1, incremental, stratify, watch)
         return self
 
     def _coded(self, y: Any, X: Any) -> Array:
-        """Labels for the softmax; else a column of 0 and 1 for each output."""
+        """Integer labels for the softmax, or one column of 0 and 1 per output."""
         if self._binarizer.y_type_ == "multiclass":
             return np.asarray(np.searchsorted(self.classes_, y), np.int64)
         dense = self._binarizer.transform(y)
@@ -224,16 +225,16 @@ class MLPClassifier(ClassifierMixin, MLP):
 
         Args:
             X, y, sample_weight: as in scikit-learn's.
-            validation_data: ``(X, y)`` or ``(X, y, sample_weight)``, whose score is in ``history_["score"]``; with
-                ``early_stopping`` it takes the place of the held-out part.
-            callbacks: functions that are told a dict after every epoch (``epoch, loss, lr, score, ...``); one that
-                returns True ends the fit.
+            validation_data: ``(X, y)`` or ``(X, y, sample_weight)``. Its score is recorded in ``history_["score"]``;
+                ``early_stopping`` uses it instead of held-out rows.
+            callbacks: functions called after every epoch with a dict (``epoch, loss, lr, score, ...``); the fit ends
+                when one returns True.
         """
         return self._fit(X, y, sample_weight, False, validation_data, callbacks)
 
     @available_if(lambda est: est._partial())
     def partial_fit(self, X: Any, y: Any, classes: Any = None, sample_weight: Any = None) -> MLPClassifier:
-        """One epoch over these rows; the first call needs all ``classes``."""
+        """Trains one epoch on these rows. The first call needs ``classes``, all of them."""
         if not hasattr(self, "classes_"):
             if classes is None:
                 raise ValueError("classes must be passed on the first call to partial_fit.")
@@ -255,7 +256,7 @@ class MLPClassifier(ClassifierMixin, MLP):
         return float(accuracy_score(data.y.astype(int), guess, sample_weight=data.weight))
 
     def predict(self, X: Any) -> Array:
-        """The most probable class of every row; for several labels, a row of 0 and 1."""
+        """The most probable class of every row; for multilabel targets, rows of 0 and 1."""
         raw = self._raw(X)
         if self.out_activation_ == "softmax":
             classes: Array = self.classes_[raw.argmax(1)]
@@ -264,7 +265,7 @@ class MLPClassifier(ClassifierMixin, MLP):
         return out
 
     def predict_proba(self, X: Any) -> Array:
-        """Probabilities, a column for each of ``classes_``."""
+        """Probabilities, with one column per entry of ``classes_``."""
         raw = self._raw(X)
         if self.out_activation_ == "softmax":
             return np.asarray(softmax(raw, axis=1))
@@ -278,14 +279,14 @@ class MLPClassifier(ClassifierMixin, MLP):
 
 
 class MLPRegressor(RegressorMixin, MLP):
-    r"""Multi-layer perceptron for numbers, minimising half the squared error. scikit-learn's, fitted by the fused step.
+    r"""Multi-layer perceptron regressor; drop-in replacement for scikit-learn's, trained by the fused step.
 
     .. math::
         h_0 = x, \qquad h_k = f(h_{k-1} W_k + b_k), \qquad \hat y = h_{K-1} W_K + b_K
 
-    Arguments, defaults and attributes of ``sklearn.neural_network.MLPRegressor``; ``loss`` may also be any of
-    ``"absolute_error"``, ``"huber"`` (with ``delta``) and ``"epsilon_insensitive"`` (with ``delta`` as its epsilon).
-    What is beyond, what is raised: see :class:`MLPClassifier`.
+    Arguments, defaults and attributes are those of ``sklearn.neural_network.MLPRegressor``, with the additions and
+    exceptions of :class:`MLPClassifier`. The default loss is half the squared error; ``loss`` may also be
+    ``"absolute_error"``, ``"huber"`` (with ``delta``) or ``"epsilon_insensitive"`` (with ``delta`` as its epsilon).
 
     Example:
         >>> import numpy as np
@@ -396,7 +397,7 @@ class MLPRegressor(RegressorMixin, MLP):
         X, y = validate_data(
             self, X, y, accept_sparse=["csr"], multi_output=True, y_numeric=True, dtype=FLOATS, order="C", reset=first
         )
-        X = self._as_before(X, first)
+        X = self._in_fit_dtype(X, first)
         if y.ndim == 2 and y.shape[1] == 1:
             y = column_or_1d(y, warn=True)
         weight = self._weights(sample_weight, X)
@@ -421,7 +422,7 @@ class MLPRegressor(RegressorMixin, MLP):
 
     @available_if(lambda est: est._partial())
     def partial_fit(self, X: Any, y: Any, sample_weight: Any = None) -> MLPRegressor:
-        """One epoch over these rows."""
+        """Trains one epoch on these rows."""
         return self._fit(X, y, sample_weight, incremental=True)
 
     def _values(self, raw: Array) -> Array:

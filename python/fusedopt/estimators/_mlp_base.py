@@ -1,4 +1,4 @@
-"""What MLPClassifier and MLPRegressor share: settings, the network, its fit, scipy's L-BFGS."""
+"""Base class of MLPClassifier and MLPRegressor: settings, the network, its fit, scipy's L-BFGS."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ._rates import Rate
 
 
 class MLP(Estimator):
-    _extra_patience = 1  # scikit-learn stops only once *more* epochs than n_iter_no_change were no better
+    _extra_patience = 1  # scikit-learn stops after *more* than n_iter_no_change epochs without improvement
 
     def _adam(self) -> tuple[tuple[float, float], float]:
         s: Any = self
@@ -60,7 +60,7 @@ class MLP(Estimator):
         old: Fit | None = getattr(self, "_fitted", None) if incremental or s.warm_start else None
         widths = [x.shape[1], *self._hidden(), outputs]
         if old is not None and old.net.widths != widths:
-            raise ValueError(f"warm_start: expected layers of {old.net.widths} as in the fit before, got {widths}")
+            raise ValueError(f"warm_start: expected layers of {old.net.widths} as in the previous fit, got {widths}")
         if old is None or not incremental:
             random = check_random_state(s.random_state)
             if old is None:
@@ -70,7 +70,7 @@ class MLP(Estimator):
                 net = old.net
             words = isinstance(s.learning_rate, str) and s.solver != "sgd" and not callable(s.solver)
             rate = Rate(
-                "constant" if words else s.learning_rate,  # scikit-learn's words are about SGD
+                "constant" if words else s.learning_rate,  # as in scikit-learn, the strings apply to SGD only
                 float(s.learning_rate_init),
                 float(s.power_t),
                 follows_solver=callable(s.solver),

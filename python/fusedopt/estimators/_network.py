@@ -1,7 +1,7 @@
-"""A fully connected network over one flat vector of parameters: forward, backward, and the buffers they reuse.
+"""A fully connected network whose parameters are one flat vector: forward, backward, and reusable buffers.
 
-The products are NumPy's BLAS; all between them is cpp/network/layers.h and losses.h. A linear model is a network
-without hidden layers. Nothing here knows scikit-learn, and nothing is allocated per step.
+Matrix products are NumPy's BLAS; everything else is in cpp/network/layers.h and losses.h. A linear model is a network
+without hidden layers. This file is independent of scikit-learn, and a step allocates nothing.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ from ..config import get_num_threads
 Array = NDArray[Any]
 ACTIVATIONS = {"identity": 0, "relu": 1, "tanh": 2, "logistic": 3, "gelu": 4}
 BATCH_NORM_EPS = 1e-5
-BATCH_NORM_MOMENTUM = 0.1  # of the running statistics, as in torch
+BATCH_NORM_MOMENTUM = 0.1  # for the running statistics, as in torch
 _LOSSES: dict[str, int] = _core.element_losses()
 
-# Matrix products of fewer multiply-adds than this run on one BLAS thread. On an idle machine of two cores one thread
-# is as fast as two up to here; where a core is busy the threads wait for each other, and one is 4 to 5 times faster.
+# Matrix products of fewer multiply-adds than this run on one BLAS thread. Up to this size one thread is as fast as two
+# on two idle cores, and 4 to 5 times faster if a core is busy, since BLAS threads wait for each other.
 SMALL_PRODUCT = 100_000_000
 
-# (output, targets, weights, where the gradient goes, scale) -> the sum of the rows' losses
+# (output, targets, weights, array for the gradient, scale) -> sum of the rows' losses
 LossFunction = Callable[[Array, Array, Array | None, Array, float], float]
 
 
 def element_loss(name: str, parameter: float = 0.0) -> LossFunction:
-    """A loss of single elements, by its name in fusedopt.losses."""
+    """The elementwise loss with this name in fusedopt.losses."""
     index, threads = _LOSSES[name], get_num_threads()
 
     def run(output: Array, target: Array, weight: Array | None, gradient: Array, scale: float) -> float:
@@ -44,7 +44,7 @@ def element_loss(name: str, parameter: float = 0.0) -> LossFunction:
 
 
 def softmax_loss() -> LossFunction:
-    """Cross-entropy from logits; the targets are integer labels."""
+    """Softmax cross-entropy from logits, with integer labels as targets."""
     threads = get_num_threads()
 
     def run(output: Array, target: Array, weight: Array | None, gradient: Array, scale: float) -> float:
@@ -54,7 +54,7 @@ def softmax_loss() -> LossFunction:
 
 
 def blas_threads(widths: Sequence[int], rows: int) -> contextlib.AbstractContextManager[Any]:
-    """A context in which the products of a network run on one BLAS thread, if all of them are small."""
+    """A context in which BLAS uses one thread, if all matrix products of the network are small."""
     if rows * max(i * o for i, o in pairwise(widths)) >= SMALL_PRODUCT:
         return contextlib.nullcontext()
     return _controller().limit(limits=1, user_api="blas")  # type: ignore[no-any-return]
@@ -66,7 +66,7 @@ def _controller() -> ThreadpoolController:
 
 
 class _Buffers:
-    """The arrays of a batch of so many rows: views of those of the largest one."""
+    """The arrays for a batch of a given number of rows: views of those for the largest batch."""
 
     def __init__(self, owner: Network, rows: int, whole: _Buffers | None) -> None:
         def make(k: int, kind: str) -> Array:
@@ -77,7 +77,7 @@ class _Buffers:
 
         layers = range(len(owner.widths) - 1)
         hidden = layers[:-1]
-        self.z = [make(k, "z") for k in layers]  # x W; then + b; the activation's output unless it wants its input
+        self.z = [make(k, "z") for k in layers]  # x W + b, or the activation's output unless backward needs its input
         separate = owner.activation == ACTIVATIONS["gelu"] or owner.batch_norm
         self.a = [make(k, "a") if separate and k in hidden else self.z[k] for k in layers]
         self.normal = [make(k, "normal") for k in hidden] if owner.batch_norm else []
@@ -86,9 +86,9 @@ class _Buffers:
 
 
 class Network:
-    """Weights W_k and intercepts b_k of every layer as views of one vector, and their gradients of another.
+    """A network: weights W_k and intercepts b_k are views of one vector, their gradients views of another.
 
-    With ``batch_norm`` the intercepts of hidden layers are the normalisation's shifts, and there is a gain for each.
+    With ``batch_norm`` the intercepts of hidden layers are the shifts of the normalisation, and each has a gain.
     """
 
     def __init__(
@@ -131,7 +131,7 @@ class Network:
         self._attach()
 
     def split(self, flat: Array) -> tuple[list[Array], list[Array], list[Array]]:
-        """Weights, intercepts and gains as views of a vector of parameters."""
+        """Weights, intercepts and gains as views of a parameter vector."""
         at, out = 0, []
         hidden = self.widths[1:-1] if self.batch_norm else []
         for shapes in (self.shapes, [(w,) for w in self.widths[1:]], [(w,) for w in hidden]):
@@ -144,7 +144,7 @@ class Network:
         return out[0], out[1], out[2]
 
     def initialize(self, random: np.random.RandomState) -> None:
-        """Uniform weights and intercepts by fan-in and fan-out (Glorot, Bengio 2010), drawn as scikit-learn does."""
+        """Initialises weights and intercepts uniformly (Glorot, Bengio 2010), with scikit-learn's random numbers."""
         factor = 2.0 if self.activation == ACTIVATIONS["logistic"] else 6.0
         for k, (i, o) in enumerate(self.shapes):
             bound = np.sqrt(factor / (i + o))
@@ -160,7 +160,7 @@ class Network:
                 self._buffers = {rows: _Buffers(self, rows, None)}
             else:
                 whole = self._buffers[largest]
-                if len(self._buffers) > 4:  # partial_fit with batches of every size
+                if len(self._buffers) > 4:  # partial_fit with batches of many sizes
                     self._buffers = {largest: whole}
                 self._buffers[rows] = _Buffers(self, rows, whole)
         return self._buffers[rows]
@@ -168,7 +168,7 @@ class Network:
     def loss_and_gradient(
         self, x: Any, y: Array, weight: Array | None, loss: LossFunction, scale: float, seed: int = 0, step: int = 0
     ) -> float:
-        """The sum of the rows' losses; ``grads`` receives the gradient of ``scale`` times it."""
+        """Returns the sum of the rows' losses; ``grads`` receives its gradient times ``scale``."""
         b, threads = self._of(x.shape[0]), get_num_threads()
         last = len(self.weights) - 1
         dense = isinstance(x, np.ndarray)
@@ -226,7 +226,7 @@ class Network:
         return value
 
     def _run_along(self, k: int, rows: int) -> None:
-        """Running mean and (unbiased) variance follow those of the batch."""
+        """Updates the running mean and (unbiased) variance with those of the batch."""
         part = self._batch
         for running, now, factor in (
             (self.means[k], part[0][k], 1.0),
@@ -236,7 +236,7 @@ class Network:
             running += BATCH_NORM_MOMENTUM * factor * now
 
     def folded(self, params: Array) -> tuple[list[Array], list[Array]]:
-        """Weights and intercepts that predict: copies, batch normalisation put into them by its running statistics."""
+        """Copies of weights and intercepts for predictions, with batch normalisation (running statistics) folded in."""
         weights, biases, gains = self.split(params)
         weights, biases = [w.copy() for w in weights], [b.copy() for b in biases]
         for w, b, gain, mean, variance in zip(weights, biases, gains, self.means, self.variances, strict=False):
@@ -247,7 +247,7 @@ class Network:
 
 
 def predict(x: Any, weights: Sequence[Array], biases: Sequence[Array], activation: str, block: int = 8192) -> Array:
-    """The output layer's linear part for every row."""
+    """The output of the last layer, without its activation, for every row."""
     n, threads, last = x.shape[0], get_num_threads(), len(weights) - 1
     dtype = weights[0].dtype
     out = np.empty((n, weights[-1].shape[1]), dtype)

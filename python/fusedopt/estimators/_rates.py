@@ -1,4 +1,4 @@
-"""What a fit steps by: the optimizer that ``solver`` names, and the learning rate of every step."""
+"""The optimizer that ``solver`` selects, and the learning rate of every step."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .. import numpy as numpy_front
 from ..numpy import Optimizer
 from ..rules import RULES
 
-_SMALLEST_ADAPTIVE = 1e-6  # where scikit-learn's adaptive rate ends
+_SMALLEST_ADAPTIVE = 1e-6  # lower bound, as in scikit-learn
 _BY_LOWER = {name.lower(): name for name in RULES}
 
 
@@ -28,13 +28,13 @@ def make_optimizer(
     eps: float,
     max_grad_norm: float | None,
 ) -> Optimizer:
-    """The optimizer over ``params``; ``solver`` is a rule's name or a function of the parameters that makes one."""
+    """The optimizer over ``params``; ``solver`` is the name of a rule or a function that returns an optimizer."""
     if callable(solver):
         opt = solver(params)
         if not isinstance(opt, Optimizer):
             raise TypeError(f"solver: expected a function that returns an optimizer of fusedopt, got {opt!r:.80}")
         if len(opt.state) != 1 or opt.param_groups[0]["params"][0] is not params:
-            raise ValueError("solver: expected an optimizer over the array it was given")
+            raise ValueError("solver: expected an optimizer over exactly the array passed to the function")
         if max_grad_norm is not None:
             opt.max_grad_norm = max_grad_norm
         return opt
@@ -49,17 +49,17 @@ def make_optimizer(
 
 
 def solver_names() -> tuple[str, ...]:
-    """The words that ``solver`` may be."""
+    """The names that ``solver`` accepts."""
     return tuple(_BY_LOWER)
 
 
 class Rate:
-    """The learning rate: one of scikit-learn's words, or a schedule, that is any function of the step from 0.
+    """The learning rate: one of scikit-learn's strings, or a schedule, any function of the step, counted from 0.
 
-    ``invscaling`` divides the first rate by a power of the steps (``per_step``, as in SGDRegressor), or of the samples
-    of all epochs so far (as in MLPClassifier); ``optimal`` is 1 / (alpha (t0 + step)); ``adaptive`` divides by 5 when
-    the fit no longer gets better. A schedule with ``observe``
-    is told the training loss of every epoch, or the validation score where its ``mode`` is ``"max"``.
+    ``invscaling`` divides the initial rate by a power of the number of steps (``per_step``, as in SGDRegressor) or of
+    samples so far (as in MLPClassifier). ``optimal`` is 1 / (alpha (t0 + step)). ``adaptive`` divides the rate by 5
+    when the fit stops improving. A schedule with ``observe`` receives the training loss of every epoch, or the
+    validation score if its ``mode`` is ``"max"``.
     """
 
     def __init__(
@@ -75,10 +75,10 @@ class Rate:
         self.how = copy.deepcopy(how) if callable(how) else how
         self.current = first
         self.first, self.power_t, self.alpha, self.per_step = first, power_t, alpha, per_step
-        self._keep = follows_solver and how == "constant"  # an optimizer from a function has a rate of its own
+        self._keep = follows_solver and how == "constant"  # an optimizer returned by a function keeps its own rate
 
     def apply(self, opt: Optimizer, step: int) -> float:
-        """Sets the rate of this step."""
+        """Sets the optimizer's learning rate for this step, and returns it."""
         if self._keep:
             own = opt.param_groups[0]["lr"]
             return float(own(step)) if callable(own) else float(own)
@@ -95,33 +95,33 @@ class Rate:
         return lr
 
     def count(self, samples: int) -> None:
-        """An epoch is over."""
+        """Called after each epoch; ``samples`` is one more than the number of samples so far."""
         if self.how == "invscaling":
             self.current = self.first / float(samples) ** self.power_t
 
     def observe(self, loss: float, score: float | None) -> None:
-        """Tells a schedule that listens what the epoch gave."""
+        """Passes the loss or score of an epoch to a schedule that has ``observe``."""
         observe: Callable[[float], None] | None = getattr(self.how, "observe", None)
         if observe is not None:
             highest = getattr(self.how, "mode", "min") == "max"
             if highest and score is None:
-                raise ValueError("learning_rate: mode='max' listens to the validation score: set early_stopping=True")
+                raise ValueError("learning_rate: mode='max' needs the validation score: set early_stopping=True")
             observe(score if highest and score is not None else loss)
 
     def no_better(self) -> bool:
-        """The fit has stopped getting better: False if a lower rate was set, and it may go on."""
+        """Called when the fit stops improving. Returns False, to continue, if it lowered an adaptive rate."""
         if self.how != "adaptive" or self.current <= _SMALLEST_ADAPTIVE:
             return True
         self.current /= 5.0
         return False
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint keeps."""
+        """The state to store in a checkpoint."""
         inner = self.how.state_dict() if hasattr(self.how, "state_dict") else {}
         return {"current": self.current, "schedule": inner}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes over what :meth:`state_dict` gave."""
+        """Loads the state from :meth:`state_dict`."""
         self.current = float(state["current"])
         if state["schedule"]:
             self.how.load_state_dict(state["schedule"])
@@ -131,12 +131,12 @@ _CURVATURE = {"log_loss": 0.25, "squared_hinge": 2.0, "modified_huber": 2.0, "sq
 
 
 def highest_rate(loss: str, mean_square: float) -> float:
-    """What full batches of rows of this mean squared length bear: 1 / L, with L no less than the loss's curvature."""
+    """The largest stable rate for full batches, 1 / L; L bounds the curvature for rows of this mean squared norm."""
     return float(1.0 / (_CURVATURE.get(loss, 1.0) * max(mean_square, np.finfo(np.float64).tiny)))
 
 
 def first_optimal_rate(loss: str, alpha: float) -> float:
-    """Where ``optimal`` starts: Bottou's heuristic, as in scikit-learn."""
+    """The initial rate of ``optimal``: Bottou's heuristic, as in scikit-learn."""
     typical = math.sqrt(1.0 / math.sqrt(alpha))
     slope = {"log_loss": 1.0 / (math.exp(-typical) + 1.0), "squared_hinge": 2 * (1 + typical)}.get(loss, 1.0)
     if loss == "modified_huber":
