@@ -186,7 +186,7 @@ def main() -> int:
     fused = sum(bool(FUSED.search(line)) for body in found.values() for line in body)
     divided = sum(line.startswith(("div.rn", "sqrt.rn")) for body in found.values() for line in body)
     if not fused or not divided:
-        wrong.append("no fma, division or root was found: the code is not read right")
+        wrong.append("no fma, division or root was found: the code was not parsed correctly")
     for text in plain:
         for name, body in kernels(text).items():
             wrong += [f"{name}: fused by the compiler: {line}" for line in body if FUSED.search(line)]

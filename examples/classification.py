@@ -48,10 +48,10 @@ def main() -> None:
         curves[name] = (y_test, score)
         print(
             f"{name:>20}: AUC {roc_auc_score(y_test, score):.4f}, F1 {f1_score(y_test, predicted):.4f}, "
-            f"{accuracy_score(y_test, predicted):.2%} of {len(y_test)} right"
+            f"{accuracy_score(y_test, predicted):.2%} of {len(y_test)} correct"
         )
         plots.confusion_matrix(y_test, predicted, args.output / f"{name.replace(' ', '-').lower()}.png", title=name)
-    plots.roc(curves, args.output / "classification-roc.png", title="Breast cancer, held-out part")
+    plots.roc(curves, args.output / "classification-roc.png", title="Breast cancer, test rows")
 
 
 if __name__ == "__main__":

@@ -47,7 +47,7 @@ def train(epochs: int, output: Path) -> None:
         history = trainer.history
         print(
             f"{os.environ['WORLD_SIZE']} processes, {trainer.step} steps of 2 x {BATCH} rows: "
-            f"loss {history['loss'][-1]:.4f}, {history['val_accuracy'][-1]:.2%} of the test digits right"
+            f"loss {history['loss'][-1]:.4f}, {history['val_accuracy'][-1]:.2%} of the test digits correct"
         )
         plots.history(history, output / "data-parallel.png", title="Two processes, one network")
     # Both processes must hold the same weights.

@@ -46,7 +46,7 @@ class Run:
 
 
 def data() -> tuple[Array, np.ndarray[Any, Any], Array, np.ndarray[Any, Any]]:
-    """Pixels in [0, 1]; 80% training rows, 20% test rows."""
+    """Pixels in [0, 1]; 80% of the rows for training, 20% for testing."""
     x, y = load_digits(return_X_y=True)
     x_train, x_test, y_train, y_test = train_test_split(
         (x / 16).astype(np.float32), y, test_size=0.2, random_state=SEED, stratify=y
@@ -165,7 +165,7 @@ def compare(runs: list[Run], epochs: int) -> None:
         means = [statistics.fmean(run.losses[epoch * per_epoch : (epoch + 1) * per_epoch]) for run in runs]
         print(f"{epoch + 1:5}  " + "  ".join(f"{mean:30.7f}" for mean in means))
     rows: dict[str, Callable[[Run], str]] = {
-        "test": lambda run: f"{run.accuracy:.2%} right",
+        "test": lambda run: f"{run.accuracy:.2%} correct",
         "step": lambda run: f"{statistics.median(run.steps) * 1e6:.0f} us",
         "run": lambda run: f"{run.seconds:.2f} s",
     }

@@ -47,7 +47,7 @@ def main() -> None:
         search.fit(x_train, y_train)
     best = {name.removeprefix("mlpclassifier__"): value for name, value in search.best_params_.items()}
     print(f"best of {len(search.cv_results_['params'])}: {best}")
-    print(f"{search.best_score_:.2%} right in cross-validation, {search.score(x_test, y_test):.2%} on the test part")
+    print(f"{search.best_score_:.2%} accuracy in cross-validation, {search.score(x_test, y_test):.2%} on test rows")
 
     def mean(solver: str, rate: float) -> float:
         """The score with the best width."""
@@ -59,7 +59,7 @@ def main() -> None:
         )
 
     table = np.array([[mean(solver, rate) for rate in rates] for solver in solvers])
-    names, title = [f"{rate:g}" for rate in rates], "Right in cross-validation, by optimizer and learning rate"
+    names, title = [f"{rate:g}" for rate in rates], "Cross-validation accuracy, by optimizer and learning rate"
     plots.grid(table, solvers, names, args.output / "grid-search.png", title=title, xlabel="learning rate")
 
 

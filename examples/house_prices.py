@@ -28,7 +28,7 @@ SEED = 0
 def houses(rows: int) -> tuple[np.ndarray, np.ndarray]:
     """Area (m2, lognormal about 110) and age (years, 0 to 100), and the price in thousands.
 
-    The price is 40 + 2.8 area - 1.1 age, times lognormal noise of 8%: linear but for the noise.
+    The price is 40 + 2.8 area - 1.1 age, times lognormal noise of 8%: linear except for the noise.
     """
     rng = np.random.default_rng(SEED)
     area, age = 110 * np.exp(0.35 * rng.standard_normal(rows)), rng.uniform(0, 100, rows)
@@ -48,7 +48,7 @@ def main() -> None:
     x_train, x_test, y_train, y_test = train_test_split(x, y, test_size=0.2, random_state=SEED)
     histories = {}
     for name, prepare, lr in (
-        ("as they are", FunctionTransformer(), 1e-4),  # a larger rate diverges
+        ("unscaled", FunctionTransformer(), 1e-4),  # a larger rate diverges
         ("scaled", StandardScaler(), 0.3),
     ):
         # One batch of all training rows: plain gradient descent, so that only the scale matters.
@@ -63,8 +63,8 @@ def main() -> None:
         predicted = model.predict(x_test)
         histories[f"{name}, lr {lr:g}"] = model.regressor_[-1].history_
         r2, error = r2_score(y_test, predicted), mean_absolute_error(y_test, predicted)
-        print(f"{name:>12}, lr {lr:g}: R2 {r2:.4f}, off by {error:.1f} thousand on average")
-    title = "House prices by gradient descent: features as they are, and scaled"
+        print(f"{name:>12}, lr {lr:g}: R2 {r2:.4f}, mean absolute error {error:.1f} thousand")
+    title = "House prices by gradient descent: unscaled and scaled features"
     plots.compare(histories, "loss", args.output / "house-prices-losses.png", title=title)
     plots.predictions(y_test, predicted, args.output / "house-prices.png", title="House prices in thousands")
 

@@ -25,7 +25,7 @@ def data() -> tuple[np.ndarray, np.ndarray]:
 
 
 def train(batch: int, epochs: int, lr: float) -> tuple[np.ndarray, list[float]]:
-    """Slope and intercept, and the loss on all rows above its minimum after each epoch."""
+    """Slope and intercept; after each epoch, the loss on all rows minus its minimum."""
     x, y = data()
     line, losses = np.zeros(2), []
     least = half_mse(np.polyval(np.polyfit(x, y, 1), x), y)[0]
@@ -52,17 +52,17 @@ def main() -> None:
 
     x, y = data()
     slope, intercept = np.polyfit(x, y, 1)
-    print(f"{'least squares, by algebra':>35}: y = {slope:.4f} x + {intercept:.4f}")
+    print(f"{'least squares, closed form':>35}: y = {slope:.4f} x + {intercept:.4f}")
     histories, line = {}, np.zeros(2)
     for name, batch, lr in (
-        ("gradient descent, all rows a step", ROWS, 1.0),
-        ("stochastic, 1 row a step", 1, 0.1),
+        ("gradient descent, all rows per step", ROWS, 1.0),
+        ("stochastic, 1 row per step", 1, 0.1),
         ("mini-batches of 32 rows", 32, 0.5),
     ):
         line, losses = train(batch, epochs, lr)
         histories[name] = {"loss": losses}
-        print(f"{name:>35}: y = {line[0]:.4f} x + {line[1]:.4f}, {losses[-1]:.1e} above the least loss")
-    title, what = "y = 3x + 2, by gradient descent in three sizes of batch", "loss above the least there is,"
+        print(f"{name:>35}: y = {line[0]:.4f} x + {line[1]:.4f}, loss {losses[-1]:.1e} above the minimum")
+    title, what = "y = 3x + 2, by gradient descent with three batch sizes", "loss above the minimum,"
     plots.compare(histories, "loss", args.output / "linear-regression-losses.png", title=title, ylabel=what)
     plots.fit(x, y, lambda grid: line[0] * grid + line[1], args.output / "linear-regression-fit.png")
 

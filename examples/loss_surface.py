@@ -54,7 +54,7 @@ def main() -> None:
             path.append(w.copy())
         paths[name] = path
         print(f"{name:>20}: after {steps} steps at ({w[0]:.3f}, {w[1]:.3f}), loss {beale(*w):.2e}")
-    title, picture = "Down Beale's function", args.output / "loss-surface.png"
+    title, picture = "Minimising Beale's function", args.output / "loss-surface.png"
     plots.surface(beale, paths, picture, xlim=(-0.5, 4.2), ylim=(-1.4, 1.4), minimum=(3, 0.5), title=title)
 
 

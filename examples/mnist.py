@@ -47,10 +47,10 @@ def main() -> None:
     shape = "-".join(map(str, [x_train.shape[1], 10, len(model.classes_)]))
     print(
         f"{shape} on {args.data or 'digits'}: {len(x_train)} rows, {model.n_iter_} epochs, loss {model.loss_:.4f}, "
-        f"{accuracy_score(y_test, predicted):.2%} of {len(x_test)} right"
+        f"{accuracy_score(y_test, predicted):.2%} of {len(x_test)} correct"
     )
     plots.history(model.history_, args.output / "mnist-history.png", title=f"A softmax network, {shape}")
-    plots.confusion_matrix(y_test, predicted, args.output / "mnist-confusion.png", title="Which digit for which")
+    plots.confusion_matrix(y_test, predicted, args.output / "mnist-confusion.png", title="Confusion of digits")
 
 
 if __name__ == "__main__":

@@ -63,12 +63,10 @@ def main() -> None:
                 ).fit(x_train, y_train)
                 right += [model.score(x_test, y_test)] * (n - len(right))
         histories[name] = {"score": right}
-        print(
-            f"{name:>20}: {model.score(x_train, y_train):.1%} of the training part right, {right[-1]:.1%} of the test"
-        )
+        print(f"{name:>20}: {model.score(x_train, y_train):.1%} training accuracy, {right[-1]:.1%} test accuracy")
     title = "150 digits, a fifth with wrong labels, a network of 512 units"
     picture = args.output / "overfitting.png"
-    plots.compare(histories, "score", picture, title=title, ylabel="part of the test digits right", log=False)
+    plots.compare(histories, "score", picture, title=title, ylabel="test accuracy", log=False)
 
 
 if __name__ == "__main__":

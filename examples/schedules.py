@@ -52,9 +52,9 @@ def main() -> None:
         histories[name] = model.history_
         print(
             f"{name:>26}: lr {model.history_['lr'][0]:.4f} to {model.history_['lr'][-1]:.6f}, "
-            f"loss {model.loss_:.4f}, {model.score(x_test, y_test):.2%} of the test digits right"
+            f"loss {model.loss_:.4f}, {model.score(x_test, y_test):.2%} of the test digits correct"
         )
-    plots.compare(histories, "loss", args.output / "schedules-losses.png", title="Schedules: what they bring")
+    plots.compare(histories, "loss", args.output / "schedules-losses.png", title="Schedules compared")
     rates = args.output / "schedules.png"
     plots.compare(histories, "lr", rates, title="Schedules", ylabel="learning rate", log=False)
 

@@ -57,7 +57,7 @@ def main() -> None:
     for name, make in makers.items():
         losses, accuracy = train(make, epochs)
         histories[name] = {"loss": losses}
-        print(f"{name:>26}: loss {losses[-1]:.4f} after {epochs} epochs, {accuracy:.1%} of the test points right")
+        print(f"{name:>26}: loss {losses[-1]:.4f} after {epochs} epochs, {accuracy:.1%} of the test points correct")
     plots.compare(histories, "loss", args.output / "torch-optimizers.png", title="Two moons, a network of two layers")
 
 

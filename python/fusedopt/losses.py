@@ -9,7 +9,7 @@ Every loss takes predictions and targets of the same shape and dtype, float64 or
 * ``out``: C-contiguous array of the predictions' shape and dtype that receives the gradient.
 
 Raises ``TypeError`` for a wrong type or dtype, ``ValueError`` for a wrong shape or a target or option out of its range.
-The message names the argument; nothing has been written. Inputs may have any strides and are never written. Results
+The message names the argument, and nothing has been written. Inputs may have any strides and are never written. Results
 are bit-identical for every instruction set and number of threads.
 """
 
@@ -263,7 +263,7 @@ def binary_cross_entropy(
         prediction: logits :math:`p`; large values do not overflow.
         target: probabilities :math:`y \in [0, 1]`.
         pos_weight: multiplies the first term: a number >= 0, or an array that broadcasts to the target's shape, such as
-            one number for each column. As in torch it does not change what a mean is divided by.
+            one number per column. As in torch it does not change the divisor of a mean.
         sample_weight, reduction, out: as in :func:`mse`.
     """
     if pos_weight is not None:
@@ -274,9 +274,9 @@ def binary_cross_entropy(
 def _weighted_binary_cross_entropy(
     prediction: Any, target: Any, pos_weight: Any, weight: Any, reduction: str, out: Any
 ) -> tuple[Value, Array]:
-    """The same loss with other weights and targets: a y f + (1 - y) g = w (t f + (1 - t) g).
+    """Expresses ``pos_weight`` a by weights w and targets t: a y f + (1 - y) g = w (t f + (1 - t) g).
 
-    Here w = a y + 1 - y and t = a y / w.
+    Here f and g are the two terms of the loss, w = a y + 1 - y and t = a y / w.
     """
     p, y = _contiguous(prediction, "prediction"), _contiguous(target, "target")
     if y.size and not (y.min() >= 0 and y.max() <= 1):
@@ -389,7 +389,7 @@ def softmax_cross_entropy(
         labels: integers in [0, C) of shape (n,) or (n, ...), or distributions :math:`y` of the logits' shape and dtype.
         label_smoothing: :math:`\epsilon \in [0, 1]`, the share of each target spread over all classes.
         class_weight: :math:`w`, of shape (C,).
-        ignore_index: rows with this label count for nothing, neither in the loss nor in what a mean is divided by.
+        ignore_index: rows with this label contribute neither to the loss nor to the divisor of a mean.
         sample_weight: of shape (n,), or (n, ...) of sequences.
         reduction, out: see the module. As in torch, the mean is over rows, and with integer labels a row's weight is
             that of its class.
@@ -428,10 +428,10 @@ def softmax_cross_entropy(
             raise ValueError("ignore_index: expected labels that are integers, got distributions")
         if integers.shape == (n,) and (ignored := integers == ignore_index).any():
             if reduction == "mean" and ignored.all():
-                raise ValueError(f"labels: all are {ignore_index}, which ignore_index leaves out: no mean")
+                raise ValueError(f"labels: all are ignore_index, {ignore_index}: the mean is undefined")
             integers = np.where(ignored, 0, integers)
             w = np.ones(n, x.dtype) if w is None else w
-            w = np.where(ignored, x.dtype.type(0), w) if w.shape == (n,) else w  # else the kernel has a message
+            w = np.where(ignored, x.dtype.type(0), w) if w.shape == (n,) else w  # else the kernel raises the error
             if not np.isfinite(x[ignored]).all():  # zero times NaN is NaN
                 x = np.where(ignored[:, None], x.dtype.type(0), x)
     total = None
@@ -450,7 +450,7 @@ def softmax_cross_entropy(
 
 
 def _of_sequences(x: Array, logits: Any, labels: Any, out: Any, weight: Any, **options: Any) -> tuple[Value, Array]:
-    """Sequences as rows: all axes but the last are one."""
+    """Computes the loss of sequences as one of rows: all axes but the last are flattened."""
     if not isinstance(labels, np.ndarray):
         raise TypeError(f"labels: expected a NumPy array of integers or of distributions, got {type(labels).__name__}")
     expected = x.shape[:-1] if labels.dtype.kind in "iu" else x.shape

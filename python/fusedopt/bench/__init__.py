@@ -2,7 +2,7 @@
 
 Needs ``pip install '.[bench]'`` in a checkout.
 
-``python -m fusedopt bench`` runs it; from Python::
+Run it with ``python -m fusedopt bench``, or from Python::
 
     from fusedopt.bench import LARGE, render, run_suites
     print(render(run_suites(["rules"], LARGE)))

@@ -143,7 +143,7 @@ def _bucket(grads: list[torch.Tensor]) -> list[torch.Tensor]:
 
 
 def _works(contender: Contender, name: str) -> bool:
-    """Calls the step once, to find out before timing whether it exists on a GPU. Ours must not fall back to torch's."""
+    """Calls the step once before timing, to check that it exists on a GPU. Ours must not fall back to torch's."""
     from fusedopt.torch import FallbackWarning
 
     with warnings.catch_warnings():

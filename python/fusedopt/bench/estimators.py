@@ -124,7 +124,7 @@ def _logistic(name: str) -> Contender:
         import warnings
 
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # ConvergenceWarning: all epochs are used on purpose
+            warnings.simplefilter("ignore")  # ConvergenceWarning: the number of epochs is fixed on purpose
             model.fit(x[train], y[train])
 
     return Contender(step, note=lambda: f"test accuracy {model.score(x[test], y[test]):.2%}")

@@ -1,7 +1,7 @@
 """The suite ``gpu``: cases, clock, and a description of the GPU. torch is imported on first use; no timing here.
 
 The cases can be listed on any machine. They run if torch finds a GPU and fusedopt was built with CUDA.
-``main`` runs each case in a process of its own and rewrites the results' file after each: ``make bench-gpu``.
+``main`` (``make bench-gpu``) runs each case in its own process and rewrites the results file after each.
 """
 
 from __future__ import annotations
@@ -90,8 +90,8 @@ def fitting(n: int, others: Iterable[str] = PEERS.values()) -> int:
     import torch
 
     contenders = 1 + len(TORCH) + sum(importlib.util.find_spec(module) is not None for module in others)
-    # Each has parameter, gradient and two states. Add the initial data, the ceiling's two tensors, and the temporaries
-    # of torch's foreach step.
+    # Each contender has parameter, gradient and two states. Add the initial data, the ceiling's two tensors, and the
+    # temporaries of torch's foreach step.
     each = 4 * (4 * contenders + 2 + 2 + 2)
     free = torch.cuda.mem_get_info()[0]
     while n > 1 and n * each > 0.95 * free:
@@ -137,7 +137,7 @@ def captured(step: Callable[[], object]) -> Callable[[], object]:
 
 
 def let_go() -> None:
-    """Releases unused memory, also torch's cache, to the device."""
+    """Releases unused memory, including torch's cache, to the device."""
     import torch
 
     gc.collect()
@@ -178,7 +178,7 @@ def labels(large: int = LARGE) -> list[str]:
 
 
 def each(wanted: Sequence[str], to: Path, *options: str, limit: float = 300.0) -> dict[str, str]:
-    """Runs every case in a process of its own. The file is rewritten after each; returns what went wrong, by case."""
+    """Runs every case in its own process and rewrites the file after each. Returns case -> error."""
     to.parent.mkdir(parents=True, exist_ok=True)
     data: dict[str, Any] = {"machine": None, "results": [], "failed": {}}
     for label in wanted:
@@ -200,10 +200,10 @@ def each(wanted: Sequence[str], to: Path, *options: str, limit: float = 300.0) -
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Other options are those of ``fusedopt bench``."""
+    """Runs the suite. Options not listed here are passed to ``fusedopt bench``."""
     parser = argparse.ArgumentParser(prog="bench-gpu", allow_abbrev=False)
     parser.add_argument("--json", type=Path, required=True, metavar="FILE", help="rewritten after each case")
-    parser.add_argument("--case", default="", metavar="TEXT", help="only the cases whose name has this text in it")
+    parser.add_argument("--case", default="", metavar="TEXT", help="only the cases whose names contain this text")
     args, options = parser.parse_known_args(argv)
     if why := missing():
         print(f"skipped gpu: {why}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""A baseline, not part of the library: the fastest in-place NumPy that we could write.
+"""A baseline, not part of the library: the fastest in-place NumPy code we know.
 
 One preallocated scratch array, every ufunc with ``out``, no temporaries. Constants are 0-d arrays of the same dtype,
 since a Python float costs a conversion per call. Adam's bias correction is folded into eps and the step size, which

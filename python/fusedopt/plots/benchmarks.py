@@ -36,7 +36,7 @@ def _labels(axes: Axes, results: Sequence[Result]) -> None:
 def speedups(
     results: Sequence[Result], path: PathLike | None = None, *, title: str = "One step, against PyTorch"
 ) -> Figure:
-    """Bars of the contenders' times over fusedopt's, on a logarithmic axis; right of 1, fusedopt is faster."""
+    """Bar chart of the contenders' times relative to fusedopt's, on a log axis; right of 1, fusedopt is faster."""
     rows = [r for r in results if len(_others(r)) > 0]
     others = list(dict.fromkeys(n for r in rows for n in _others(r)))
     figure, axes = canvas(
@@ -70,7 +70,7 @@ def speedups(
 
 
 def bandwidth(results: Sequence[Result], path: PathLike | None = None) -> Figure:
-    """GB/s of fusedopt as bars, of the other contenders as dots, and of the ceiling as lines."""
+    """GB/s: bars for fusedopt, dots for the other contenders, lines for the ceiling."""
     rows = [r for r in results if r.bandwidth() is not None]
     figure, axes = canvas(
         "Share of the memory bandwidth",
@@ -102,7 +102,7 @@ def bandwidth(results: Sequence[Result], path: PathLike | None = None) -> Figure
 
 def sizes(results: Sequence[Result], path: PathLike | None = None) -> Figure:
     """Time per parameter by number of parameters, one line per format."""
-    figure, axes = canvas("Adam from the first cache to main memory", 9, "ns per parameter, fusedopt")
+    figure, axes = canvas("Adam from the L1 cache to main memory", 9, "ns per parameter, fusedopt")
     for form in dict.fromkeys(str(r.case.format) for r in results):
         line = [
             (r.case.elements, (r.seconds() or 0.0) / r.case.elements * 1e9)

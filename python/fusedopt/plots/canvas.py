@@ -50,9 +50,9 @@ def finish(figure: Figure, path: PathLike | None) -> Figure:
 
 
 def legend(figure: Figure, columns: int = 4) -> None:
-    """The legend of all axes, below the plot, in as many columns as the longest name lets fit."""
+    """Draws one legend of all axes below the plot, in as many columns as fit."""
     names = [name for axes in figure.axes for name in axes.get_legend_handles_labels()[1]]
-    inches = 0.55 + 0.075 * max(map(len, names), default=0)  # a line and a name of 9 points
+    inches = 0.55 + 0.075 * max(map(len, names), default=0)  # a line sample and a name at 9 points
     fit = max(1, min(columns, int(figure.get_figwidth() / inches)))
     figure.legend(frameon=False, loc="outside lower left", ncols=fit, fontsize=9)
 
@@ -63,11 +63,11 @@ def line_style(i: int) -> dict[str, Any]:
 
 
 _DASHES = ("-", (0, (5, 2)), (0, (1, 1.5)))
-SCATTER = 20_000  # beyond so many points a plot shows their density
+SCATTER = 20_000  # above this number of points a plot shows their density
 
 
 def density(axes: Axes, x: Any, y: Any) -> None:
-    """Points too many to tell apart, as the logarithm of how many there are."""
+    """Draws many points as a density: the logarithm of their number per cell."""
     from matplotlib.colors import LinearSegmentedColormap
 
     shades = LinearSegmentedColormap.from_list("density", ["#d9ece6", OURS, INK])

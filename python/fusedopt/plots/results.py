@@ -33,7 +33,7 @@ def fit(
     predict: Callable[[np.ndarray[Any, Any]], Any],
     path: PathLike | None = None,
     *,
-    title: str = "The fit against the data",
+    title: str = "Fit and data",
     xlabel: str = "x",
     ylabel: str = "y",
 ) -> Figure:
@@ -122,7 +122,7 @@ def confusion_matrix(
         cmap=_shades(), text_kw={"fontsize": 9 if n <= 20 else 7},
     )  # fmt: skip
     if n > 20:
-        for text in axes.texts:  # zeros are what hides the rest
+        for text in axes.texts:  # zeros would hide the rest
             text.set_visible(text.get_text() != "0")
     if n > 60:
         every = -(-n // 30)
@@ -175,7 +175,7 @@ def grid(
     table = np.asarray(values, float)
     figure = sheet(title, 1.8 + 0.55 * len(rows), 2.6 + 1.1 * len(columns))
     axes = plain(figure.add_subplot())
-    least, most = np.nanquantile(table, 0.25), np.nanmax(table)  # the best differ by little: show them apart
+    least, most = np.nanquantile(table, 0.25), np.nanmax(table)  # the best values differ little
     axes.imshow(table, cmap=_shades(), aspect="auto", vmin=least, vmax=most)
     middle = (least + most) / 2
     for (i, j), value in np.ndenumerate(table):

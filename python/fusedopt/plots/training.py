@@ -162,7 +162,7 @@ def surface(
         minimum: a point to mark.
         title: title of the plot.
     """
-    figure, axes = canvas(title, 9, "contours of the loss, logarithmic; a dot where each path begins")
+    figure, axes = canvas(title, 9, "contours of the loss, logarithmic; a dot marks the start of each path")
     x, y = np.meshgrid(np.linspace(*xlim, 300), np.linspace(*ylim, 300))
     z = np.asarray(function(x, y), float)
     heights = np.log10(z - z.min() + 1e-3 * (z.max() - z.min()))
