@@ -47,8 +47,8 @@ class LinearClassifier(ClassifierMixin, Linear):
         l1: strength of an L1 penalty in addition to ``penalty``, >= 0.
         n_jobs: accepted and ignored: all classes are fitted together.
 
-        ``max_grad_norm, ema_decay, augment, tol_params, restore_best, checkpoint, progress`` are those of
-        :class:`MLPClassifier`, all others those of SGDClassifier. X may be a CSR matrix.
+    ``max_grad_norm, ema_decay, augment, tol_params, restore_best, checkpoint, progress`` are those of
+    :class:`MLPClassifier`, all other arguments those of SGDClassifier. X may be a CSR matrix.
 
     Attributes:
         coef_: (1, features) for two classes, else (classes, features).
@@ -294,7 +294,7 @@ class LinearRegressor(RegressorMixin, Linear):
         loss: ``"squared_error"`` (half of it), ``"huber"``, ``"epsilon_insensitive"`` (support vector regression) or
             ``"squared_epsilon_insensitive"``; ``epsilon`` is the parameter of all but the first.
 
-        Other arguments are those of :class:`LinearClassifier`.
+    Other arguments are those of :class:`LinearClassifier`.
 
     Example:
         >>> import numpy as np
