@@ -1,8 +1,9 @@
-"""Lists which loops of cpp/cpu/sweep.h the compiler vectorises, by rule and formats: ``make vectorized``.
+"""Lists which loops of cpp/cpu/sweep.h, by rule and formats, and of cpp/cpu/interpret.cpp, by instruction, the compiler
+vectorises: ``make vectorized``.
 
-Compiles cpp/cpu/cpu.cpp for one instruction set with the flags of CMakeLists.txt and reads GCC's vectoriser dump. Exits
-1 where a loop is missed. Needs g++ (``CXX``), or the cross compiler aarch64-linux-gnu-g++ for ``--target aarch64``;
-clang has no such dump.
+Compiles for one instruction set with the flags of CMakeLists.txt and reads GCC's vectoriser dump. Exits 1 where a loop
+is missed. Needs g++ (``CXX``), or the cross compiler aarch64-linux-gnu-g++ for ``--target aarch64``; clang has no such
+dump.
 """
 
 from __future__ import annotations
@@ -27,15 +28,15 @@ ISAS = {
 }
 
 
-def dump(isa: str, target: str) -> str:
-    """GCC's vectoriser dump."""
+def dump(isa: str, unit: str, target: str) -> str:
+    """GCC's vectoriser dump of a unit in cpp/cpu."""
     compiler = [f"{target}-linux-gnu-g++"] if target else shlex.split(os.environ.get("CXX", "g++"))
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "dump"
         flags = shlex.split(
             f"{FLAGS} {ISAS[isa]} -I{CPP} -DFUSEDOPT_ISA={isa} -DFUSEDOPT_VERSION=0 -fdump-tree-vect-optimized={path}"
         )
-        subprocess.run([*compiler, *flags, "-c", str(CPP / "cpu" / "cpu.cpp"), "-o", os.devnull], check=True)
+        subprocess.run([*compiler, *flags, "-c", str(CPP / "cpu" / unit), "-o", os.devnull], check=True)
         return path.read_text()
 
 
@@ -88,21 +89,37 @@ def loops(text: str) -> Iterator[tuple[str, int]]:
     yield from found.items()
 
 
+def instructions(text: str) -> Iterator[tuple[str, int]]:
+    """(instruction, bytes of a vector or 0) of every loop of the interpreter; one that has two is missed unless both
+    are vectorised."""
+    for part in text.split("\n;; Function ")[1:]:
+        head, _, body = part.partition("\n")
+        if m := re.match(r"fusedopt::\{anonymous\}::(\w+)Loop<(\d+), (\w+)>::run", head):
+            sizes = re.findall(r"interpret\.cpp:(\d+):.*optimized: loop vectorized using (\d+) byte vectors", body)
+            wanted = 2 if (m[1], m[2]) == ("Lerp", "1") else 1
+            complete = len({line for line, _ in sizes}) >= wanted
+            yield f"{m[1]} {m[2]} {m[3]}", max(int(size) for _, size in sizes) if complete else 0
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--isa", choices=ISAS, default="avx512")
     parser.add_argument("--target", choices=["aarch64"], help="cross-compile the baseline loop")
     args = parser.parse_args()
     isa, name = ("baseline", f"{args.target} (NEON)") if args.target else (args.isa, args.isa)
-    found = list(loops(dump(isa, args.target)))
-    if not found:
-        print("the dump names no loop: is the compiler GCC?", file=sys.stderr)
-        return 2
-    missed = [loop for loop, size in found if not size]
-    widths = ", ".join(f"{n} with {size} bytes" for size, n in sorted(Counter(s for _, s in found if s).items()))
-    print(f"{name}: {len(found) - len(missed)} of {len(found)} loops of sweep.h vectorised ({widths or 'none'})")
-    print("".join(f"missed: {loop}\n" for loop in missed), end="")
-    return bool(missed)
+    units = {
+        "sweep.h": list(loops(dump(isa, "cpu.cpp", args.target))),
+        "interpret.cpp": list(instructions(dump(isa, "interpret.cpp", args.target))),
+    }
+    for unit, found in units.items():
+        if not found:
+            print(f"the dump names no loop of {unit}: is the compiler GCC?", file=sys.stderr)
+            return 2
+        missed = [loop for loop, size in found if not size]
+        widths = ", ".join(f"{n} with {size} bytes" for size, n in sorted(Counter(s for _, s in found if s).items()))
+        print(f"{name}: {len(found) - len(missed)} of {len(found)} loops of {unit} vectorised ({widths or 'none'})")
+        print("".join(f"missed: {loop}\n" for loop in missed), end="")
+    return not all(size for found in units.values() for _, size in found)
 
 
 if __name__ == "__main__":

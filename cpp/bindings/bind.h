@@ -6,6 +6,7 @@ namespace fusedopt {
 
 void bind_batch(pybind11::module_& m);
 void bind_losses(pybind11::module_& m);
+void bind_programs(pybind11::module_& m);
 void bind_torch_plan(pybind11::module_& m);
 
 // The thread count of a step: the given one if positive, else the process's default.

@@ -25,43 +25,40 @@ std::vector<std::string> split(const char* words) {
   return out;
 }
 
-// name -> (number, hyperparameters, states, carries a scalar)
+// Of the built-in rules: name -> (number, hyperparameters, states, carries a scalar, dtype of each state's codes or "")
 py::dict kernels() {
   py::dict d;
-  for (int i = 0; i < n_rules(); ++i) {
+  for (int i = 0; i < library().n_rules; ++i) {
     const Rule& r = rule_of(i);
-    d[r.name] = py::make_tuple(i, py::tuple(py::cast(split(r.hyper))), py::tuple(py::cast(split(r.states))), r.carries);
+    py::list codes;
+    for (int k = 0; k < r.n_states; ++k) codes.append(r.codes[k] == kNotQuantised ? "" : name_of(r.codes[k]));
+    d[r.name] = py::make_tuple(i, py::tuple(py::cast(split(r.hyper))), py::tuple(py::cast(split(r.states))), r.carries,
+                               py::tuple(codes));
   }
   return d;
 }
 
-// rule -> list of (param, grad, state, master, noisy, noisy_state): dtype names, "int8" for quantised states.
+// The forms of a rule: (param, grad, state, master, noisy, noisy_state): dtype names, "int8" for quantised states.
 template <class Exists>
-py::dict formats_of(int rules, const Exists& exists) {
-  py::dict out;
-  for (int r = 0; r < rules; ++r) {
-    int number;
-    const KernelLibrary& l = library_of(r, &number);
-    py::list list;
-    for (int i = 0; i < l.n_forms; ++i) {
-      const Form& f = l.forms[i];
-      if (exists(KernelId{r, i}))
-        list.append(py::make_tuple(name_of(f.param), name_of(f.grad), name_of(f.state), name_of(f.master), f.noisy,
-                                   f.noisy_state));
-    }
-    out[rule_of(r).name] = list;
+py::list formats_of(int rule, const Exists& exists) {
+  int number;
+  const KernelLibrary& l = library_of(rule, &number);
+  py::list list;
+  for (int i = 0; i < l.n_forms; ++i) {
+    const Form& f = l.forms[i];
+    if (exists(KernelId{rule, i}))
+      list.append(py::make_tuple(name_of(f.param), name_of(f.grad), name_of(f.state), name_of(f.master), f.noisy,
+                                 f.noisy_state));
   }
-  return out;
+  return list;
 }
 
-// The codes of a state of this name, in the rules that have one.
-Format code_of(const std::string& state) {
-  for (int r = 0; r < n_rules(); ++r) {
-    const std::vector<std::string> states = split(rule_of(r).states);
-    for (size_t k = 0; k < states.size(); ++k)
-      if (states[k] == state) return rule_of(r).codes[k];
-  }
-  return kNotQuantised;
+// Of the built-in rules: name -> forms.
+template <class Exists>
+py::dict all_formats(const Exists& exists) {
+  py::dict out;
+  for (int r = 0; r < library().n_rules; ++r) out[rule_of(r).name] = formats_of(r, exists);
+  return out;
 }
 
 py::tuple isas() {
@@ -83,10 +80,15 @@ PYBIND11_MODULE(_core, m) {
   using namespace fusedopt;
   m.doc() = "The compiled core of fusedopt: fused update kernels over NumPy arrays and torch tensors.";
   m.attr("__version__") = FUSEDOPT_VERSION;
-  m.def("kernels", &kernels, "name -> (index, hyperparameter names, state names, carries a scalar)");
+  m.def("kernels", &kernels,
+        "Of the built-in rules: name -> (index, hyperparameter names, state names, carries a scalar, dtypes of the "
+        "states' codes)");
   m.def(
-      "formats", [] { return formats_of(n_rules(), exists); },
-      "kernel -> the combinations that exist: (param, grad, state, master, noisy, noisy_state).");
+      "formats", [] { return all_formats(exists); },
+      "Built-in kernel -> the combinations that exist: (param, grad, state, master, noisy, noisy_state).");
+  m.def(
+      "formats_of", [](int kernel) { return formats_of(kernel, exists); }, py::arg("kernel"),
+      "Those of one kernel, by its index.");
   m.attr("BLOCK") = kBlock;
   m.def(
       "masters",
@@ -97,13 +99,6 @@ PYBIND11_MODULE(_core, m) {
         return masters;
       },
       "Name of a master -> (its number, the dtype of the residual).");
-  m.def(
-      "code_of",
-      [](const std::string& state) {
-        const Format f = code_of(state);
-        return f == kNotQuantised ? "" : name_of(f);
-      },
-      py::arg("state"), "The dtype of the codes of a state of this name; empty where it is not quantised.");
   m.def("isas", &isas, "Instruction sets this processor can run, best last.");
   m.def("isa", [] { return usable_isa(isa_in_use()); }, "The instruction set in use.");
   m.def(
@@ -120,8 +115,7 @@ PYBIND11_MODULE(_core, m) {
       [] {
         const DeviceTable* device = device_library();
         if (!device) throw py::value_error("there is no library to open");
-        return formats_of(library().n_rules,
-                          [&](KernelId id) { return device->kernels(id.rule)[id.form].prepare != nullptr; });
+        return all_formats([&](KernelId id) { return device->kernels(id.rule)[id.form].prepare != nullptr; });
       },
       "As formats(), of the library that has been set.");
   m.def(
@@ -144,5 +138,6 @@ PYBIND11_MODULE(_core, m) {
   py::register_exception<DeviceOutOfMemory>(m, "DeviceOutOfMemoryError", PyExc_RuntimeError);
   bind_batch(m);
   bind_losses(m);
+  bind_programs(m);
   bind_torch_plan(m);
 }

@@ -135,6 +135,8 @@ class Batch {
         step_.add(tensor);
         on_host_ = true;
       } else {
+        if (kernel >= library().n_rules)
+          throw py::type_error(where(0, i) + ": a rule of your own runs on the CPU only");
         add_on_device(tensor, v[0].device, source, n_operands, i);
         on_devices_ = true;
       }

@@ -32,7 +32,7 @@ struct Source {
 
 enum Kind { kOurs, kIdle, kForeign };  // updated here; without a gradient so far; left to torch
 
-constexpr int kMaxValues = 12;  // entries of one parameter's state dict that can be watched
+constexpr int kMaxValues = 16;  // entries of one parameter's state dict that can be watched
 
 struct Param {
   py::object tensor;

@@ -54,7 +54,7 @@ struct Entry {
   int first_rule = 0;
 };
 
-constexpr int kMaxLibraries = 1024;
+constexpr int kMaxLibraries = 16384;
 
 struct Catalogue {
   const Level best = processor();
@@ -97,13 +97,19 @@ bool use_isa(const char* name) {
   return !name;
 }
 
-const KernelLibrary& library() { return *catalogue().entries[0].by_level[isa_in_use()]; }
+const KernelLibrary& library() { return own_library(isa_in_use()); }
+const KernelLibrary& own_library(int isa) { return *catalogue().entries[0].by_level[isa]; }
 
 const KernelLibrary& library_of(int rule, int* number) {
   const Catalogue& c = catalogue();
   int e = 0;
-  if (rule >= c.entries[0].by_level[0]->n_rules)
-    for (e = c.n.load(std::memory_order_acquire) - 1; c.entries[e].first_rule > rule;) --e;
+  if (rule >= c.entries[0].by_level[0]->n_rules) {  // the last entry whose first rule is not beyond it
+    int beyond = c.n.load(std::memory_order_acquire);
+    while (beyond - e > 1) {
+      const int middle = e + (beyond - e) / 2;
+      (c.entries[middle].first_rule > rule ? beyond : e) = middle;
+    }
+  }
   *number = rule - c.entries[e].first_rule;
   return *c.entries[e].by_level[isa_in_use()];
 }

@@ -14,6 +14,8 @@ struct KernelId {
 
 // The module's own library, for the instruction set in use.
 const KernelLibrary& library();
+// The same, for a given one.
+const KernelLibrary& own_library(int isa);
 // The library that a rule is in, and its number there.
 const KernelLibrary& library_of(int rule, int* number);
 

@@ -40,7 +40,7 @@ struct Clock {
 };
 
 constexpr int kMaxHyper = 8;  // hyperparameters of a rule
-constexpr int kMaxStates = 3;
+constexpr int kMaxStates = 4;
 constexpr size_t kPreparedBytes = 256;  // a rule with the constants of a step
 
 // Description of a rule, and the function that advances its clock. `self` is passed to `advance`.

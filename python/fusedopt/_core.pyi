@@ -5,19 +5,19 @@ from typing import Any
 
 __version__: str
 
-def kernels() -> dict[str, tuple[int, tuple[str, ...], tuple[str, ...], bool]]:
-    """name -> (index, hyperparameter names, state names, carries a scalar)"""
+def kernels() -> dict[str, tuple[int, tuple[str, ...], tuple[str, ...], bool, tuple[str, ...]]]:
+    """Of the built-in rules: name -> (index, hyperparameter names, state names, carries a scalar, dtypes of codes)."""
 
 BLOCK: int
 
 def formats() -> dict[str, list[tuple[str, str, str, str, bool, bool]]]:
-    """kernel -> the combinations that exist: (param, grad, state, master, noisy, noisy_state)."""
+    """Built-in kernel -> the combinations that exist: (param, grad, state, master, noisy, noisy_state)."""
+
+def formats_of(kernel: int) -> list[tuple[str, str, str, str, bool, bool]]:
+    """Those of one kernel, by its index."""
 
 def masters() -> dict[str, tuple[int, str]]:
     """Name of a master -> (its number, the dtype of the residual)."""
-
-def code_of(state: str) -> str:
-    """The dtype of the codes of a state of this name; empty where it is not quantised."""
 
 def isas() -> tuple[str, ...]:
     """Instruction sets this processor can run, best last."""
@@ -85,6 +85,28 @@ class Extras:
         seed: int = 0,
         streams: list[int] = ...,
     ) -> None: ...
+
+MAX_STATES: int
+MAX_CONSTANTS: int
+MAX_CONDITIONS: int
+MAX_REGISTERS: int
+MAX_INSTRUCTIONS: int
+MAX_NUMBERS: int
+
+def instructions() -> dict[str, int]:
+    """The interpreter's instructions: name -> code."""
+
+def add_program(
+    name: str,
+    hyper: Sequence[str],
+    states: Sequence[str],
+    codes: Sequence[str],
+    numbers: Sequence[tuple[str, int, int, int, float]],
+    carry: Sequence[tuple[str, int, int, int, float]],
+    conditions: Sequence[int],
+    variants: Sequence[Any],
+) -> int:
+    """Registers a traced rule; returns the index of its kernels."""
 
 def element_losses() -> dict[str, int]:
     """The losses of single elements: name -> index."""

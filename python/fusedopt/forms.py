@@ -111,21 +111,21 @@ def form_of(param: str, options: Mapping[str, Any], default_state: str, state: s
 
 
 @cache
-def _existing(kernel: str) -> frozenset[tuple[Any, ...]]:
-    return frozenset(_core.formats()[kernel])
+def _existing(index: int) -> frozenset[tuple[Any, ...]]:
+    return frozenset(_core.formats_of(index))
 
 
 def refusal(kernel: Kernel, param: str, form: Form) -> str | None:
     """Why no kernel has this form with a gradient of the parameter's dtype, and what to use; None if one has."""
     if exists(kernel, param, param, form):
         return None
-    forms = {f for f in _existing(kernel.name) if f[0] == param}
+    forms = {f for f in _existing(kernel.index) if f[0] == param}
     if form.master and form.noisy:
         return f"stochastic_rounding does nothing beside master={form.master!r}, which loses nothing: use one of them"
     if form.master and not any(f[3] == form.master for f in forms):
         return f"master={form.master!r} is for bfloat16 parameters, and this one is {param}: use 'float32'"
-    if form.quantised and not all(code(name) for name in kernel.states):
-        bad = ", ".join(name for name in kernel.states if not code(name))
+    if form.quantised and not all(kernel.codes):
+        bad = ", ".join(name for name in kernel.states if not kernel.code(name))
         return f"state_dtype='int8' does not go with {bad}: use 'bfloat16' or 'float32'"
     ways = sorted({f"master={f[3]!r}" if f[3] else "stochastic_rounding=True" for f in forms if f[2] == "int8"})
     if form.quantised and ways and not form.master and not form.noisy:
@@ -142,14 +142,8 @@ def exists(kernel: Kernel, param: str, grad: str, form: Form) -> bool:
     wanted = (form.state, form.master or "", form.noisy, form.noisy_state)
     return any(
         f[:2] == (param, grad) and (f[2:] == wanted if kernel.states else f[3:5] == wanted[1:3])
-        for f in _existing(kernel.name)
+        for f in _existing(kernel.index)
     )
-
-
-@cache
-def code(state: str) -> str | None:
-    """dtype of a state's codes: int8 if signed, uint8 for a second moment, None if it cannot be quantised."""
-    return _core.code_of(state) or None
 
 
 def blocks(n: int) -> int:
@@ -223,13 +217,11 @@ def decoded(entry: Mapping[str, NDArray[Any]], states: tuple[str, ...]) -> dict[
     return found
 
 
-def encoded(numbers: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+def encoded(numbers: Mapping[str, NDArray[Any]], kernel: Kernel) -> dict[str, NDArray[Any]]:
     """Flat state arrays, quantised to int8."""
     entry: dict[str, NDArray[Any]] = {}
     for name, x in numbers.items():
-        kind = code(name)
-        assert kind is not None
-        entry[f"{name}_codes"], entry[f"{name}_scale"] = quantise(x.astype(np.float32), kind)
+        entry[f"{name}_codes"], entry[f"{name}_scale"] = quantise(x.astype(np.float32), kernel.code(name))
     return entry
 
 

@@ -16,7 +16,7 @@ import numpy as np
 from . import _core, forms
 from ._make import array_names, compile_function, option_dict, option_signature, rule_doc
 from .config import get_num_threads
-from .rules import RULES, Rule, check_max_grad_norm
+from .rules import RULES, Kernel, Rule, check_max_grad_norm
 
 __all__: list[str] = ["Optimizer", "Rows"]
 
@@ -172,7 +172,8 @@ _ROWS_DOC = """
     """
 
 
-def _make_function(rule: Rule, rows: bool) -> Callable[..., None]:
+def make_function(rule: Rule, rows: bool = False) -> Callable[..., None]:
+    """The in-place function of a rule; with ``rows`` the one for rows of tables."""
     always, sometimes = array_names(rule)
     grad = ["indices", "values"] if rows else ["grad"]
     # A rule without required states takes its optional state by position.
@@ -181,8 +182,7 @@ def _make_function(rule: Rule, rows: bool) -> Callable[..., None]:
     clock = [*(["step"] if rule.clock == "step" else []), *rule.carried]
     first = ["first=False"] if rule.clock == "first" else []
     signature = ", ".join(["param", *grad, *positional, "*", *clock, option_signature(rule, rule.once), *late, *first])
-    # In the kernels' order: the states of every variant are a subsequence of those of the largest.
-    names = max((rule.kernel(dict.fromkeys(v, True)).operands for v in rule.variants), key=len)
+    names = rule.all_operands
     given = {s: s for s in names} | ({"grad": "_paired(param, indices, values)"} if rows else {})
     arrays = "{" + ", ".join(f"{s!r}: {value}" for s, value in given.items()) + "}"
     step = {"step": "step", "first": "1 if first else 2", None: "1"}[rule.clock]
@@ -315,9 +315,12 @@ class Optimizer:
             if reason:
                 raise ValueError(reason)
         for name in kernel.states:
+            if rule.starts_as_param(name):
+                state.update(self._copied(name, param, kernel, form))
+                continue
             first = rule.first(name, options)
             if form.quantised:
-                codes = np.zeros(param.shape, forms.code(name))  # blocks follow C order
+                codes = np.zeros(param.shape, kernel.code(name))  # blocks follow C order
                 scale = np.full(forms.blocks(param.size), first, np.float32)
                 codes.fill(np.iinfo(codes.dtype).max if first else 0)
                 state[f"{name}_codes"], state[f"{name}_scale"] = codes, scale
@@ -331,6 +334,14 @@ class Optimizer:
         if form.random:
             state["stream"] = index
         return state
+
+    @staticmethod
+    def _copied(name: str, param: Any, kernel: Kernel, form: forms.Form) -> dict[str, Any]:
+        """A state that starts as a copy of the parameter."""
+        if not form.quantised:
+            return {name: param.astype(forms.numpy_dtype(form.state))}
+        made = forms.encoded({name: param.ravel()}, kernel)
+        return {n: x.reshape(param.shape) if n.endswith("_codes") else x for n, x in made.items()}
 
     def _form(self, param: Any, options: dict[str, Any]) -> forms.Form:
         name = param.dtype.name
@@ -550,7 +561,7 @@ class Optimizer:
             return fresh
         numbers = forms.decoded({k: v.ravel() for k, v in entry.items() if isinstance(v, np.ndarray)}, states)
         out = {k: v for k, v in entry.items() if forms.plain_name(k) not in (*states, *_OWN)}
-        for name, x in (forms.encoded(numbers) if form.quantised else numbers).items():
+        for name, x in (forms.encoded(numbers, self._rule.kernel(options)) if form.quantised else numbers).items():
             same = name in entry and entry[name].dtype == fresh[name].dtype
             out[name] = entry[name] if same else x.astype(fresh[name].dtype).reshape(fresh[name].shape)
         for name in ("master", "ema", "stream"):
@@ -620,7 +631,8 @@ _CLASS_DOC = """
     """
 
 
-def _make_class(rule: Rule) -> type[Optimizer]:
+def make_class(rule: Rule) -> type[Optimizer]:
+    """The optimizer class of a rule."""
     options = option_signature(rule).split(", ", 1)
     kept = ", ".join(f"{k}={v!r}" for k, v in forms.OPTIONS.items())
     signature = f"self, params, {options[0]}, *, {options[1]}, max_grad_norm=None, {kept}"
@@ -628,13 +640,15 @@ def _make_class(rule: Rule) -> type[Optimizer]:
     body = f"self._setup(params, {option_dict(rule)}, max_grad_norm, {given})"
     init = compile_function(rule, f"fusedopt.{rule.name}.__init__", signature, body, {})
     doc = _fill(rule_doc(rule, _CLASS_DOC), {"{name}": rule.name})
-    timed = tuple(k for k in ("lr", "betas", "momentum", "weight_decay") if k in rule.defaults)
+    timed: tuple[str, ...] = tuple(k for k in ("lr", "betas", "momentum", "weight_decay") if k in rule.defaults)
+    if rule.own:
+        timed = tuple(k for k, v in rule.defaults.items() if not isinstance(v, bool))
     names = {"__init__": init, "__doc__": doc, "__module__": "fusedopt", "_rule": rule, "_timed": timed}
     return type(rule.name, (Optimizer,), names)
 
 
 for _rule in RULES.values():
-    globals()[_rule.function] = _make_function(_rule, rows=False)
-    globals()[_rule.rows_function] = _make_function(_rule, rows=True)
-    globals()[_rule.name] = _make_class(_rule)
+    globals()[_rule.function] = make_function(_rule)
+    globals()[_rule.rows_function] = make_function(_rule, rows=True)
+    globals()[_rule.name] = make_class(_rule)
     __all__ += [_rule.function, _rule.rows_function, _rule.name]

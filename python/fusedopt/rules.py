@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Callable, Iterable, Mapping, MutableMapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar
@@ -44,9 +44,16 @@ class Kernel:
     values: Callable[[Options], list[float]]
     """Options -> the hyperparameters as numbers, in the kernel's order."""
 
+    codes: tuple[str, ...]
+    """dtype of each state's codes: int8 if signed, uint8 for a second moment, empty if it cannot be quantised."""
+
+    def code(self, state: str) -> str:
+        """The dtype of a state's codes; empty if it cannot be quantised."""
+        return self.codes[self.states.index(state)]
+
 
 def _kernel(name: str, rule: Rule) -> Kernel:
-    index, hyper, states, _ = _core.kernels()[name]
+    index, hyper, states, _, codes = _core.kernels()[name]
     sources: list[tuple[str | None, int, float]] = []
     for h in hyper:
         if h in rule.constants:
@@ -55,9 +62,15 @@ def _kernel(name: str, rule: Rule) -> Kernel:
             sources.append(("betas", int(h.removeprefix("beta")) - 1, 0.0))
         else:
             sources.append((h, -1, 0.0))
-    items = (repr(c) if key is None else f"o[{key!r}]" + f"[{i}]" * (i >= 0) for key, i, c in sources)
     operands = ("param", "grad", *states, *rule.carried)
-    return Kernel(name, index, states, operands, tuple(sources), eval(f"lambda o: [{', '.join(items)}]"))
+    return Kernel(name, index, states, operands, tuple(sources), values_of(sources), codes)
+
+
+def values_of(sources: Iterable[tuple[str | None, int, float]]) -> Callable[[Options], list[float]]:
+    """The function for :attr:`Kernel.values`. Generated source, since it runs in every step."""
+    items = (repr(c) if key is None else f"o[{key!r}]" + f"[{i}]" * (i >= 0) for key, i, c in sources)
+    found: Callable[[Options], list[float]] = eval(f"lambda o: [{', '.join(items)}]")
+    return found
 
 
 def check_max_grad_norm(value: Any) -> float | None:
@@ -93,7 +106,12 @@ class Rule:
     keras_names: ClassVar[dict[str, str]] = {}
     """Options that Keras calls by another name, beside eps (epsilon) and betas (beta_1, beta_2, ...)."""
     initial: ClassVar[dict[str, str | float]] = {}
-    """Initial values of states that do not start at 0: a number, or the name of an option."""
+    """Initial values of states that do not start at 0: a number, the name of an option, or "param" for a copy of the
+    parameter."""
+    wide: ClassVar[bool] = False
+    """Whether the carried scalar is a float64 tensor beside torch parameters of any dtype, and not torch's."""
+    own: ClassVar[bool] = False
+    """Whether the rule is a user's, whose kernels are those of the CPU's interpreter."""
 
     def __init_subclass__(cls) -> None:
         if "function" in cls.__dict__:
@@ -139,14 +157,23 @@ class Rule:
     def _plainest(self) -> Kernel:
         return self._by_truth[(False,) * len(self.chooses)]
 
+    @property
+    def all_operands(self) -> tuple[str, ...]:
+        """The operands of all kernels; those of each are a subsequence of them."""
+        return max((kernel.operands for kernel in self._by_truth.values()), key=len)
+
     def states(self, options: Options) -> tuple[str, ...]:
         """Names of a parameter's state arrays under these options, in torch's order."""
         return self.kernel(options).states
 
     def first(self, state: str, options: Options) -> float:
-        """The initial value of a state."""
+        """The initial value of a state that is not a copy of the parameter."""
         value = self.initial.get(state, 0.0)
         return float(options[value] if isinstance(value, str) else value)
+
+    def starts_as_param(self, state: str) -> bool:
+        """Whether a state starts as a copy of the parameter."""
+        return self.initial.get(state) == "param"
 
     @cached_property
     def _ranges(self) -> list[tuple[str, type, float, float, bool]]:

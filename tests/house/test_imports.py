@@ -18,8 +18,8 @@ PYTHON: Layers = (
     ("_core", "rules", "forms", "config", "_make", "_files"),
     ("numpy", "", "losses", "columns", "data", "schedules"),
     ("torch",),
-    ("training", "estimators", "keras"),
-    ("bench", "plots"),
+    ("training", "estimators", "keras", "rule"),
+    ("bench", "plots", "zoo"),
     ("cli", "__main__"),
     ("torch_forms", "torch_schedule", "training_log"),
 )

@@ -195,6 +195,8 @@ def test_every_public_name_of_a_module_has_a_docstring_whose_examples_run(module
         "bench",
         "training",
         "schedules",
+        "rule",
+        "zoo",
         "cli",
         "__main__",
     ],

@@ -22,6 +22,13 @@ def group_reason(group: dict[str, Any]) -> str | None:
     return None
 
 
+def device_reason(rule: Rule, p: torch.Tensor) -> str | None:
+    """Why the rule has no kernels on the parameter's device though others may have; None if it has."""
+    if rule.own and has_device_kernels(p.device):
+        return f"a parameter is on {p.device.type}; a rule of your own has kernels for the CPU only"
+    return None
+
+
 def takes_parameter(p: torch.Tensor) -> bool:
     """Whether kernels take parameters of this type, layout, device and dtype."""
     return type(p) in PLAIN and p.layout == torch.strided and not device_refusal(p.device) and p.dtype in NAMES
@@ -76,7 +83,7 @@ def state_reason(
         shape = (forms.blocks(p.numel()),) if name.endswith("_scale") else p.shape
         if s.shape != shape:
             raise ValueError(f"state {name!r}: expected shape {tuple(shape)}, got {tuple(s.shape)}")
-        dtype = dtype_of(name, p, form)
+        dtype = dtype_of(name, p, form, kernel)
         if dtype is not None and s.dtype != dtype:
             raise ValueError(f"state {name!r}: expected {dtype}, got {s.dtype}")
         trouble = plan.trouble(s, True)

@@ -21,7 +21,7 @@ from .. import _core, forms
 from ..config import get_num_threads
 from ..rules import Rule
 from ._device import PLAIN, capturing, has_device_kernels, readable_scalar
-from ._eligibility import group_reason, state_reason, tensor_reason
+from ._eligibility import device_reason, group_reason, state_reason, tensor_reason
 from ._fallback import Fallback
 from ._sparse import dense_reason, is_sparse, sparse_reason
 from ._state import DTYPES, INTEGERS, create_state, form_of
@@ -91,7 +91,7 @@ class Engine:
             raise RuntimeError("step() of this optimizer is already running in another thread")
         try:
             if self.plan is None and self.shards is None:
-                self.home = _find_home(optimizer.param_groups)
+                self.home = None if self.rule.own else _find_home(optimizer.param_groups)
             home = self.home
             if home is not None and home.type == "cuda" and home.index != torch.cuda.current_device():
                 with torch.cuda.device(home):  # restores the device without making a context, unlike CUDA's own call
@@ -265,7 +265,7 @@ class Engine:
                 if not reason and sparse:
                     reason = sparse_reason(plan, rule, p, grad, group)
                 elif not reason:
-                    reason = dense_reason(rule) or tensor_reason(plan, p, grad, group)
+                    reason = dense_reason(rule) or device_reason(rule, p) or tensor_reason(plan, p, grad, group)
                 if not reason:
                     done, new = create_state(optimizer, rule, p, group)
                     if new:

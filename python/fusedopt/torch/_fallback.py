@@ -52,12 +52,12 @@ class Fallback:
                 self._rule, self._plain_step is not None, [groups[g] for g in in_use], max_norm, scaled
             )
             if options:
-                raise RuntimeError(
-                    f"{' and '.join(options)}: torch's own step, needed here ({reason}), does not have it"
-                )
+                step = "the unfused step" if self._rule.own else "torch's own step"
+                raise RuntimeError(f"{' and '.join(options)}: {step}, needed here ({reason}), does not have it")
             if reason not in self.warned and not reason.startswith("fused=False"):
                 self.warned.add(reason)
-                warnings.warn(f"{reason}: torch's own step updates it", FallbackWarning, stacklevel=_caller_level())
+                step = "the rule's function, not fused," if self._rule.own else "torch's own step"
+                warnings.warn(f"{reason}: {step} updates it", FallbackWarning, stacklevel=_caller_level())
 
     def step(self, optimizer: Optimizer) -> None:
         """Does torch's own step for those of the parameters that have gradients."""

@@ -189,12 +189,12 @@ def _drop_options(optimizer: Optimizer) -> None:
     """Removes our options and attributes, and casts state to what torch's own class would have made."""
     for group in optimizer.param_groups:
         if group.get("state_dtype"):
-            names = optimizer._rule.states(group)  # type: ignore[attr-defined]
+            kernel = optimizer._rule.kernel(group)  # type: ignore[attr-defined]
             for p in group["params"]:
                 state = optimizer.state.get(p, {})
-                recode(p, state, names, form_of(p, {**group, **NEW_OPTIONS}))
+                recode(p, state, kernel, form_of(p, {**group, **NEW_OPTIONS}))
                 state.pop("stream", None)
-                for name in names:
+                for name in kernel.states:
                     if isinstance(state.get(name), torch.Tensor):
                         state[name] = state[name].to(p.dtype)
         for key in NEW_OPTIONS:

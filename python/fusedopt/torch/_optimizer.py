@@ -183,8 +183,13 @@ _CLASS_DOC = """
     """
 
 
-def _make_class(rule: Rule) -> type[Optimizer]:
-    theirs: type[Optimizer] | None = getattr(torch.optim, rule.name, None)
+def make_class(rule: Rule, own_step: Callable[..., Any] | None = None) -> type[Optimizer]:
+    """The optimizer class of a rule.
+
+    Args:
+        own_step: what takes the place of torch's own step for a user's rule.
+    """
+    theirs: type[Optimizer] | None = None if rule.own else getattr(torch.optim, rule.name, None)
     if theirs is None:
         base, init = Optimizer, _own_init(rule)
     else:
@@ -200,7 +205,7 @@ def _make_class(rule: Rule) -> type[Optimizer]:
                     if p.dtype not in NAMES or name not in self.state.get(p, {}):
                         continue
                     if group["state_dtype"] == "int8":
-                        recode(p, self.state[p], (name,), form_of(p, group))
+                        recode(p, self.state[p], rule.kernel(group), form_of(p, group))
                     else:
                         self.state[p][name] = self.state[p][name].to(DTYPES[group["state_dtype"]])
 
@@ -209,7 +214,7 @@ def _make_class(rule: Rule) -> type[Optimizer]:
     __init__.__signature__ = signature.replace(  # type: ignore[attr-defined]
         parameters=[*signature.parameters.values(), *added]
     )
-    plain = None
+    plain = own_step
     if theirs is not None:  # as it is below torch's hooks, which our own step runs
         step: Any = theirs.step
         plain = step.__wrapped__ if getattr(step, "hooked", False) else step
@@ -244,6 +249,6 @@ def _own_init(rule: Rule) -> Callable[..., None]:
 
 
 CLASSES: dict[str, type[Optimizer]] = {
-    rule.name: _make_class(rule) for rule in (*RULES.values(), *SPARSE_RULES.values())
+    rule.name: make_class(rule) for rule in (*RULES.values(), *SPARSE_RULES.values())
 }
 """The class of every rule, by its name."""

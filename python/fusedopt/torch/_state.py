@@ -10,7 +10,7 @@ import torch
 from torch.optim import Optimizer
 
 from .. import forms
-from ..rules import Rule
+from ..rules import Kernel, Rule
 from ._device import device_refusal
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -54,8 +54,9 @@ def create_state(optimizer: Optimizer, rule: Rule, p: torch.Tensor, group: dict[
     beside = forms.array_names((), form, group["ema_decay"] is not None) + ("stream",) * form.random
     state = optimizer.state[p] if names or rule.scalars or beside else {}
     begun = any(state.get(k) is not None for n in (*names, *rule.scalars) for k in (n, f"{n}_codes"))
+    kernel = rule.kernel(group)
     if names and form.quantised and begun and f"{names[0]}_codes" not in state:
-        recode(p, state, names, form)  # state_dtype was set in the middle of a run
+        recode(p, state, kernel, form)  # state_dtype was set in the middle of a run
     missing = [] if begun else [*rule.scalars, *names]
     created = [*rule.scalars, *forms.array_names(names, form, False)] if missing else []
     scalar = torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
@@ -67,11 +68,17 @@ def create_state(optimizer: Optimizer, rule: Rule, p: torch.Tensor, group: dict[
             state[name] = torch.full((), float(value), dtype=scalar, device=p.device)
     with torch.no_grad():
         for name in missing:
+            if rule.starts_as_param(name):
+                state[name] = like(p, torch.float32 if form.quantised else DTYPES[form.state]).copy_(p)
+                if form.quantised:
+                    recode(p, state, kernel, form)
+                continue
             first = rule.first(name, optimizer.defaults)
             if name in rule.scalars:
-                state[name] = torch.full((), first, dtype=scalar, device=p.device)
+                kind = torch.float64 if rule.wide and name != "step" else scalar
+                state[name] = torch.full((), first, dtype=kind, device=p.device)
             elif form.quantised:
-                dtype = INTEGERS[forms.code(name) or ""]
+                dtype = INTEGERS[kernel.code(name)]
                 state[f"{name}_codes"] = like(p, dtype).fill_(torch.iinfo(dtype).max if first else 0)
                 blocks = (forms.blocks(p.numel()),)
                 state[f"{name}_scale"] = torch.full(blocks, first, dtype=torch.float32, device=p.device)
@@ -88,23 +95,23 @@ def create_state(optimizer: Optimizer, rule: Rule, p: torch.Tensor, group: dict[
                 order = (q for g in optimizer.param_groups for q in g["params"])
                 state[name] = next(i for i, q in enumerate(order) if q is p)
             else:
-                kind = dtype_of(name, p, form)
-                state[name] = like(p, kind).copy_(p) if kind in WIDE else like(p, kind).zero_()
+                own = dtype_of(name, p, form, kernel)
+                state[name] = like(p, own).copy_(p) if own in WIDE else like(p, own).zero_()
             created.append(name)
     return (0 if missing or not names else 1), created
 
 
-def recode(p: torch.Tensor, state: dict[str, Any], names: tuple[str, ...], form: forms.Form) -> None:
+def recode(p: torch.Tensor, state: dict[str, Any], kernel: Kernel, form: forms.Form) -> None:
     """Converts states of any form into this one in place; states that already have it keep their bits."""
     if p.device.type != "cpu":
         before = {k: v.cpu() if isinstance(v, torch.Tensor) else v for k, v in state.items()}
         after = dict(before)
-        recode(p.detach().cpu(), after, names, form)
+        recode(p.detach().cpu(), after, kernel, form)
         for k in before.keys() - after.keys():
             del state[k]
         state.update({k: v.to(p.device) for k, v in after.items() if v is not before.get(k)})
         return
-    for name in names:
+    for name in kernel.states:
         codes = state.pop(f"{name}_codes", None)
         if codes is not None:
             if form.quantised and codes.stride() == like(p, codes.dtype).stride():
@@ -115,7 +122,7 @@ def recode(p: torch.Tensor, state: dict[str, Any], names: tuple[str, ...], form:
             state[name] = numbers.to(DTYPES[form.state] if not form.quantised else torch.float32)
         if form.quantised and state.get(name) is not None:
             numbers = like(p, torch.float32).copy_(state.pop(name))
-            kind = forms.code(name) or ""
+            kind = kernel.code(name)
             made, scale = forms.quantise(flat(numbers), kind)
             state[f"{name}_codes"] = like(p, INTEGERS[kind])
             flat(state[f"{name}_codes"])[:] = made
@@ -145,14 +152,14 @@ def recode_master(p: torch.Tensor, state: dict[str, Any], form: forms.Form) -> N
         state["master"].copy_(p.detach())
 
 
-def dtype_of(name: str, p: torch.Tensor, form: forms.Form) -> torch.dtype | None:
+def dtype_of(name: str, p: torch.Tensor, form: forms.Form, kernel: Kernel) -> torch.dtype | None:
     """The dtype that a state array must have in this form; None for plain states, which may have one of several."""
     if name == "master":
         return INTEGERS[forms.MASTERS[form.master or ""][1]]
     if name == "ema":
         return torch.float64 if p.dtype == torch.float64 else torch.float32
     if name.endswith("_codes"):
-        return INTEGERS[forms.code(forms.plain_name(name)) or ""]
+        return INTEGERS[kernel.code(forms.plain_name(name))]
     return torch.float32 if name.endswith("_scale") else None
 
 
@@ -193,13 +200,13 @@ def _converted(rule: Rule, entry: dict[str, Any], p: torch.Tensor, group: dict[s
         for k, v in entry.items()
     }
     if not device_refusal(p.device) and p.dtype in NAMES:
-        recode(p, out, rule.states(group), form)
+        recode(p, out, rule.kernel(group), form)
         recode_master(p, out, form)
     for k, v in out.items():
         if k == "step" or not isinstance(v, torch.Tensor):
             continue
         if k in rule.scalars:  # torch's cast would round it to 16 bits
-            out[k] = v if p.dtype in WIDE else Keep(v)
+            out[k] = v if p.dtype in WIDE and not rule.wide else Keep(v)
         elif k in ("master", "ema") or k.endswith(("_codes", "_scale")):
             out[k] = Keep(v)
         elif explicit and k in rule.states(group) and v.is_floating_point() and form.state in DTYPES:

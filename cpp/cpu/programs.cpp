@@ -1,0 +1,156 @@
+// See programs.h.
+#include "cpu/programs.h"
+
+#include <stdexcept>
+
+#include "cpu/dispatch.h"
+#include "rules/formats.h"
+
+namespace fusedopt {
+
+const Interpreter& interpreter_baseline();
+const Interpreter& interpreter_avx2();
+const Interpreter& interpreter_avx512();
+
+namespace {
+
+// A registered program and all that it points to. Never freed.
+struct Registered {
+  ProgramSource source;
+  std::vector<Variant> variants;
+  Program program;
+  Rule rule;
+  struct Build {
+    KernelLibrary library;
+    HostTable host;
+    Rule rule;
+    std::vector<ProgramKernel> programs;
+    std::vector<HostKernel> kernels;
+    const HostKernel* of_rule;
+  } builds[3];
+};
+
+int words(const std::string& text) {
+  int n = 0;
+  for (size_t i = 0; i < text.size(); ++i) n += text[i] != ' ' && (i == 0 || text[i - 1] == ' ');
+  return n;
+}
+
+void expect(bool good, const char* what) {
+  if (!good) throw std::invalid_argument(std::string("a program is out of range: ") + what);
+}
+
+void check_numbers(const std::vector<Number>& numbers, int given) {
+  expect(given + int(numbers.size()) <= kMaxNumbers, "too many numbers");
+  for (size_t i = 0; i < numbers.size(); ++i) {
+    expect(numbers[i].op >= 0 && numbers[i].op < kNumberOps, "an operation");
+    for (int a : {numbers[i].a, numbers[i].b, numbers[i].c}) expect(a >= 0 && a < given + int(i), "an argument");
+  }
+}
+
+void check(const ProgramSource& s, int n_hyper, int n_states) {
+  expect(n_hyper > 0 && n_states <= kMaxStates && int(s.codes.size()) == n_states, "states or hyperparameters");
+  const int given = n_hyper + 2, all = given + int(s.numbers.size());
+  check_numbers(s.numbers, given);
+  check_numbers(s.carry, given);
+  expect(s.conditions.size() <= size_t(kMaxConditions) && s.variants.size() == size_t(1) << s.conditions.size(),
+         "conditions");
+  for (int c : s.conditions) expect(c >= 0 && c < all, "a condition");
+  for (const CodeSource& v : s.variants) {
+    expect(v.n_registers >= 2 + n_states && v.n_registers <= kMaxRegisters, "registers");
+    expect(v.instructions.size() <= size_t(kMaxInstructions), "too many instructions");
+    expect(!v.constants.empty() && v.constants.size() <= size_t(kMaxConstants), "constants");
+    expect(v.signs.size() == v.constants.size(), "signs");
+    for (size_t k = 1; k < v.constants.size(); ++k) expect(v.constants[k] >= 0 && v.constants[k] < all, "a constant");
+    for (const Instruction& i : v.instructions) {
+      expect(i.code >= 0 && i.code < kCodes, "an instruction");
+      expect(i.to >= 0 && i.to < v.n_registers && i.to != 1, "a result");  // the gradient is not written
+      for (int r : i.from) expect(r >= 0 && r < v.n_registers, "an operand");
+      for (int k : i.constant) expect(k >= 0 && k < int(v.constants.size()), "an operand's constant");
+    }
+  }
+}
+
+int size_of(Format f) { return f == kF64 ? 8 : f == kF32 ? 4 : f == kI8 || f == kU8 ? 1 : 2; }
+
+// Does a rule with these states have this form? As the compiled ones do: see Update.
+bool has_form(const Rule& rule, const Form& form) {
+  if (rule.n_states == 0) return !form.noisy_state;
+  return form.state != kI8 || quantisable(rule.codes, rule.n_states);
+}
+
+ProgramKernel kernel_of(const Program& program, const Rule& rule, const Form& form, const HostForm& codec) {
+  ProgramKernel k{&program, codec, {}, false, size_of(form.param), size_of(form.grad), size_of(form.state), 0};
+  for (int s = 0; s < kMaxStates; ++s) k.codes[s] = rule.codes[s];
+  k.size_residual = form.master == kSplit16 ? 2 : form.master == kSplit8 ? 1 : 4;
+  const bool numbers = form.param == kF64 || form.param == kF32;
+  k.direct = numbers && form.grad == form.param && (form.state == form.param || rule.n_states == 0);
+  return k;
+}
+
+void fill(Registered::Build& build, const Registered& all, const Interpreter& interpreter, const KernelLibrary& base) {
+  build.rule = all.rule;
+  build.rule.advance = interpreter.advance;
+  for (int f = 0; f < base.n_forms; ++f)
+    build.programs.push_back(kernel_of(all.program, all.rule, base.forms[f], base.host->forms[f]));
+  for (int f = 0; f < base.n_forms; ++f) {
+    HostKernel kernel = base.forms[f].param == kF64 ? interpreter.wide : interpreter.narrow;
+    kernel.self = &build.programs[size_t(f)];
+    if (!has_form(all.rule, base.forms[f])) kernel.update = nullptr;
+    build.kernels.push_back(kernel);
+  }
+  build.of_rule = build.kernels.data();
+  build.host = *base.host;
+  build.host.kernels = &build.of_rule;
+  build.library = base;
+  build.library.rules = &build.rule;
+  build.library.n_rules = 1;
+  build.library.host = &build.host;
+}
+
+}  // namespace
+
+int add_program(ProgramSource source) {
+  const int n_hyper = words(source.hyper), n_states = words(source.states);
+  check(source, n_hyper, n_states);
+  auto* const all = new Registered;  // kept for the life of the process, as the catalogue asks
+  all->source = std::move(source);
+  const ProgramSource& s = all->source;
+  for (const CodeSource& v : s.variants)
+    all->variants.push_back({v.instructions.data(), int(v.instructions.size()), v.n_registers, v.constants.data(),
+                             v.signs.data(), int(v.constants.size())});
+  all->program = {n_hyper,
+                  n_states,
+                  s.numbers.data(),
+                  int(s.numbers.size()),
+                  s.conditions.data(),
+                  int(s.conditions.size()),
+                  all->variants.data(),
+                  s.carry.data(),
+                  int(s.carry.size())};
+  all->rule = {s.name.c_str(), s.hyper.c_str(),  s.states.c_str(), {},
+               n_states,       !s.carry.empty(), &all->program,    nullptr};
+  for (int k = 0; k < kMaxStates; ++k) all->rule.codes[k] = k < n_states ? s.codes[size_t(k)] : kNotQuantised;
+  const KernelLibrary* by_isa[3] = {};
+  using Get = const Interpreter& (*)();
+#if defined(FUSEDOPT_X86)
+  const Get interpreters[] = {interpreter_baseline, interpreter_avx2, interpreter_avx512};
+#else
+  const Get interpreters[] = {interpreter_baseline};
+#endif
+  int n = 0;
+  for (Get interpreter : interpreters) {
+    fill(all->builds[n], *all, interpreter(), own_library(n));
+    by_isa[n] = &all->builds[n].library;
+    ++n;
+  }
+  const char* why = "";
+  const int rule = add_library(by_isa, n, &why);
+  if (rule < 0) {
+    delete all;
+    throw std::invalid_argument(why);
+  }
+  return rule;
+}
+
+}  // namespace fusedopt

@@ -1,0 +1,44 @@
+"""Your own update rule: one function of symbols becomes a fused step for NumPy and torch, without a compiler.
+
+    >>> from fusedopt.rule import lerp, rule, sqrt, state
+    >>> @rule(lr=1e-3, betas=(0.9, 0.999), eps=1e-8)
+    ... def MyAdam(p, g, exp_avg=state(), exp_avg_sq=state(non_negative=True), *, t, lr, betas, eps):
+    ...     b1, b2 = betas
+    ...     exp_avg = lerp(exp_avg, g, 1 - b1)
+    ...     exp_avg_sq = lerp(exp_avg_sq, g * g, 1 - b2)
+    ...     p = p - lr / (1 - b1**t) * exp_avg / (sqrt(exp_avg_sq) / sqrt(1 - b2**t) + eps)
+    ...     return p, exp_avg, exp_avg_sq
+
+``MyAdam.numpy`` and ``MyAdam.torch`` are optimizer classes with every option of the built-in ones, ``MyAdam.update_``
+is the in-place function, ``MyAdam.reference`` the function on float64 arrays; ``repr(MyAdam)`` shows the program.
+
+The function is called with symbols when it is defined, once for every combination of its options that are True or
+False, and never again by a step. It gets the parameter ``p``, the gradient ``g`` (unscaled, clipped and signed), its
+states and scalars, and by keyword ``t`` (the number of the step, from 1) and the options. It returns the new parameter,
+states and scalars in the order of its parameters. What is computed from options, ``t`` and scalars alone is computed
+once a step, in float64, in the order written; all else for each element, in float32 (float64 for float64 parameters),
+likewise.
+
+Operators: ``+ - * /``, ``**``, comparisons, ``& | ~`` of conditions, ``abs``. Functions: below.
+"""
+
+from ._define import OwnRule, option, rule, scalar, state
+from ._symbols import RuleError, exp, fma, lerp, log, maximum, minimum, sign, sqrt, where
+
+__all__ = [
+    "OwnRule",
+    "RuleError",
+    "exp",
+    "fma",
+    "lerp",
+    "log",
+    "maximum",
+    "minimum",
+    "option",
+    "rule",
+    "scalar",
+    "sign",
+    "sqrt",
+    "state",
+    "where",
+]
