@@ -25,12 +25,29 @@ struct Finish {
   double shrink, ema_weight;
 };
 
+constexpr int kMaxSums = 4;    // over a tensor, that a rule needs
+constexpr int kSumLanes = 16;  // partial sums, the same on every instruction set
+
+// Sums over all elements of a tensor that a rule needs before it can update one. They are computed in passes that only
+// read; a pass may use the sums of those before it.
+struct Reduction {
+  int n_passes;
+  int n_sums[kMaxSums];  // of each pass
+  // Computes the constants of a pass, or of the update after the last one, from the sums so far and the tensor's
+  // length.
+  void (*prepare)(const void* self, int pass, const double* hyper, const Clock& clock, double scale, const double* sums,
+                  int64_t n, void* prepared);
+  // Adds element i of a span to lane i % kSumLanes of each sum of a pass; `lanes` has kSumLanes numbers for each.
+  void (*add)(const void* self, const void* prepared, const Span& span, double* lanes);
+};
+
 // One rule in one form, on the host. Each function is passed `self`, so a rule can be data instead of a type.
 struct HostKernel {
   const void* self;
   // Computes the constants of a step into `prepared` (kPreparedBytes, aligned to 16); g is multiplied by `scale`.
   void (*prepare)(const void* self, const double* hyper, const Clock& clock, double scale, void* prepared);
   void (*update)(const void* self, const void* prepared, const Span& span);  // nullptr: the kernel does not exist
+  const Reduction* reduction;  // nullptr for most rules; else its `prepare` takes the place of the one above
 };
 
 // One form on the host, for any rule. Numbers have the type that rules compute with: double for kF64, else float.
@@ -62,6 +79,7 @@ struct KernelLibrary {
 };
 
 constexpr size_t kHostSize = sizeof(KernelLibrary) + sizeof(Rule) + sizeof(Form) + sizeof(HostTable) +
-                             sizeof(HostKernel) + sizeof(HostForm) + sizeof(Span) + sizeof(Finish) + sizeof(Clock);
+                             sizeof(HostKernel) + sizeof(HostForm) + sizeof(Reduction) + sizeof(Span) + sizeof(Finish) +
+                             sizeof(Clock);
 
 }  // namespace fusedopt

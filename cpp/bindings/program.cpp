@@ -50,7 +50,8 @@ py::dict instructions() {
 
 using NumberTuple = std::tuple<std::string, int16_t, int16_t, int16_t, double>;
 using InstructionTuple = std::tuple<int16_t, int16_t, std::array<int16_t, 4>, std::array<int16_t, 5>>;
-using CodeTuple = std::tuple<std::vector<InstructionTuple>, std::vector<std::pair<int16_t, int8_t>>, int>;
+using CodeTuple =
+    std::tuple<std::vector<InstructionTuple>, std::vector<std::pair<int16_t, int8_t>>, int, std::vector<int16_t>>;
 
 std::vector<Number> numbers_of(const std::vector<NumberTuple>& given) {
   std::vector<Number> out;
@@ -70,14 +71,14 @@ std::string joined(const std::vector<std::string>& words) {
 
 int add(std::string name, const std::vector<std::string>& hyper, const std::vector<std::string>& states,
         const std::vector<std::string>& codes, const std::vector<NumberTuple>& numbers,
-        const std::vector<NumberTuple>& carry, std::vector<int16_t> conditions,
+        const std::vector<NumberTuple>& carry, std::vector<int16_t> conditions, std::vector<std::vector<bool>> passes,
         const std::vector<CodeTuple>& variants) {
-  ProgramSource s{std::move(name),     joined(hyper),     joined(states),        {},
-                  numbers_of(numbers), numbers_of(carry), std::move(conditions), {}};
+  ProgramSource s{std::move(name),   joined(hyper),         joined(states),    {}, numbers_of(numbers),
+                  numbers_of(carry), std::move(conditions), std::move(passes), {}};
   for (const std::string& c : codes)
     s.codes.push_back(c == "int8" ? kSigned : c == "uint8" ? kNonNegative : kNotQuantised);
-  for (const auto& [instructions, constants, registers] : variants) {
-    CodeSource v{{}, {}, {}, registers};
+  for (const auto& [instructions, constants, registers, results] : variants) {
+    CodeSource v{{}, {}, {}, registers, results};
     for (const auto& [code, to, from, constant] : instructions) {
       Instruction i{code, to, {}, {}};
       for (size_t k = 0; k < 4; ++k) i.from[k] = from[k];
@@ -103,8 +104,9 @@ void bind_programs(py::module_& m) {
   m.attr("MAX_REGISTERS") = kMaxRegisters;
   m.attr("MAX_INSTRUCTIONS") = kMaxInstructions;
   m.attr("MAX_NUMBERS") = kMaxNumbers;
+  m.attr("MAX_SUMS") = kMaxSums;
   m.def("add_program", &add, py::arg("name"), py::arg("hyper"), py::arg("states"), py::arg("codes"), py::arg("numbers"),
-        py::arg("carry"), py::arg("conditions"), py::arg("variants"),
+        py::arg("carry"), py::arg("conditions"), py::arg("passes"), py::arg("variants"),
         "Registers a traced rule; returns the index of its kernels.");
 }
 

@@ -1,5 +1,6 @@
-// Codecs of a form without a rule: decode a span's operands to numbers, and encode them with the rounding and the
-// random bits of the kernels. For rules that are data; the kernels of built-in rules contain the same conversions.
+// Decoding and encoding of a form apart from any rule: the operands of a span as numbers, and back with the rounding
+// and the random bits of the kernels. For rules that are data; the kernels of built-in rules have the same steps within
+// their own loops.
 #pragma once
 #include "library.h"
 #include "rules/update.h"
@@ -15,85 +16,144 @@ struct Codec {
   using P = typename St::P;
   using T = typename St::T;
   using Residual = typename St::Residual;
+  using Param = typename P::Stored;
+  using State = typename S::Stored;
+  static constexpr bool has_random = St::random || St::quantised;
 
-  // The random bits of element i of a tensor, if this form uses any: in block forms the top bits, else 16 low bits.
-  static FUSEDOPT_HD uint32_t random_at(uint32_t key, int64_t i) {
-    if constexpr (!St::random) return 0;
-    if constexpr (!St::blocked) return noise_at(key, i);
-    const int place = int(i % kBlock);
-    return St::part_of(St::block_noise(key, i / kBlock, place % St::numbers), place / St::numbers);
+  // The random bits of the elements of a block, as Storage divides them in blocked forms, else 16 for each.
+  static FUSEDOPT_HD void draw(uint32_t key, int64_t first, uint32_t* random) {
+    if constexpr (St::blocked) {
+      for (int i = 0; i < St::numbers; ++i) {
+        const uint32_t number = St::block_noise(key, first / kBlock, i);
+        for (int k = 0; k < St::parts; ++k) random[i + k * St::numbers] = St::part_of(number, k);
+      }
+    } else {
+      for (int i = 0; i < kBlock / 2; ++i) {
+        const uint32_t both = noise(key, uint32_t(first >> 1) + uint32_t(i));
+        random[2 * i] = both & 0xffffu;
+        random[2 * i + 1] = both >> 16;
+      }
+    }
   }
   static FUSEDOPT_HD uint32_t bits16(uint32_t random) { return St::blocked ? St::bits_of(random) : random; }
 
   static void decode(const Span& span, int n_states, const Format* codes, void* p, void* g, void* const* states) {
-    auto* param = static_cast<const typename P::Stored*>(span.param);
-    auto* grad = static_cast<const typename G::Stored*>(span.grad);
-    auto* residual = static_cast<const Residual*>(span.residual);
-    for (int64_t i = 0; i < span.n; ++i) {
-      typename W::ResidualWord r{};
-      if constexpr (W::master != kNoMaster) r = typename W::ResidualWord(residual[i]);
-      static_cast<T*>(p)[i] = W::load(typename P::Word(param[i]), r);
-    }
-    FUSEDOPT_INDEPENDENT
-    for (int64_t i = 0; i < span.n; ++i) static_cast<T*>(g)[i] = T(G::load(typename G::Word(grad[i])));
+    load_weights(static_cast<const Param*>(span.param), static_cast<const Residual*>(span.residual), span.n,
+                 static_cast<T*>(p));
+    load<G>(static_cast<const typename G::Stored*>(span.grad), span.n, static_cast<T*>(g));
     for (int k = 0; k < n_states; ++k) {
-      auto* from = static_cast<const typename S::Stored*>(span.state[k]);
+      auto* from = static_cast<const State*>(span.state[k]);
       auto* to = static_cast<T*>(states[k]);
       if constexpr (St::quantised) {
         if (codes[k] == kSigned) decode_blocks<SignedRoot>(from, span.scale[k], span.n, to);
         if (codes[k] == kNonNegative) decode_blocks<Root>(from, span.scale[k], span.n, to);
       } else {
-        FUSEDOPT_INDEPENDENT
-        for (int64_t i = 0; i < span.n; ++i) to[i] = T(S::load(typename S::Word(from[i])));
+        load<S>(from, span.n, to);
       }
     }
   }
 
   static void encode(const Span& span, int n_states, const Format* codes, const void* p, void* const* states) {
-    auto* param = static_cast<typename P::Stored*>(span.param);
-    auto* residual = static_cast<Residual*>(span.residual);
-    for (int64_t i = 0; i < span.n; ++i) {
-      typename P::Word w{};
-      typename W::ResidualWord r{};
-      W::store(static_cast<const T*>(p)[i], w, r, bits16(random_at(span.key, span.first + i)));
-      param[i] = typename P::Stored(w);
-      if constexpr (W::master != kNoMaster) residual[i] = Residual(r);
-    }
-    for (int k = 0; k < n_states; ++k) {
-      auto* from = static_cast<const T*>(states[k]);
-      auto* to = static_cast<typename S::Stored*>(span.state[k]);
-      if constexpr (St::quantised) {
-        if (codes[k] == kSigned) encode_blocks<SignedRoot>(span, from, to, span.scale[k]);
-        if (codes[k] == kNonNegative) encode_blocks<Root>(span, from, to, span.scale[k]);
+    auto* from = static_cast<const T*>(p);
+    for (int64_t i = 0; i < span.n; i += kBlock) {
+      const int64_t n = span.n - i < kBlock ? span.n - i : kBlock;
+      uint32_t random[kBlock];
+      if (has_random) draw(span.key, span.first + i, random);
+      auto* param = static_cast<Param*>(span.param) + i;
+      auto* residual = span.residual ? static_cast<Residual*>(span.residual) + i : nullptr;
+      if (n == kBlock) {  // a constant number of elements
+        encode_block(span, n_states, codes, from + i, states, i, kBlock, param, residual, random);
       } else {
-        for (int64_t i = 0; i < span.n; ++i)
-          to[i] = typename S::Stored(S::store(from[i], bits16(random_at(span.key, span.first + i))));
+        encode_block(span, n_states, codes, from + i, states, i, n, param, residual, random);
       }
     }
   }
 
  private:
+  static void load_weights(const Param* param, const Residual* residual, int64_t n, T* to) {
+    FUSEDOPT_INDEPENDENT
+    for (int64_t i = 0; i < n; ++i) {
+      typename W::ResidualWord r{};
+      if constexpr (W::master != kNoMaster) r = typename W::ResidualWord(residual[i]);
+      to[i] = W::load(typename P::Word(param[i]), r);
+    }
+  }
+  template <class F>
+  static void load(const typename F::Stored* from, int64_t n, T* to) {
+    FUSEDOPT_INDEPENDENT
+    for (int64_t i = 0; i < n; ++i) to[i] = T(F::load(typename F::Word(from[i])));
+  }
+
+  static FUSEDOPT_HD void encode_block(const Span& span, int n_states, const Format* codes, const T* p,
+                                       void* const* states, int64_t at, int64_t n, Param* param, Residual* residual,
+                                       const uint32_t* random) {
+    FUSEDOPT_INDEPENDENT
+    for (int64_t i = 0; i < n; ++i) {
+      typename P::Word w{};
+      typename W::ResidualWord r{};
+      W::store(p[i], w, r, P::noisy ? bits16(random[i]) : 0);
+      param[i] = Param(w);
+      if constexpr (W::master != kNoMaster) residual[i] = Residual(r);
+    }
+    float shift[kBlock];
+    if constexpr (St::quantised)
+      for (int i = 0; i < kBlock; ++i) shift[i] = St::shift_of(random[i]);
+    for (int k = 0; k < n_states; ++k) {
+      const T* from = static_cast<const T*>(states[k]) + at;
+      State* to = static_cast<State*>(span.state[k]) + at;
+      if constexpr (St::quantised) {
+        float* scale = span.scale[k] + at / kBlock;
+        if (codes[k] == kSigned) encode_states<SignedRoot>(from, shift, n, to, scale);
+        if (codes[k] == kNonNegative) encode_states<Root>(from, shift, n, to, scale);
+      } else {
+        FUSEDOPT_INDEPENDENT
+        for (int64_t i = 0; i < n; ++i) to[i] = State(S::store(from[i], S::noisy ? bits16(random[i]) : 0));
+      }
+    }
+  }
+
   template <class C>
   static void decode_blocks(const uint8_t* from, const float* scale, int64_t n, T* to) {
-    for (int64_t i = 0; i < n; i += kBlock) {
+    int64_t i = 0;
+    for (; i + kBlock <= n && normal_scale(scale[i / kBlock]); i += kBlock) {
+      const Decoder<C, true> decoder(scale[i / kBlock]);
+      FUSEDOPT_INDEPENDENT
+      for (int j = 0; j < kBlock; ++j) to[i + j] = decoder(from[i + j]);
+    }
+    for (; i < n; i += kBlock) {
       const Decoder<C> decoder(scale[i / kBlock]);
       for (int64_t j = i; j < n && j < i + kBlock; ++j) to[j] = decoder(from[j]);
     }
   }
+
+  // Fast path for a full block with a normal scale; any other is encoded element by element.
   template <class C>
-  static void encode_blocks(const Span& span, const T* from, uint8_t* to, float* scale) {
-    for (int64_t i = 0; i < span.n; i += kBlock) {
-      uint32_t top = 0;
-      for (int64_t j = i; j < span.n && j < i + kBlock; ++j) {
-        const uint32_t b = size_bits(from[j]);
-        top = b > top ? b : top;
-      }
-      const float size = bits<float>(top);
-      scale[i / kBlock] = size;
-      const Encoder<C> encoder(size);
-      for (int64_t j = i; j < span.n && j < i + kBlock; ++j)
-        to[j] = encoder(from[j], St::shift_of(random_at(span.key, span.first + j)));
+  static FUSEDOPT_HD void encode_states(const T* from, const float* shift, int64_t n, uint8_t* to, float* scale) {
+    uint32_t top = 0;
+    for (int64_t i = 0; i < n; ++i) {
+      const uint32_t b = bits<uint32_t>(C::size(from[i]));
+      top = b > top ? b : top;
     }
+    const float size = bits<float>(top);
+    if (normal_scale(size) && n == kBlock) {
+      *scale = size;
+      const Encoder<C, true> encoder(size);
+      FUSEDOPT_INDEPENDENT
+      for (int i = 0; i < kBlock; ++i) to[i] = encoder(from[i], shift[i]);
+    } else {
+      encode_carefully<C>(from, shift, n, to, scale);
+    }
+  }
+  template <class C>
+  static FUSEDOPT_APART void encode_carefully(const T* from, const float* shift, int64_t n, uint8_t* to, float* scale) {
+    uint32_t top = 0;
+    for (int64_t i = 0; i < n; ++i) {
+      const uint32_t b = size_bits(from[i]);
+      top = b > top ? b : top;
+    }
+    *scale = bits<float>(top);
+    const Encoder<C> encoder(bits<float>(top));
+    for (int64_t i = 0; i < n; ++i) to[i] = encoder(from[i], shift[i]);
   }
 };
 

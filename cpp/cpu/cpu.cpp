@@ -1,7 +1,6 @@
 // The kernel library of one instruction set: every rule in every form. Compiled once per instruction set
 // (FUSEDOPT_ISA), in FUSEDOPT_PARTS parts with some of the rules each. Part 0 exports the library and each part its
 // kernels, under names that contain the instruction set; nothing else has external linkage.
-#include "cpu/codec.h"
 #include "cpu/sweep.h"
 
 #ifndef FUSEDOPT_ISA
@@ -19,9 +18,9 @@ namespace {
 template <class K>
 constexpr HostKernel host_kernel() {
   if constexpr (K::exists) {
-    return {nullptr, K::prepare, K::sweep};
+    return {nullptr, K::prepare, K::sweep, nullptr};
   } else {
-    return {nullptr, nullptr, nullptr};
+    return {nullptr, nullptr, nullptr, nullptr};
   }
 }
 
@@ -57,16 +56,12 @@ const HostKernel* FUSEDOPT_KERNELS(FUSEDOPT_PART)(int rule) {
 const HostKernel* FUSEDOPT_KERNELS(1)(int rule);
 #endif
 static_assert(FUSEDOPT_PARTS <= 2, "name the other parts");
+const HostForm* FUSEDOPT_CAT(forms_, FUSEDOPT_ISA)();
 
 namespace {
 
-#define FORM(W, G, S) \
-  {finish<Storage<W, W::Weight, W::Weight>>, Codec<Storage<W, G, S>>::decode, Codec<Storage<W, G, S>>::encode},
-constexpr HostForm host_forms[] = {FUSEDOPT_FORMATS(FORM)};
-#undef FORM
-
 const HostKernel* kernels[kRules];
-constexpr HostTable host = {kernels, host_forms, {square_sum<F64>, square_sum<F32>, square_sum<BF16>, square_sum<F16>}};
+HostTable host = {kernels, nullptr, {square_sum<F64>, square_sum<F32>, square_sum<BF16>, square_sum<F16>}};
 constexpr KernelLibrary library = {
     FUSEDOPT_VERSION, kHostSize, FUSEDOPT_STR(FUSEDOPT_ISA), rules, kRules, forms, kForms, &host, nullptr};
 
@@ -80,6 +75,7 @@ const KernelLibrary* FUSEDOPT_CAT(library_, FUSEDOPT_ISA)() {
     if (!kernels[r]) kernels[r] = FUSEDOPT_KERNELS(1)(r);
 #endif
   }
+  host.forms = FUSEDOPT_CAT(forms_, FUSEDOPT_ISA)();
   return &library;
 }
 #endif

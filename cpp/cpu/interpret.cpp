@@ -316,11 +316,14 @@ void compute_all(const Number* numbers, int n, double* v, int n_given) {
   for (int i = 0; i < n; ++i) v[n_given + i] = compute(numbers[i], v);
 }
 
-int given(const Program& program, const double* hyper, const Clock& clock, double* v) {
+int given(const Program& program, const double* hyper, const Clock& clock, const double* sums, double length,
+          double* v) {
   for (int h = 0; h < program.n_hyper; ++h) v[h] = hyper[h];
   v[program.n_hyper] = double(clock.t);
   v[program.n_hyper + 1] = clock.carry;
-  return program.n_hyper + 2;
+  v[program.n_hyper + 2] = length;
+  for (int s = 0; s < kMaxSums; ++s) v[program.n_hyper + 3 + s] = sums ? sums[s] : 0;
+  return program.n_hyper + kClockNumbers;
 }
 
 void advance(const void* self, const double* hyper, Clock& clock) {
@@ -328,7 +331,7 @@ void advance(const void* self, const double* hyper, Clock& clock) {
   ++clock.t;
   if (program.n_carry == 0) return;
   double v[kMaxNumbers];
-  const int n = given(program, hyper, clock, v);
+  const int n = given(program, hyper, clock, nullptr, 0, v);
   compute_all(program.carry, program.n_carry, v, n);
   const double carry = v[n + program.n_carry - 1];
   clock.carry = clock.single ? double(float(carry)) : carry;
@@ -347,17 +350,23 @@ static_assert(sizeof(Prepared<double>) == kPreparedBytes && sizeof(Prepared<floa
 static_assert(Prepared<double>::kConstants == kMaxConstants, "Prepared holds kMaxConstants");
 
 template <class T>
-void prepare(const void* self, const double* hyper, const Clock& clock, double scale, void* prepared) {
+void prepare_pass(const void* self, int pass, const double* hyper, const Clock& clock, double scale, const double* sums,
+                  int64_t length, void* prepared) {
   const Program& program = *static_cast<const ProgramKernel*>(self)->program;
   double v[kMaxNumbers];
-  compute_all(program.numbers, program.n_numbers, v, given(program, hyper, clock, v));
+  compute_all(program.numbers, program.n_numbers, v, given(program, hyper, clock, sums, double(length), v));
   auto& ready = *static_cast<Prepared<T>*>(prepared);
-  ready.code = 0;
+  ready.code = pass << program.n_conditions;
   for (int c = 0; c < program.n_conditions; ++c) ready.code |= int(v[program.conditions[c]] != 0) << c;
   ready.scale = T(scale);
   const Variant& code = program.variants[ready.code];
   ready.constants[0] = T(1);
   for (int k = 1; k < code.n_constants; ++k) ready.constants[k] = T(code.signs[k] * v[code.constants[k]]);
+}
+
+template <class T>
+void prepare(const void* self, const double* hyper, const Clock& clock, double scale, void* prepared) {
+  prepare_pass<T>(self, 0, hyper, clock, scale, nullptr, 0, prepared);
 }
 
 FUSEDOPT_HD void* moved(void* p, int64_t n, int size) { return static_cast<char*>(p) + n * size; }
@@ -385,8 +394,10 @@ struct Ready {
   T k[5];
 };
 
-template <class T>
-void update(const void* self, const void* prepared, const Span& span) {
+// Runs the code that has been prepared over a span, a tile at a time; after each tile calls
+// then(its part of the span if that was decoded, registers, elements).
+template <class T, class Then>
+FUSEDOPT_HD void run(const void* self, const void* prepared, const Span& span, Then&& then) {
   const ProgramKernel& kernel = *static_cast<const ProgramKernel*>(self);
   const auto& ready = *static_cast<const Prepared<T>*>(prepared);
   const Variant& code = kernel.program->variants[ready.code];
@@ -431,13 +442,57 @@ void update(const void* self, const void* prepared, const Span& span) {
                                 registers[at.from[3]]};
       at.run(registers[at.to], from, at.k, n);
     }
-    if (!kernel.direct)
-      kernel.form.encode(part, n_states, kernel.codes, registers[0], reinterpret_cast<void* const*>(registers + 2));
+    then(part, registers, n);
   }
 }
 
-constexpr Interpreter all = {
-    advance, {nullptr, prepare<double>, update<double>}, {nullptr, prepare<float>, update<float>}};
+template <class T>
+void update(const void* self, const void* prepared, const Span& span) {
+  const ProgramKernel& kernel = *static_cast<const ProgramKernel*>(self);
+  run<T>(self, prepared, span, [&](const Span& part, T* const* registers, int64_t) {
+    if (!kernel.direct)
+      kernel.form.encode(part, kernel.program->n_states, kernel.codes, registers[0],
+                         reinterpret_cast<void* const*>(registers + 2));
+  });
+}
+
+// Adds n numbers, or their squares, to lanes in double.
+template <bool squares, class T>
+void add_to_lanes(const T* x, int64_t n, double* lanes) {
+  auto term = [](T number) { return squares ? double(number) * double(number) : double(number); };
+  double lane[kSumLanes];
+  for (int k = 0; k < kSumLanes; ++k) lane[k] = lanes[k];
+  int64_t i = 0;
+  for (; i + kSumLanes <= n; i += kSumLanes)
+    for (int k = 0; k < kSumLanes; ++k) lane[k] += term(x[i + k]);
+  for (int k = 0; i < n; ++i, ++k) lane[k] += term(x[i]);
+  for (int k = 0; k < kSumLanes; ++k) lanes[k] = lane[k];
+}
+
+template <class T>
+void add(const void* self, const void* prepared, const Span& span, double* lanes) {
+  const Program& program = *static_cast<const ProgramKernel*>(self)->program;
+  const int code = static_cast<const Prepared<T>*>(prepared)->code, pass = code >> program.n_conditions;
+  int first = 0;
+  for (int p = 0; p < pass; ++p) first += program.n_sums[p];
+  const Variant& variant = program.variants[code];
+  run<T>(self, prepared, span, [&](const Span&, T* const* registers, int64_t n) {
+    for (int s = 0; s < program.n_sums[pass]; ++s) {
+      const T* const x = registers[variant.results[s]];
+      if (program.squares[first + s]) {
+        add_to_lanes<true>(x, n, lanes + s * kSumLanes);
+      } else {
+        add_to_lanes<false>(x, n, lanes + s * kSumLanes);
+      }
+    }
+  });
+}
+
+constexpr Interpreter all = {advance,
+                             {nullptr, prepare<double>, update<double>, nullptr},
+                             {nullptr, prepare<float>, update<float>, nullptr},
+                             {0, {}, prepare_pass<double>, add<double>},
+                             {0, {}, prepare_pass<float>, add<float>}};
 
 }  // namespace
 

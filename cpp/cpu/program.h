@@ -46,6 +46,7 @@ struct Variant {
   const int16_t* constants;  // numbers; the first one stands for 1 and is not read
   const int8_t* signs;       // of the constants: 1 or -1
   int n_constants;
+  int16_t results[kMaxSums];  // of a pass: the registers that are summed
 };
 
 enum NumberOp : int {
@@ -82,15 +83,20 @@ struct Number {
   double literal;
 };
 
-// Numbers are counted: the hyperparameters, the step, the carried number, then those of the list.
+// Numbers are counted: the hyperparameters, the step, the carried number, the tensor's length, its sums, then those of
+// the list.
+constexpr int kClockNumbers = 3 + kMaxSums;
 struct Program {
   int n_hyper, n_states;
   const Number* numbers;
   int n_numbers;
   const int16_t* conditions;  // numbers whose truth selects a code; the first is the lowest bit
   int n_conditions;
-  const Variant* variants;
-  const Number* carry;  // computes the carried number, the last of these, from the one of the step before
+  int n_passes;              // see Reduction
+  int n_sums[kMaxSums];      // of each pass
+  int8_t squares[kMaxSums];  // whether a sum is one of squares
+  const Variant* variants;   // of each pass and of the update, one for each combination of the conditions
+  const Number* carry;       // computes the carried number, the last of these, from the one of the step before
   int n_carry;
 };
 
@@ -106,7 +112,8 @@ struct ProgramKernel {
 // The interpreter, compiled for one instruction set.
 struct Interpreter {
   void (*advance)(const void* program, const double* hyper, Clock& clock);
-  HostKernel wide, narrow;  // for float64, and for all other forms; without `self`
+  HostKernel wide, narrow;                     // for float64, and for all other forms; without `self`
+  Reduction wide_reduction, narrow_reduction;  // without the number of passes and sums
 };
 
 }  // namespace fusedopt

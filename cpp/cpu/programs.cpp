@@ -24,6 +24,7 @@ struct Registered {
     KernelLibrary library;
     HostTable host;
     Rule rule;
+    Reduction wide, narrow;
     std::vector<ProgramKernel> programs;
     std::vector<HostKernel> kernels;
     const HostKernel* of_rule;
@@ -50,13 +51,21 @@ void check_numbers(const std::vector<Number>& numbers, int given) {
 
 void check(const ProgramSource& s, int n_hyper, int n_states) {
   expect(n_hyper > 0 && n_states <= kMaxStates && int(s.codes.size()) == n_states, "states or hyperparameters");
-  const int given = n_hyper + 2, all = given + int(s.numbers.size());
+  size_t n_sums = 0;
+  for (const auto& pass : s.passes) n_sums += pass.size();
+  expect(n_sums <= size_t(kMaxSums) && s.passes.size() <= n_sums, "sums");
+  const size_t n_codes = size_t(1) << s.conditions.size();
+  const int given = n_hyper + kClockNumbers, all = given + int(s.numbers.size());
   check_numbers(s.numbers, given);
   check_numbers(s.carry, given);
-  expect(s.conditions.size() <= size_t(kMaxConditions) && s.variants.size() == size_t(1) << s.conditions.size(),
-         "conditions");
+  expect(s.conditions.size() <= size_t(kMaxConditions), "conditions");
+  expect(s.variants.size() == n_codes * (s.passes.size() + 1), "variants");
   for (int c : s.conditions) expect(c >= 0 && c < all, "a condition");
-  for (const CodeSource& v : s.variants) {
+  for (size_t c = 0; c < s.variants.size(); ++c) {
+    const CodeSource& v = s.variants[c];
+    const size_t pass = c / n_codes;
+    expect(v.results.size() == (pass < s.passes.size() ? s.passes[pass].size() : 0), "results");
+    for (int r : v.results) expect(r >= 0 && r < v.n_registers, "a result of a pass");
     expect(v.n_registers >= 2 + n_states && v.n_registers <= kMaxRegisters, "registers");
     expect(v.instructions.size() <= size_t(kMaxInstructions), "too many instructions");
     expect(!v.constants.empty() && v.constants.size() <= size_t(kMaxConstants), "constants");
@@ -64,7 +73,8 @@ void check(const ProgramSource& s, int n_hyper, int n_states) {
     for (size_t k = 1; k < v.constants.size(); ++k) expect(v.constants[k] >= 0 && v.constants[k] < all, "a constant");
     for (const Instruction& i : v.instructions) {
       expect(i.code >= 0 && i.code < kCodes, "an instruction");
-      expect(i.to >= 0 && i.to < v.n_registers && i.to != 1, "a result");  // the gradient is not written
+      const bool reads_only = pass < s.passes.size();  // a pass writes no operand, and nothing writes the gradient
+      expect(i.to >= (reads_only ? 2 + n_states : 0) && i.to < v.n_registers && i.to != 1, "a result");
       for (int r : i.from) expect(r >= 0 && r < v.n_registers, "an operand");
       for (int k : i.constant) expect(k >= 0 && k < int(v.constants.size()), "an operand's constant");
     }
@@ -91,11 +101,18 @@ ProgramKernel kernel_of(const Program& program, const Rule& rule, const Form& fo
 void fill(Registered::Build& build, const Registered& all, const Interpreter& interpreter, const KernelLibrary& base) {
   build.rule = all.rule;
   build.rule.advance = interpreter.advance;
+  build.wide = interpreter.wide_reduction;
+  build.narrow = interpreter.narrow_reduction;
+  for (Reduction* r : {&build.wide, &build.narrow}) {
+    r->n_passes = all.program.n_passes;
+    for (int p = 0; p < kMaxSums; ++p) r->n_sums[p] = all.program.n_sums[p];
+  }
   for (int f = 0; f < base.n_forms; ++f)
     build.programs.push_back(kernel_of(all.program, all.rule, base.forms[f], base.host->forms[f]));
   for (int f = 0; f < base.n_forms; ++f) {
     HostKernel kernel = base.forms[f].param == kF64 ? interpreter.wide : interpreter.narrow;
     kernel.self = &build.programs[size_t(f)];
+    if (!all.source.passes.empty()) kernel.reduction = base.forms[f].param == kF64 ? &build.wide : &build.narrow;
     if (!has_form(all.rule, base.forms[f])) kernel.update = nullptr;
     build.kernels.push_back(kernel);
   }
@@ -116,18 +133,34 @@ int add_program(ProgramSource source) {
   auto* const all = new Registered;  // kept for the life of the process, as the catalogue asks
   all->source = std::move(source);
   const ProgramSource& s = all->source;
-  for (const CodeSource& v : s.variants)
-    all->variants.push_back({v.instructions.data(), int(v.instructions.size()), v.n_registers, v.constants.data(),
-                             v.signs.data(), int(v.constants.size())});
-  all->program = {n_hyper,
-                  n_states,
-                  s.numbers.data(),
-                  int(s.numbers.size()),
-                  s.conditions.data(),
-                  int(s.conditions.size()),
-                  all->variants.data(),
-                  s.carry.data(),
-                  int(s.carry.size())};
+  for (const CodeSource& v : s.variants) {
+    Variant to{v.instructions.data(),
+               int(v.instructions.size()),
+               v.n_registers,
+               v.constants.data(),
+               v.signs.data(),
+               int(v.constants.size()),
+               {}};
+    for (size_t k = 0; k < v.results.size(); ++k) to.results[k] = v.results[k];
+    all->variants.push_back(to);
+  }
+  Program& p = all->program;
+  p = {};
+  p.n_hyper = n_hyper;
+  p.n_states = n_states;
+  p.numbers = s.numbers.data();
+  p.n_numbers = int(s.numbers.size());
+  p.conditions = s.conditions.data();
+  p.n_conditions = int(s.conditions.size());
+  p.n_passes = int(s.passes.size());
+  int sum = 0;
+  for (size_t pass = 0; pass < s.passes.size(); ++pass) {
+    p.n_sums[pass] = int(s.passes[pass].size());
+    for (bool square : s.passes[pass]) p.squares[sum++] = square;
+  }
+  p.variants = all->variants.data();
+  p.carry = s.carry.data();
+  p.n_carry = int(s.carry.size());
   all->rule = {s.name.c_str(), s.hyper.c_str(),  s.states.c_str(), {},
                n_states,       !s.carry.empty(), &all->program,    nullptr};
   for (int k = 0; k < kMaxStates; ++k) all->rule.codes[k] = k < n_states ? s.codes[size_t(k)] : kNotQuantised;

@@ -79,17 +79,21 @@ Mover scatter_of(Format f) {
   return by_size(size_of(f), scatter<uint64_t>, scatter<uint32_t>, scatter<uint16_t>, scatter<uint8_t>);
 }
 
+// The elements [from, to) of a dense tensor.
+Span dense_part(const Ready& ready, const Tensor& tensor, uint32_t key, int64_t from, int64_t to) {
+  const Form& f = *ready.form;
+  Span s = ready.span(tensor, key, from, to - from);
+  s.param = moved(tensor.span.param, from, f.param);
+  s.grad = moved(tensor.span.grad, from, f.grad);
+  for (int k = 0; k < ready.n_states; ++k) s.state[k] = moved(tensor.span.state[k], from, f.state);
+  if (tensor.span.residual) s.residual = moved(tensor.span.residual, from, residual_format(f.master));
+  if (tensor.span.ema) s.ema = moved(tensor.span.ema, from, ema_format(f.param));
+  return s;
+}
+
 void update_dense(const Ready& ready, const Tensor& tensor, uint32_t key, int64_t begin, int64_t end) {
   const Form& f = *ready.form;
-  auto update = [&](int64_t from, int64_t to) {
-    Span s = ready.span(tensor, key, from, to - from);
-    s.param = moved(tensor.span.param, from, f.param);
-    s.grad = moved(tensor.span.grad, from, f.grad);
-    for (int k = 0; k < ready.n_states; ++k) s.state[k] = moved(tensor.span.state[k], from, f.state);
-    if (tensor.span.residual) s.residual = moved(tensor.span.residual, from, residual_format(f.master));
-    if (tensor.span.ema) s.ema = moved(tensor.span.ema, from, ema_format(f.param));
-    ready.run(s);
-  };
+  auto update = [&](int64_t from, int64_t to) { ready.run(dense_part(ready, tensor, key, from, to)); };
   if (ready.finishes(tensor)) {  // in pieces that stay in the cache between the two loops
     for (; begin < end; begin += kPiece) update(begin, std::min(begin + kPiece, end));
     return;
@@ -104,7 +108,10 @@ void update_dense(const Ready& ready, const Tensor& tensor, uint32_t key, int64_
   update(begin, end);
 }
 
-void update_strided(const Ready& ready, const Tensor& tensor, uint32_t key, int64_t begin, int64_t end) {
+// Gathers the elements [begin, end) tile by tile, calls run(span) for each, and if `write` puts the results back.
+template <class Run>
+void walk_strided(const Ready& ready, const Tensor& tensor, uint32_t key, int64_t begin, int64_t end, Run&& run,
+                  bool write) {
   alignas(64) char tile[kOperands][kTile * sizeof(double)];
   const Form& f = *ready.form;
   struct Operand {
@@ -124,10 +131,31 @@ void update_strided(const Ready& ready, const Tensor& tensor, uint32_t key, int6
     if (tensor.span.ema) s.ema = tile[n - 1];
     for (int o = 0; o < n; ++o)
       gather_of(operands[o].format)(*tensor.strided, o, operands[o].data, begin, s.n, tile[o]);
-    ready.run(s);
-    for (int o = 0; o < n; ++o)
+    run(s);
+    for (int o = 0; write && o < n; ++o)
       if (o != 1) scatter_of(operands[o].format)(*tensor.strided, o, tile[o], begin, s.n, operands[o].data);
   }
+}
+
+void update_strided(const Ready& ready, const Tensor& tensor, uint32_t key, int64_t begin, int64_t end) {
+  walk_strided(ready, tensor, key, begin, end, [&](const Span& s) { ready.run(s); }, true);
+}
+
+// Adds the elements of one leaf to the sums of a pass.
+void add_block(const Ready& ready, const Tensor& tensor, int64_t begin, int64_t end, double* lanes) {
+  auto add = [&](const Span& s) { ready.kernel->reduction->add(ready.kernel->self, ready.constants, s, lanes); };
+  if (tensor.strided) {
+    walk_strided(ready, tensor, 0, begin, end, add, false);
+  } else {
+    add(dense_part(ready, tensor, 0, begin, end));
+  }
+}
+
+// The sum of the lanes of a leaf, in a fixed tree; the lanes are used up.
+double lane_sum(double* lane) {
+  for (int width = kSumLanes / 2; width > 0; width /= 2)
+    for (int k = 0; k < width; ++k) lane[k] += lane[k + width];
+  return lane[0];
 }
 
 double block_sum(const HostTable& t, const Tensor& tensor, int64_t begin, int64_t n) {
@@ -177,10 +205,15 @@ struct HostStep::Work {
       if (r + 4 < step.tensors.size()) prefetch_tensor(step.tensors[r + 4]);
       const Group& group = (*groups)[size_t(tensor.group)];
       if (!last || last->group != tensor.group || !(last->kernel == tensor.kernel) || last->clock.t != tensor.clock.t ||
-          last->clock.carry != tensor.clock.carry) {
+          last->clock.carry != tensor.clock.carry || ready.kernel->reduction) {
         if (!last || !(last->kernel == tensor.kernel)) ready.resolve(tensor.kernel);
         const double scale = step.scale_[size_t(tensor.group)];
-        ready.kernel->prepare(ready.kernel->self, group.hyper.data(), tensor.clock, scale, constants);
+        if (const Reduction* reduction = ready.kernel->reduction) {
+          reduction->prepare(ready.kernel->self, reduction->n_passes, group.hyper.data(), tensor.clock, scale,
+                             step.sums_.data() + r * kMaxSums, tensor.span.n, constants);
+        } else {
+          ready.kernel->prepare(ready.kernel->self, group.hyper.data(), tensor.clock, scale, constants);
+        }
         ready.finish = {group.hyper[0] * group.l1, group.ema_weight};
         last = &tensor;
       }
@@ -196,6 +229,29 @@ struct HostStep::Work {
       prefetch(line(tensor.span.grad, n));
       for (const void* s : tensor.span.state) prefetch(line(s, n));
     }
+  }
+
+  // One pass of the reductions: a leaf for each sum and block.
+  void reduce(int part, int pass, int64_t leaves) const {
+    alignas(16) char constants[kPreparedBytes];
+    each(part, kNormBlock, [&](size_t r, int64_t begin, int64_t end) {
+      const Tensor& tensor = step.tensors[r];
+      const Group& group = (*groups)[size_t(tensor.group)];
+      Ready ready;
+      ready.resolve(tensor.kernel);
+      const Reduction* reduction = ready.kernel->reduction;
+      if (!reduction || pass >= reduction->n_passes) return;
+      reduction->prepare(ready.kernel->self, pass, group.hyper.data(), tensor.clock, step.scale_[size_t(tensor.group)],
+                         step.sums_.data() + r * kMaxSums, tensor.span.n, constants);
+      ready.constants = constants;
+      double* out = partial + first_block(r);
+      for (int64_t b = begin; b < end; b += kNormBlock) {
+        double lanes[kMaxSums * kSumLanes] = {};
+        add_block(ready, tensor, b, std::min(b + kNormBlock, tensor.span.n), lanes);
+        for (int s = 0; s < reduction->n_sums[pass]; ++s)
+          out[s * leaves + b / kNormBlock] = lane_sum(lanes + s * kSumLanes);
+      }
+    });
   }
 
   void norm(int part) const {
@@ -245,6 +301,46 @@ double HostStep::norm(Team team, int threads) {
   return sqrt(sum);
 }
 
+void HostStep::reduce(const std::vector<Group>& groups, Team team, int threads) {
+  int passes = 0;
+  for (size_t r = 0; r < tensors.size(); ++r) {
+    if (r > 0 && tensors[r].kernel == tensors[r - 1].kernel) continue;
+    const Reduction* reduction = host_kernel(tensors[r].kernel).reduction;
+    if (reduction) passes = std::max(passes, reduction->n_passes);
+  }
+  if (passes == 0) return;
+  int parts;
+  const int64_t total = split(kNormGrain, threads, &parts), leaves = total / kNormBlock + int64_t(tensors.size()) + 1;
+  partial_.assign(size_t(leaves) * kMaxSums, 0.0);
+  sums_.assign(tensors.size() * kMaxSums, 0.0);
+  Work work{*this, &groups, total, parts, partial_.data()};
+  struct Pass {
+    const Work& work;
+    int number;
+    int64_t leaves;
+  };
+  for (int pass = 0; pass < passes; ++pass) {
+    Pass now{work, pass, leaves};
+    parallel(
+        team, threads, parts,
+        [](void* p, int part) {
+          FloatMode inner;
+          auto* of = static_cast<const Pass*>(p);
+          of->work.reduce(part, of->number, of->leaves);
+        },
+        &now);
+    for (size_t r = 0; r < tensors.size(); ++r) {
+      const Reduction* reduction = host_kernel(tensors[r].kernel).reduction;
+      if (!reduction || pass >= reduction->n_passes) continue;
+      int first = 0;
+      for (int p = 0; p < pass; ++p) first += reduction->n_sums[p];
+      const int64_t blocks = (tensors[r].span.n + kNormBlock - 1) / kNormBlock;
+      for (int s = 0; s < reduction->n_sums[pass]; ++s)
+        sums_[r * kMaxSums + size_t(first + s)] = tree_sum(partial_.data() + s * leaves + work.first_block(r), blocks);
+    }
+  }
+}
+
 void HostStep::advance(const std::vector<Group>& groups) {
   for (Tensor& t : tensors) t.advance(groups[size_t(t.group)]);
 }
@@ -253,6 +349,7 @@ void HostStep::update(const std::vector<Group>& groups, double factor, Team team
   FloatMode mode;
   scale_.resize(groups.size());
   for (size_t g = 0; g < groups.size(); ++g) scale_[g] = groups[g].maximize ? -factor : factor;
+  reduce(groups, team, threads);
   int parts;
   int64_t total = split(kStepGrain, threads, &parts);
   Work work{*this, &groups, total, parts, nullptr};

@@ -21,10 +21,13 @@ class HostStep {
  private:
   struct Work;
   int64_t split(int64_t grain, int threads, int* parts);
+  // Computes the sums that rules with reductions need.
+  void reduce(const std::vector<Group>& groups, Team team, int threads);
 
   std::vector<int64_t> begin_;   // the tensors' first positions in the flat range, and its end
   std::vector<double> partial_;  // leaves of the norm
   std::vector<double> scale_;    // by group
+  std::vector<double> sums_;     // of every tensor, kMaxSums each, for rules with reductions
 };
 
 }  // namespace fusedopt

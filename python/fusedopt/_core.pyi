@@ -92,6 +92,7 @@ MAX_CONDITIONS: int
 MAX_REGISTERS: int
 MAX_INSTRUCTIONS: int
 MAX_NUMBERS: int
+MAX_SUMS: int
 
 def instructions() -> dict[str, int]:
     """The interpreter's instructions: name -> code."""
@@ -104,6 +105,7 @@ def add_program(
     numbers: Sequence[tuple[str, int, int, int, float]],
     carry: Sequence[tuple[str, int, int, int, float]],
     conditions: Sequence[int],
+    passes: Sequence[Sequence[bool]],
     variants: Sequence[Any],
 ) -> int:
     """Registers a traced rule; returns the index of its kernels."""

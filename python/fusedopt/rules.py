@@ -112,6 +112,8 @@ class Rule:
     """Whether the carried scalar is a float64 tensor beside torch parameters of any dtype, and not torch's."""
     own: ClassVar[bool] = False
     """Whether the rule is a user's, whose kernels are those of the CPU's interpreter."""
+    reduces: ClassVar[bool] = False
+    """Whether it needs sums over the whole tensor."""
 
     def __init_subclass__(cls) -> None:
         if "function" in cls.__dict__:
@@ -168,8 +170,10 @@ class Rule:
 
     def first(self, state: str, options: Options) -> float:
         """The initial value of a state that is not a copy of the parameter."""
-        value = self.initial.get(state, 0.0)
-        return float(options[value] if isinstance(value, str) else value)
+        value: Any = self.initial.get(state, 0.0)
+        if isinstance(value, str):
+            value = options[value]
+        return float(value(0) if callable(value) else value)
 
     def starts_as_param(self, state: str) -> bool:
         """Whether a state starts as a copy of the parameter."""

@@ -13,9 +13,22 @@ from __future__ import annotations
 
 from typing import Any
 
-from .rule import lerp, maximum, minimum, option, rule, sign, sqrt, state, where
+from .rule import (
+    fma,
+    lerp,
+    maximum,
+    minimum,
+    option,
+    rule,
+    sign,
+    sqrt,
+    state,
+    tensor_mean,
+    tensor_norm,
+    where,
+)
 
-__all__ = ["ASGD", "Adan", "Rprop"]
+__all__ = ["ASGD", "LAMB", "LARS", "MARS", "Adan", "CautiousAdamW", "CautiousLion", "Rprop", "StableAdamW"]
 
 
 @rule(lr=1e-3, betas=(0.98, 0.92, 0.99), eps=1e-8, weight_decay=0.0)
@@ -107,3 +120,182 @@ def Rprop(
     step_size = minimum(maximum(step_size * factor, step_sizes[0]), step_sizes[1])
     g = where(turned < 0, 0.0, g)
     return p - sign(g) * step_size, g, step_size
+
+
+@rule(lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-2)
+def CautiousAdamW(
+    p: Any,
+    g: Any,
+    exp_avg: Any = state(),
+    exp_avg_sq: Any = state(non_negative=True),
+    *,
+    t: Any,
+    lr: Any,
+    betas: Any,
+    eps: Any,
+    weight_decay: Any,
+) -> Any:
+    r"""AdamW that moves only where the step agrees with the gradient's sign.
+
+    .. math::
+        u_t &= \hat m_t / (\sqrt{\hat v_t} + \epsilon), \qquad c_t = [u_t g_t > 0] \\
+        \theta_t &= (1 - \gamma \lambda) \theta_{t-1} - \gamma u_t c_t / \max(\overline{c_t}, 10^{-3})
+
+    The mean is over the tensor. Liang, Chen, Liu, Liu: Cautious Optimizers, arXiv 2411.16085.
+    """
+    b1, b2 = betas
+    exp_avg = lerp(exp_avg, g, 1 - b1)
+    exp_avg_sq = fma((1 - b2) * g, g, b2 * exp_avg_sq)
+    agrees = exp_avg * g > 0
+    step = (lr / (1 - b1**t) * exp_avg) / fma(sqrt(exp_avg_sq), 1 / sqrt(1 - b2**t), eps)
+    kept = where(agrees, step, 0.0)
+    p = p * (1 - lr * weight_decay) - kept * (1 / maximum(tensor_mean(agrees), 1e-3))
+    return p, exp_avg, exp_avg_sq
+
+
+@rule(lr=1e-4, betas=(0.9, 0.99), weight_decay=0.0)
+def CautiousLion(p: Any, g: Any, exp_avg: Any = state(), *, lr: Any, betas: Any, weight_decay: Any) -> Any:
+    r"""Lion that moves only where the step agrees with the gradient's sign; see :data:`CautiousAdamW`.
+
+    .. math::
+        u_t &= \operatorname{sign}(\beta_1 m_{t-1} + (1 - \beta_1) g_t), \qquad c_t = [u_t g_t > 0] \\
+        \theta_t &= (1 - \gamma \lambda) \theta_{t-1} - \gamma u_t c_t / \max(\overline{c_t}, 10^{-3}) \\
+        m_t &= \beta_2 m_{t-1} + (1 - \beta_2) g_t
+
+    Liang, Chen, Liu, Liu: Cautious Optimizers, arXiv 2411.16085.
+    """
+    step = sign(lerp(exp_avg, g, 1 - betas[0]))
+    agrees = step * g > 0
+    kept = where(agrees, step, 0.0)
+    p = p * (1 - lr * weight_decay) - lr / maximum(tensor_mean(agrees), 1e-3) * kept
+    return p, lerp(exp_avg, g, 1 - betas[1])
+
+
+@rule(lr=3e-3, betas=(0.95, 0.99), eps=1e-8, weight_decay=0.0, gamma=0.025, max_norm=1.0)
+def MARS(
+    p: Any,
+    g: Any,
+    exp_avg: Any = state(),
+    exp_avg_sq: Any = state(non_negative=True),
+    previous_grad: Any = state(),
+    *,
+    t: Any,
+    lr: Any,
+    betas: Any,
+    eps: Any,
+    weight_decay: Any,
+    gamma: Any,
+    max_norm: Any,
+) -> Any:
+    r"""MARS-AdamW: AdamW on a gradient whose variance is reduced by its difference from the one before.
+
+    .. math::
+        c_t &= g_t + \gamma \frac{\beta_1}{1 - \beta_1} (g_t - g_{t-1}), \qquad
+            \tilde c_t = c_t / \max(1, \|c_t\| / c_{\max}) \\
+        m_t &= \beta_1 m_{t-1} + (1 - \beta_1) \tilde c_t, \qquad
+            v_t = \beta_2 v_{t-1} + (1 - \beta_2) \tilde c_t^2 \\
+        \theta_t &= (1 - \eta \lambda) \theta_{t-1} - \eta \hat m_t / (\sqrt{\hat v_t} + \epsilon)
+
+    The norm is that of the tensor. Yuan, Liu, Wu, Zhou, Gu: MARS, arXiv 2411.10438, in its approximate form, which
+    takes the last step's gradient as it was.
+    """
+    b1, b2 = betas
+    c = where(t == 1, g, g + gamma * b1 / (1 - b1) * (g - previous_grad))
+    c = c * (1 / maximum(1.0, tensor_norm(c) / max_norm))
+    exp_avg = lerp(exp_avg, c, 1 - b1)
+    exp_avg_sq = fma((1 - b2) * c, c, b2 * exp_avg_sq)
+    step = (lr / (1 - b1**t) * exp_avg) / fma(sqrt(exp_avg_sq), 1 / sqrt(1 - b2**t), eps)
+    return p * (1 - lr * weight_decay) - step, exp_avg, exp_avg_sq, g
+
+
+@rule(lr=1e-3, betas=(0.9, 0.999), eps=1e-6, weight_decay=0.0)
+def LAMB(
+    p: Any,
+    g: Any,
+    exp_avg: Any = state(),
+    exp_avg_sq: Any = state(non_negative=True),
+    *,
+    t: Any,
+    lr: Any,
+    betas: Any,
+    eps: Any,
+    weight_decay: Any,
+) -> Any:
+    r"""LAMB: Adam whose step is as long as the tensor of parameters, times the learning rate.
+
+    .. math::
+        u_t &= \hat m_t / (\sqrt{\hat v_t} + \epsilon) + \lambda \theta_{t-1} \\
+        \theta_t &= \theta_{t-1} - \gamma \frac{\|\theta_{t-1}\|}{\|u_t\|} u_t
+
+    The ratio is 1 where one of the norms is 0. You et al.: Large Batch Optimization for Deep Learning, arXiv
+    1904.00962.
+    """
+    b1, b2 = betas
+    exp_avg = lerp(exp_avg, g, 1 - b1)
+    exp_avg_sq = fma((1 - b2) * g, g, b2 * exp_avg_sq)
+    u = (1 / (1 - b1**t) * exp_avg) / fma(sqrt(exp_avg_sq), 1 / sqrt(1 - b2**t), eps) + weight_decay * p
+    weight, update = tensor_norm(p), tensor_norm(u)
+    ratio = where((weight > 0) & (update > 0), weight / update, 1.0)
+    return p - lr * ratio * u, exp_avg, exp_avg_sq
+
+
+@rule(lr=0.1, momentum=0.9, weight_decay=0.0, trust_coefficient=1e-3, eps=1e-8)
+def LARS(
+    p: Any,
+    g: Any,
+    momentum_buffer: Any = state(),
+    *,
+    lr: Any,
+    momentum: Any,
+    weight_decay: Any,
+    trust_coefficient: Any,
+    eps: Any,
+) -> Any:
+    r"""LARS: momentum with a learning rate for each tensor, by the ratio of its norm to its gradient's.
+
+    .. math::
+        r_t &= \eta \frac{\|\theta_{t-1}\|}{\|g_t\| + \lambda \|\theta_{t-1}\| + \epsilon} \\
+        b_t &= \mu b_{t-1} + \gamma r_t (g_t + \lambda \theta_{t-1}), \qquad \theta_t = \theta_{t-1} - b_t
+
+    r is 1 where one of the norms is 0. You, Gitman, Ginsburg: Large Batch Training of Convolutional Networks, arXiv
+    1708.03888.
+    """
+    weight, grad = tensor_norm(p), tensor_norm(g)
+    trusted = trust_coefficient * weight / (grad + weight_decay * weight + eps)
+    ratio = where((weight > 0) & (grad > 0), trusted, 1.0)
+    momentum_buffer = momentum * momentum_buffer + lr * ratio * (g + weight_decay * p)
+    return p - momentum_buffer, momentum_buffer
+
+
+@rule(lr=1e-3, betas=(0.9, 0.99), eps=1e-6, weight_decay=1e-2)
+def StableAdamW(
+    p: Any,
+    g: Any,
+    exp_avg: Any = state(),
+    exp_avg_sq: Any = state(non_negative=True),
+    *,
+    t: Any,
+    lr: Any,
+    betas: Any,
+    eps: Any,
+    weight_decay: Any,
+) -> Any:
+    r"""StableAdamW: AdamW with AdaFactor's update clipping: steps that are large for their tensor are shortened.
+
+    .. math::
+        \beta_{i,t} &= \beta_i (1 - \beta_i^{t-1}) / (1 - \beta_i^t) \\
+        m_t &= \beta_{1,t} m_{t-1} + (1 - \beta_{1,t}) g_t, \\
+        v_t &= \beta_{2,t} v_{t-1} + (1 - \beta_{2,t}) g_t^2 \\
+        \mathrm{RMS}_t &= \sqrt{\overline{g_t^2 / \max(v_t, \epsilon^2)}}, \qquad
+            \gamma_t = \gamma / \max(1, \mathrm{RMS}_t) \\
+        \theta_t &= (1 - \gamma_t \lambda) \theta_{t-1} - \gamma_t m_t / (\sqrt{v_t} + \epsilon)
+
+    The mean is over the tensor. Wortsman et al.: Stable and low-precision training for large-scale vision-language
+    models, arXiv 2304.13013.
+    """
+    b1, b2 = (b * (1 - b ** (t - 1)) / (1 - b**t) for b in betas)
+    exp_avg = lerp(exp_avg, g, 1 - b1)
+    exp_avg_sq = fma((1 - b2) * g, g, b2 * exp_avg_sq)
+    rms = sqrt(tensor_mean(g * g / maximum(exp_avg_sq, eps**2)))
+    rate = lr / maximum(1.0, rms)
+    return p * (1 - rate * weight_decay) - (rate * exp_avg) / (sqrt(exp_avg_sq) + eps), exp_avg, exp_avg_sq

@@ -12,7 +12,12 @@ from pathlib import Path
 import pytest
 
 CPP = Path(__file__).parents[2] / "cpp"
-SOURCES = (CPP / "cpu" / "cpu.cpp", CPP / "cpu" / "interpret.cpp", CPP / "network" / "kernels.cpp")
+SOURCES = (
+    CPP / "cpu" / "cpu.cpp",
+    CPP / "cpu" / "forms.cpp",
+    CPP / "cpu" / "interpret.cpp",
+    CPP / "network" / "kernels.cpp",
+)
 COMPILER = next((c for c in (os.environ.get("CXX"), "c++", "g++", "clang++") if c and shutil.which(c)), None)
 # As in CMakeLists.txt.
 FLAGS = {
@@ -64,7 +69,7 @@ def symbols(path: Path) -> list[tuple[str, str]]:
 @pytest.mark.parametrize("isa", FLAGS)
 def test_an_object_exports_its_tables_and_nothing_else(objects: dict[str, Path], isa: str) -> None:
     defined = [(kind, name) for kind, name in symbols(objects[isa]) if kind.isupper() and kind not in "UWV"]
-    names = (f"interpreter_{isa}()", f"kernels_{isa}_0(int)", f"library_{isa}()", f"network_{isa}()")
+    names = (f"forms_{isa}()", f"interpreter_{isa}()", f"kernels_{isa}_0(int)", f"library_{isa}()", f"network_{isa}()")
     assert sorted(defined) == [("T", f"fusedopt::{name}") for name in names]
 
 

@@ -9,9 +9,9 @@ import pytest
 import form_cases
 import fusedopt
 from form_cases import CASES, Case
+from fusedopt.bench.own import own_rule
 from fusedopt.rules import RULES
 from helpers import engine, filled, label, normal, option_sets, with_specials
-from own_rules import own_rule
 
 pytestmark = pytest.mark.filterwarnings("ignore:(invalid value|overflow) encountered:RuntimeWarning")
 

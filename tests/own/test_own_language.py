@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 import fusedopt
+from fusedopt.bench.own import OwnAdam, OwnNAdam
 from fusedopt.rule import (
     OwnRule,
     RuleError,
@@ -32,7 +33,6 @@ from fusedopt.rule import (
     where,
 )
 from helpers import engine
-from own_rules import OwnAdam, OwnNAdam
 
 
 def defined(body: Callable[..., Any], **options: Any) -> OwnRule:

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 import fusedopt.torch as fused
+from fusedopt.bench.own import OwnAdam, OwnNAdam, PlainSGD, own_rule
 from fusedopt.rule import rule, state
 from fusedopt.rules import RULES
 from fusedopt.torch import FallbackWarning
 from helpers import label
-from own_rules import OwnAdam, OwnNAdam, PlainSGD, own_rule
 
 
 def weights(dtype: Any = torch.float32) -> list[Any]:

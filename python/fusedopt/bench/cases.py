@@ -13,6 +13,7 @@ from fusedopt.rules import RULES, SPARSE_RULES
 LARGE = 32 << 20
 CEILING = "ceiling"
 COMPILED = "compiled"
+BUILT_IN = "built-in"  # the compiled rule, beside the same one written in Python
 FUSED_F32 = "fused f32"  # torch's fused step with everything in float32, whatever our form
 FUSED_LERP = "fused + lerp"  # the same, then torch._foreach_lerp_ into the moving average
 DENSE = "fused, dense"  # torch's fused step with a dense gradient, where ours has a sparse one

@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fusedopt.bench import estimators, gpu, numpy_best, peers, sparse
-from fusedopt.bench.cases import CEILING, COMPILED, FUSED_F32, FUSED_LERP, LARGE, NUMPY, Case
+from fusedopt.bench import estimators, gpu, numpy_best, own, peers, sparse
+from fusedopt.bench.cases import BUILT_IN, CEILING, COMPILED, FUSED_F32, FUSED_LERP, LARGE, NUMPY, Case
 from fusedopt.bench.timing import Contender
+from fusedopt.rules import RULES
 
 if TYPE_CHECKING:
     import torch
@@ -32,6 +33,7 @@ def builder(case: Case) -> Builder:
     """Creates the shared data of a case; returns a function from a contender's name to the contender."""
     builders = {"torch": _torch, "denormals": _torch, "training": _training, "compiled": _training, "numpy": _numpy}
     builders |= {"estimators": estimators.builder, "ddp": _pair, "fsdp": _pair, "gpu": _torch, "sparse": _sparse}
+    builders |= {"own": _torch}
     return builders[case.kind](case)
 
 
@@ -79,7 +81,7 @@ def optimizer(name: str, case: Case, params: Any) -> torch.optim.Optimizer | Non
     import torch
 
     form, options = case.format, dict(case.options)
-    if name == OURS:
+    if name in (OURS, BUILT_IN):
         import fusedopt.torch
 
         options |= case.ours
@@ -87,6 +89,10 @@ def optimizer(name: str, case: Case, params: Any) -> torch.optim.Optimizer | Non
             options["state_dtype"] = _dtype(form.state)
         if case.max_grad_norm is not None:
             options["max_grad_norm"] = case.max_grad_norm
+        if name == OURS and case.kind == "own":
+            made, options = own.own_rule(RULES[case.rule], options)
+            written: torch.optim.Optimizer = made.torch(params, **options)
+            return written
         ours: torch.optim.Optimizer = getattr(fusedopt.torch, case.rule)(params, **options)
         return ours
     cls = getattr(torch.optim, case.rule, None)
@@ -171,7 +177,7 @@ def _torch(case: Case) -> Builder:
             return _fused_f32(case, base_params, base_grads, name == FUSED_LERP)
         params = [p.clone().requires_grad_() for p in base_params]
         grouped: Any = [{"params": [p]} for p in params] if case.grouped else params
-        others = peers.PEERS[case.kind]
+        others = peers.PEERS.get(case.kind, {})
         if name in others:
             opt = others[name](case, grouped)
         else:
@@ -180,7 +186,10 @@ def _torch(case: Case) -> Builder:
             return None
         step: Callable[[], object] = opt.step
         mixed = case.format.grad != case.format.param
-        theirs = mixed and name != OURS  # torch requires the parameter's dtype: its time includes the cast
+        theirs = mixed and name not in (
+            OURS,
+            BUILT_IN,
+        )  # torch requires the parameter's dtype: its time includes the cast
         grads = [torch.zeros_like(g) if denormal else g.clone() for g in base_grads]  # zeros keep a moment denormal
         if case.misaligned:
             grads = _bucket(grads)

@@ -9,7 +9,9 @@ from collections.abc import Callable
 from typing import Any
 
 from fusedopt.bench import gpu
-from fusedopt.bench.cases import BEST_NUMPY, CEILING, DENSE, FUSED_F32, FUSED_LERP, LARGE, NUMPY, TORCH, Case, rows
+from fusedopt.bench.cases import (
+    BEST_NUMPY, BUILT_IN, CEILING, DENSE, FUSED_F32, FUSED_LERP, LARGE, NUMPY, TORCH, Case, rows,
+)  # fmt: skip
 from fusedopt.bench.numpy_best import BODIES
 from fusedopt.bench.shapes import F32, FORMATS, MANY, Format, Shapes, gpt2, human, mlp, resnet50
 from fusedopt.bench.training import MODELS
@@ -185,6 +187,30 @@ def bytes_(large: int) -> list[Case]:
     ]
 
 
+def own(large: int) -> list[Case]:
+    """Rules written in Python against the same rules compiled, and against torch's default step; rules of the zoo."""
+    bf16, int8 = Format("bf16", "bf16", "bf16"), Format("f32", "f32", "int8")
+
+    def case(label: str, rule: str, options: dict[str, Any], bars: dict[str, float], **rest: Any) -> Case:
+        return Case(f"own {label}", tuple(bars), rule, options, kind="own", bars=bars, **rest)
+
+    alone = {"shapes": ((large,),)}
+    return [
+        *(
+            case(f"{label} f32, {human(large)}", rule, options, {BUILT_IN: 0.75, **default}, **alone)
+            for label, rule, options in rows()
+            for default in ({"default": 4.0} if label == "Adam" else {},)
+        ),
+        case(f"Adam bf16, {human(large)}", "Adam", {}, {BUILT_IN: 0.6}, format=bf16, **alone),
+        case(f"Adam f32 + int8 states, {human(large)}", "Adam", {}, {BUILT_IN: 0.6}, format=int8, **alone),
+        case(
+            f"Adam bf16 + split8 + int8 states, {human(large)}", "Adam", {}, {BUILT_IN: 0.6},
+            format=Format("bf16", "bf16", "int8"), ours={"master": "split8"}, **alone,
+        ),
+        case("Adam, 1,000 of 64", "Adam", {}, {BUILT_IN: 0.1}, shapes=MANY),
+    ]  # fmt: skip
+
+
 def integrations(large: int) -> list[Case]:
     """The step in two processes under DDP and FSDP2, and in a compiled iteration."""
     parallel: list[tuple[str, str, Shapes, dict[str, float]]] = [
@@ -205,7 +231,7 @@ def integrations(large: int) -> list[Case]:
     ]  # fmt: skip
 
 
-_SUITES = (bars, rules, formats, shapes, bytes_, numpy, training, estimators, sparse, denormals, integrations)
+_SUITES = (bars, rules, formats, shapes, bytes_, numpy, training, estimators, sparse, denormals, integrations, own)
 SUITES: dict[str, Callable[[int], list[Case]]] = {f.__name__.rstrip("_"): f for f in _SUITES}
 SUITES |= {"gpu": gpu.cases, "short": short}
 # Seconds per case; the default is 4.

@@ -23,7 +23,21 @@ Operators: ``+ - * /``, ``**``, comparisons, ``& | ~`` of conditions, ``abs``. F
 """
 
 from ._define import OwnRule, option, rule, scalar, state
-from ._symbols import RuleError, exp, fma, lerp, log, maximum, minimum, sign, sqrt, where
+from ._symbols import (
+    RuleError,
+    exp,
+    fma,
+    lerp,
+    log,
+    maximum,
+    minimum,
+    sign,
+    sqrt,
+    tensor_mean,
+    tensor_norm,
+    tensor_sum,
+    where,
+)
 
 __all__ = [
     "OwnRule",
@@ -40,5 +54,8 @@ __all__ = [
     "sign",
     "sqrt",
     "state",
+    "tensor_mean",
+    "tensor_norm",
+    "tensor_sum",
     "where",
 ]

@@ -17,7 +17,7 @@ import numpy as np
 
 from .. import _core, forms
 from ..rules import RULES, Array, Kernel, Options, Rule, State, values_of
-from ._lower import Program, lower, spelled
+from ._lower import Program, lower, spelled, sums_of
 from ._symbols import RuleError, Symbol, Trace, place
 
 __all__ = ["Option", "OwnRule", "Scalar", "StateArray", "option", "rule", "scalar", "state"]
@@ -222,6 +222,7 @@ class _Variant:
         read = {id(a) for s in trace.symbols for a in s.args}
         self.states = tuple(k for k in self.before if self.after[k] is not self.before[k] or id(self.before[k]) in read)
         self.reads_t = id(self.t) in read
+        self.reduces = bool(sums_of(list(self.after.values())))
 
     def _check(self, order: list[str]) -> None:
         refuse = self.signature.refuse
@@ -235,6 +236,8 @@ class _Variant:
                 refuse(f"{label}: its new value is a condition: use where(condition, 1.0, 0.0)")
             if name in self.carried and value.element:
                 refuse(f"{name}: a carried scalar depends on options, the step and itself alone, not on elements")
+            if name in self.carried and sums_of([value]):
+                refuse(f"{name}: a carried scalar does not depend on sums over a tensor")
             if name not in self.carried and not value.element:
                 self.after[name] = self.trace.symbol("fill", (value,), element=True)
 
@@ -251,8 +254,9 @@ class _Variant:
             carried = (symbol, self.after[name])
         inputs = {id(self.param): 0, id(self.grad): 1}
         inputs.update({id(self.before[k]): 2 + i for i, k in enumerate(states)})
+        given[id(self.trace.symbol("length", name="length"))] = len(hyper) + 2
         outputs = [(0, self.after[""]), *((2 + i, self.after[k]) for i, k in enumerate(states))]
-        return lower(outputs, inputs, given, len(hyper) + 2, carried, ("p", "g", *states))
+        return lower(outputs, inputs, given, len(hyper) + 3 + _core.MAX_SUMS, carried, ("p", "g", *states))
 
 
 class OwnRule(Rule):
@@ -319,7 +323,15 @@ class OwnRule(Rule):
         if what not in _registered:
             names = [name if item < 0 else f"{name}{item + 1}" for name, item in hyper]
             _registered[what] = _core.add_program(
-                self.name, names, states, codes, program.numbers, program.carry, program.conditions, program.variants
+                self.name,
+                names,
+                states,
+                codes,
+                program.numbers,
+                program.carry,
+                program.conditions,
+                program.passes,
+                program.variants,
             )
         sources = tuple((name, item, 0.0) for name, item in hyper)
         operands = ("param", "grad", *states, *self.carried)
@@ -430,6 +442,7 @@ def _define(function: Any, options: dict[str, Any]) -> OwnRule:
         "scalars": ("step", *signature.scalars) if timed else (),
         "clock": "step" if timed else None,
         "initial": {k: first for k, first in signature.initial() if first != 0.0},
+        "reduces": any(v.reduces for v in traces.values()),
         "_signature": signature,
         "_traces": traces,
     }

@@ -15,12 +15,13 @@ from typing import Any
 from .. import _core
 from ._symbols import RuleError, Symbol
 
-__all__ = ["Program", "lower"]
+__all__ = ["Program", "lower", "spelled", "sums_of"]
 
 NumberTuple = tuple[str, int, int, int, float]
 
 _codes = cache(_core.instructions)
 _MIRRORED = {"lt": "gt", "le": "ge", "eq": "eq", "ne": "ne"}
+_REDUCTIONS = ("tensor_sum", "tensor_square_sum")
 _ONE = 0  # the place of the constant 1
 
 
@@ -57,12 +58,14 @@ class Program:
     numbers: list[NumberTuple]
     carry: list[NumberTuple]
     conditions: list[int]
+    passes: list[list[bool]]
+    """Of each pass over the tensor before the update, whether each of its sums is one of squares."""
     variants: list[Any]
     text: str
 
     def key(self) -> Any:
         """Equal for equal programs."""
-        return repr((self.numbers, self.carry, self.conditions, self.variants))
+        return repr((self.numbers, self.carry, self.conditions, self.passes, self.variants))
 
 
 class _Numbers:
@@ -116,18 +119,54 @@ def lower(
             before.list = [("neg", before.place(new), 0, 0, 0.0), ("neg", begin, 0, 0, 0.0)]
         carry = before.list
         given = {**{k: v for k, v in given.items() if k != id(old)}, id(new): given[id(old)]}
+    sums = sums_of([value for _, value in outputs])
+    if len(sums) > _core.MAX_SUMS:
+        raise RuleError(f"a rule has at most {_core.MAX_SUMS} sums over a tensor")
+    given = {**given, **{id(s): begin - _core.MAX_SUMS + i for i, s in enumerate(sums)}}
+    stages = [_stage(s) for s in sums]
+    passes = [[s for s, stage in zip(sums, stages, strict=True) if stage == k] for k in sorted(set(stages))]
     numbers = _Numbers(given, begin)
-    conditions = list(_conditions([value for _, value in outputs]))
+    conditions = list(_conditions([*(value for _, value in outputs), *(s.args[0] for s in sums)]))
     if len(conditions) > _core.MAX_CONDITIONS:
         raise RuleError(f"where: a rule has at most {_core.MAX_CONDITIONS} different conditions on its options")
     chosen = [numbers.place(c) for c in conditions]
     variants, texts = [], []
-    for truths in product((False, True), repeat=len(conditions)):
-        truth = dict(zip(map(id, conditions), truths[::-1], strict=True))
-        code = _Code(outputs, inputs, numbers, truth, names)
-        variants.append(code.tuple())
-        texts.append(code.text())
-    return Program(numbers.list, carry, chosen, variants, texts[0])
+    for sums_of_pass in [*passes, None]:
+        for truths in product((False, True), repeat=len(conditions)):
+            truth = dict(zip(map(id, conditions), truths[::-1], strict=True))
+            if sums_of_pass is None:
+                code = _Code(outputs, [], inputs, numbers, truth, names)
+            else:
+                code = _Code([], [s.args[0] for s in sums_of_pass], inputs, numbers, truth, names)
+            variants.append(code.tuple())
+            if not any(truths):
+                texts.append(code.text(sums_of_pass or []))
+    squares = [[s.op == "tensor_square_sum" for s in sums_of_pass] for sums_of_pass in passes]
+    return Program(numbers.list, carry, chosen, squares, variants, "\n".join(texts))
+
+
+def sums_of(values: Sequence[Symbol]) -> list[Symbol]:
+    """The sums over a tensor that the values depend on, in the order in which they can be computed."""
+    found: dict[int, Symbol] = {}
+    seen: set[int] = set()
+    stack = list(values)
+    while stack:
+        s = stack.pop()
+        if id(s) not in seen:
+            seen.add(id(s))
+            stack += s.args
+            if s.op in _REDUCTIONS:
+                found[id(s)] = s
+    return sorted(found.values(), key=lambda s: (_stage(s), s.number))
+
+
+def _stage(s: Symbol) -> int:
+    """How many passes over the tensor its value needs."""
+    stages: dict[int, int] = {}
+    for x in s.trace.symbols[: s.number + 1]:  # arguments come first
+        below = max((stages[id(a)] for a in x.args), default=0)
+        stages[id(x)] = below + (x.op in _REDUCTIONS)
+    return stages[id(s)]
 
 
 def _conditions(values: Sequence[Symbol]) -> Iterator[Symbol]:
@@ -152,6 +191,7 @@ class _Code:
     def __init__(
         self,
         outputs: Sequence[tuple[int, Symbol]],
+        wanted: Sequence[Symbol],
         inputs: dict[int, int],
         numbers: _Numbers,
         truth: dict[int, bool],
@@ -160,12 +200,13 @@ class _Code:
         self.inputs, self.numbers, self.truth, self.names = inputs, numbers, truth, names
         self.known: dict[int, Symbol] = {}
         self.outputs = [(r, _element(self.resolved(v))) for r, v in outputs]
+        self.wanted = [_element(self.resolved(v)) for v in wanted]
         self.uses = self._count_uses()
         self.constants: list[tuple[int, int]] = [(-1, 1)]
         self.symbols: list[Symbol | None] = [None]  # of the constants, for the text
         self.done: dict[int, _Step] = {}
         self.steps: list[_Step] = []
-        for _, value in self.outputs:
+        for value in (*(v for _, v in self.outputs), *self.wanted):
             self._need(value)
         self.steps.sort(key=lambda step: -1 if step.result.op == "fill" else step.result.number)
         self._copies()
@@ -191,7 +232,7 @@ class _Code:
     def _count_uses(self) -> dict[int, int]:
         uses: dict[int, int] = {}
         seen: set[int] = set()
-        stack = [v for _, v in self.outputs]
+        stack = [*(v for _, v in self.outputs), *self.wanted]
         for v in stack:
             uses[id(v)] = uses.get(id(v), 0) + 1
         while stack:
@@ -413,6 +454,7 @@ class _Code:
     def _allocate(self) -> None:
         n_inputs = len(self.inputs)
         home = {id(v): r for r, v in self.outputs}
+        kept = {*home, *map(id, self.wanted)}
         last: dict[int, int] = {}  # id of a value -> the last step that reads it
         for i, step in enumerate(self.steps):
             for o in step.operands:
@@ -428,7 +470,7 @@ class _Code:
             for o in step.operands:  # a register that is read here for the last time may be written
                 if o.vector is not None and last[id(o.vector)] == i:
                     register = at[id(o.vector)]
-                    if register >= n_inputs and register not in free and id(o.vector) not in home:
+                    if register >= n_inputs and register not in free and id(o.vector) not in kept:
                         free.append(register)
             want = home.get(id(step.result))
             if want is not None and ends.get(want, -1) <= i:
@@ -442,6 +484,7 @@ class _Code:
                 if want is not None:
                     moves.append((want, step.to))
             at[id(step.result)] = step.to
+        self.results = [at[id(v)] for v in self.wanted]
         for want, register in moves:
             copy = _Step("same", self.steps[-1].result, [_Operand(None), _Operand(self.steps[-1].result)])
             copy.to, copy.source = want, [0, register]
@@ -453,7 +496,7 @@ class _Code:
         if o.number is None and o.sign == 1:
             return _ONE
         if o.number is None:
-            trace = next(v for _, v in self.outputs).trace
+            trace = [*(v for _, v in self.outputs), *self.wanted][0].trace
             key = (self.numbers.place(trace.symbol("literal", value=1.0)), o.sign)
         else:
             key = (self.numbers.place(o.number), o.sign)
@@ -473,11 +516,17 @@ class _Code:
             places = [self._constant(o) for o in step.operands] + [0] * (4 - len(step.operands))
             source = step.source + [step.source[-1]] * (4 - len(step.source))
             rows.append((_codes()[step.name], step.to, source, [*places, self._constant(step.scale)]))
-        return rows, list(self.constants), self.n_registers
+        return rows, list(self.constants), self.n_registers, self.results
 
-    def text(self) -> str:
-        """The instructions, one a line."""
-        return "\n".join(self._line(step) for step in self.steps)
+    def text(self, sums: Sequence[Symbol]) -> str:
+        """The instructions, one a line, and the sums of a pass."""
+        lines = [self._line(step) for step in self.steps]
+        for s, register in zip(sums, self.results, strict=True):
+            name = self._name(register)
+            lines.append(
+                f"{spelled(s)} = sum({name} * {name})" if s.op == "tensor_square_sum" else f"{spelled(s)} = sum({name})"
+            )
+        return "\n".join(lines)
 
     def _name(self, register: int) -> str:
         return self.names[register] if register < len(self.names) else f"r{register - len(self.names) + 1}"
@@ -515,6 +564,8 @@ def spelled(s: Symbol) -> str:
     """A number as a formula."""
     if s.op == "literal":
         return f"{s.value:g}"
+    if s.op in _REDUCTIONS:
+        return f"s{1 + [id(x) for x in s.trace.symbols if x.op in _REDUCTIONS].index(id(s))}"
     if not s.args:
         return s.name
     texts = [spelled(a) for a in s.args]

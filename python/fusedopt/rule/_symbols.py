@@ -32,6 +32,9 @@ __all__ = [
     "place",
     "sign",
     "sqrt",
+    "tensor_mean",
+    "tensor_norm",
+    "tensor_sum",
     "where",
 ]
 
@@ -418,3 +421,38 @@ def where(condition: Any, a: Any, b: Any) -> Any:
     if module is None:
         return a if condition else b
     return module.where(condition, *(_tensors(module, a, b) if module is not np and _module((a, b)) else (a, b)))
+
+
+# --- reductions over a tensor ---
+
+
+def _reduced(op: str, x: Any) -> Any:
+    """The number that stands for a sum over all elements of the tensor."""
+    trace: Trace = x.trace
+    if x.condition:
+        x = where(x, 1.0, 0.0)
+    if not x.element:
+        fail("a sum over a tensor is one of elements: of numbers it is not defined")
+    return trace.symbol(op, (x,), element=False)
+
+
+def tensor_sum(x: Any) -> Any:
+    """The sum of x over all elements of the tensor, in float64: a number, and 0 for a tensor without elements."""
+    if isinstance(x, Symbol):
+        return _reduced("tensor_sum", x)
+    return x.sum()
+
+
+def tensor_norm(x: Any) -> Any:
+    """The Euclidean norm of x over all elements of the tensor, likewise."""
+    if isinstance(x, Symbol):
+        return sqrt(_reduced("tensor_square_sum", x))
+    return sqrt((x * x).sum())
+
+
+def tensor_mean(x: Any) -> Any:
+    """The mean of x over all elements of the tensor, likewise; x may be a condition. NaN without elements."""
+    if isinstance(x, Symbol):
+        return _reduced("tensor_sum", x) / x.trace.symbol("length", name="length")
+    module = _module((x,))
+    return x.mean() if module is np else x.to(module.float64).mean().to(module.get_default_dtype())

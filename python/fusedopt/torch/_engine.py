@@ -192,6 +192,10 @@ class Engine:
             from ._dtensor import Shards, any_dtensor
 
             if any_dtensor(groups):
+                if self.rule.reduces:
+                    raise RuntimeError(
+                        f"{self.rule.name} needs sums over whole tensors, and of a DTensor this process has only a part"
+                    )
                 self.shards = Shards()
         return self.shards is not None
 
