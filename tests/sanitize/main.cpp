@@ -12,11 +12,13 @@
 #include <algorithm>
 #include <atomic>
 #include <memory>
+#include <stdexcept>
 #include <string>
 #include <thread>
 #include <vector>
 
 #include "cpu/dispatch.h"
+#include "cpu/programs.h"
 #include "network/network.h"
 #include "rules/update.h"
 #include "step/step.h"
@@ -308,6 +310,59 @@ void added_libraries() {
   expect(add_library(&again, 1, &why) < 0, "a library of another build is refused");
 }
 
+// Lion as a program, once with a pass that sums up the gradient first, has the bytes of the built-in rule.
+void programs() {
+  ProgramSource lion;
+  lion.name = "lion as data";
+  lion.hyper = "lr beta1 beta2 weight_decay";
+  lion.states = "exp_avg";
+  lion.codes = {kSigned};
+  const int16_t one = 4 + kClockNumbers, w1 = one + 1, w2 = one + 2, decay = one + 3, keep = one + 4;
+  lion.numbers = {{kLiteral, 0, 0, 0, 1},
+                  {kSubtract, one, 1, 0, 0},
+                  {kSubtract, one, 2, 0, 0},
+                  {kMultiply, 0, 3, 0, 0},
+                  {kSubtract, one, decay, 0, 0}};
+  CodeSource update;
+  update.constants = {-1, w1, w2, 0, keep};
+  update.signs = {1, 1, 1, -1, 1};
+  update.n_registers = 4;
+  update.instructions = {{kLerps + 1, 3, {2, 1, 0, 0}, {0, 0, 1, 0, 0}},
+                         {kUnary + kSign, 3, {3, 3, 3, 3}, {0, 0, 0, 0, 0}},
+                         {kFmas + 2, 0, {3, 0, 0, 0}, {0, 3, 4, 0, 0}},
+                         {kLerps + 1, 2, {2, 1, 0, 0}, {0, 0, 2, 0, 0}}};
+  lion.variants = {update};
+  CodeSource pass;
+  pass.constants = {-1};
+  pass.signs = {1};
+  pass.n_registers = 3;
+  pass.results = {1};
+  ProgramSource with_pass = lion;
+  with_pass.passes = {{true}};
+  with_pass.variants = {pass, update};
+  const std::vector<int64_t> lengths = {70001, 5, 0, 64, 4097};
+  for (const ProgramSource& source : {lion, with_pass}) {
+    const int rule = add_program(source);
+    for (int form = 0; form < library().n_forms; ++form) {
+      if (!exists({lion_number, form})) continue;
+      expect(exists({rule, form}), "a program has the forms of its rule");
+      const auto want = Problem(lion_number, form, lengths, true).run(0.5, 1);
+      for (int threads : {1, 3}) {
+        Problem same(lion_number, form, lengths, true);
+        for (Tensor& t : same.tensors) t.kernel.rule = rule;
+        expect(same.run(0.5, threads) == want, source.name + " in form " + std::to_string(form));
+      }
+    }
+  }
+  ProgramSource wrong = lion;
+  wrong.variants[0].instructions[0].to = 1;  // the gradient
+  try {
+    add_program(wrong);
+    expect(false, "a program that writes the gradient is refused");
+  } catch (const std::invalid_argument&) {
+  }
+}
+
 // Steps of several Python threads, as it were: plans of their own, one pool, the instruction set changing under them.
 void several_threads_at_once() {
   const int kernels = library().n_rules;
@@ -570,6 +625,7 @@ int main(int argc, char** argv) {
   losses_and_layers_every_way();
   several_threads_at_once();
   added_libraries();
+  programs();
   printf("%d rules, %d failures\n", rules, failures.load());
   return failures ? 1 : 0;
 }

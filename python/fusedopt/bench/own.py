@@ -220,6 +220,30 @@ def OwnLion(p: Any, g: Any, exp_avg: Any = state(), *, lr: Any, betas: Any, weig
     return p, lerp(exp_avg, g, 1 - betas[1])
 
 
+@rule(lr=1e-3, betas=(0.9, 0.999, 0.9999), alpha=5.0, eps=1e-8, weight_decay=0.0)
+def OwnAdEMAMix(
+    p: Any,
+    g: Any,
+    exp_avg: Any = state(),
+    exp_avg_sq: Any = state(non_negative=True),
+    exp_avg_slow: Any = state(),
+    *,
+    t: Any,
+    lr: Any,
+    betas: Any,
+    alpha: Any,
+    eps: Any,
+    weight_decay: Any,
+) -> Any:
+    b1, b2, b3 = betas
+    exp_avg = lerp(exp_avg, g, 1 - b1)
+    exp_avg_sq = fma((1 - b2) * g, g, b2 * exp_avg_sq)
+    exp_avg_slow = lerp(exp_avg_slow, g, 1 - b3)
+    step = fma(lr * alpha, exp_avg_slow, lr / (1 - b1**t) * exp_avg)
+    d = fma(sqrt(exp_avg_sq), 1 / sqrt(1 - b2**t), eps)
+    return p * (1 - lr * weight_decay) - step / d, exp_avg, exp_avg_sq, exp_avg_slow
+
+
 _OWN: dict[str, tuple[OwnRule, dict[str, Any]]] = {
     "sgd": (PlainSGD, {}),
     "momentum": (MomentumSGD, {}),
@@ -235,6 +259,7 @@ _OWN: dict[str, tuple[OwnRule, dict[str, Any]]] = {
     "adamax": (OwnAdamax, {}),
     "adadelta": (OwnAdadelta, {}),
     "lion": (OwnLion, {}),
+    "ademamix": (OwnAdEMAMix, {}),
 }
 """Kernel of a built-in rule -> the same rule in Python, and the options that choose the variant."""
 

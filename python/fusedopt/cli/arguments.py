@@ -29,6 +29,7 @@ SUITES = {
     "estimators": "fits and the softmax loss against scikit-learn, torch and NumPy, with the promised ratios",
     "sparse": "steps with sparse gradients, on embedding tables",
     "denormals": "Adam on denormal moments",
+    "own": "rules written in Python against the same rules compiled",
     "integrations": "DDP and FSDP2 in two processes, compiled iterations",
     "gpu": "every rule, small tensors and networks on a GPU, against torch's paths and other projects",
     "short": "every rule at 4M parameters, in less than a minute",

@@ -404,7 +404,8 @@ class OwnRule(Rule):
         lines = [f"{self.name}({options})"]
         for key, trace in self._traces.items():
             flags = [flag for flag, true in zip(self._signature.flags, key, strict=True) if true]
-            program = trace.program(trace.states, self._hyper)
+            with _lock:
+                program = trace.program(trace.states, self._hyper)
             lines += [f"  {' and '.join(flags)}:"] if flags else []
             for name in trace.carried:
                 lines.append(f"    {name} = {spelled(trace.after[name])}")
