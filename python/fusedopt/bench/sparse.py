@@ -26,6 +26,8 @@ def builder(case: Case) -> Callable[[str], Contender]:
 
     import fusedopt.torch
 
+    checks: Any = torch.sparse.check_sparse_tensor_invariants
+    checks.disable()  # torch asks its users to decide, and warns until they do
     rows, width = case.shapes[0]
     make = torch.Generator().manual_seed(0)
     base = torch.randn(rows, width, generator=make)
