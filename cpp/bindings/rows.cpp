@@ -3,6 +3,8 @@
 
 #include <pybind11/numpy.h>
 
+#include "cpu/dispatch.h"
+
 namespace fusedopt {
 namespace {
 
@@ -66,6 +68,7 @@ std::string lay_out_rows(const View* v, const Parts& parts, bool quantised, cons
                          std::vector<std::unique_ptr<Lookups>>& all, int* operand) {
   *operand = 0;
   if (v[0].ndim == 0) return "a number has no rows";
+  if (host_kernel(tensor.kernel).reduction) return "a rule with sums over the tensor cannot be updated by rows";
   auto rows = std::make_unique<Lookups>();
   rows->indices = indices.data;
   rows->wide = indices.wide;

@@ -49,8 +49,8 @@ def test_a_numpy_step_loads_no_more() -> None:
 def test_importing_it_imports_numpy_alone() -> None:
     """Nothing else of what is installed, which would also make the import slow."""
     code = (
-        "import sys, numpy; before = set(sys.modules); import fusedopt; "
-        "print(*{m.partition('.')[0] for m in sys.modules.keys() - before} - set(sys.stdlib_module_names))"
+        "import sys, numpy; names = lambda: {m.partition('.')[0] for m in sys.modules}; before = names(); "
+        "import fusedopt; print(*names() - before - set(sys.stdlib_module_names))"
     )
     assert python(code).split() == ["fusedopt"]
 
