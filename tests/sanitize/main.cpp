@@ -2,8 +2,8 @@
 // lengths and offsets, many tensors, strided rows, the norm pass, and several threads stepping at once. Each operand
 // lies in a heap block of exactly its size, so that one element too many is seen. What is compared is only that all
 // ways of running give the same bytes; that these are right is shown by the Python tests. Built by run.sh.
-// With --digest it prints a hash of the results of every rule and form, and of the losses and layers, for comparisons of
-// compilers and processors: tests/arm/run.sh.
+// With --digest it prints a hash of the results of every rule and form, and of the losses and layers, for comparisons
+// of compilers and processors: tests/arm/run.sh.
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -592,7 +592,8 @@ int digest() {
       if (!exists({rule, form})) continue;
       Hash hash;
       for (double max_norm : {0.0, 0.5})
-        for (const auto& bytes : Problem(rule, form, kLengths, true).run(max_norm, 2)) hash.add(bytes.data(), bytes.size());
+        for (const auto& bytes : Problem(rule, form, kLengths, true).run(max_norm, 2))
+          hash.add(bytes.data(), bytes.size());
       printf("%s %d %016llx\n", rule_of(rule).name, form, static_cast<unsigned long long>(hash.x));
     }
   for (Format f : {kF64, kF32}) {

@@ -10,7 +10,17 @@ from typing import Any
 
 from fusedopt.bench import gpu
 from fusedopt.bench.cases import (
-    BEST_NUMPY, BUILT_IN, CEILING, DENSE, FUSED_F32, FUSED_LERP, LARGE, NUMPY, TORCH, Case, rows,
+    BEST_NUMPY,
+    BUILT_IN,
+    CEILING,
+    DENSE,
+    FUSED_F32,
+    FUSED_LERP,
+    LARGE,
+    NUMPY,
+    TORCH,
+    Case,
+    rows,
 )  # fmt: skip
 from fusedopt.bench.numpy_best import BODIES
 from fusedopt.bench.shapes import F32, FORMATS, MANY, Format, Shapes, gpt2, human, mlp, resnet50

@@ -57,8 +57,10 @@ def sparse_reason(plan: Any, rule: Rule, p: torch.Tensor, grad: torch.Tensor, gr
 
 
 def _takes_sparse(rule: Rule, group: dict[str, Any]) -> bool:
-    """Whether sparse gradients update the rows that they name alone: with ``lazy``, or in torch's class. Sums over a tensor
-    need all of it."""
+    """Whether sparse gradients update the rows that they name alone: with ``lazy``, or in torch's class.
+
+    A rule with sums over a tensor needs all of it.
+    """
     if rule.name in SPARSE_RULES or group["lazy"]:
         return not rule.reduces
     return rule.name in ("SGD", "Adagrad") and not group.get("momentum") and not group["weight_decay"]
