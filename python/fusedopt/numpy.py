@@ -150,7 +150,7 @@ _ROWS_DOC = """
             sequences of this length.
         indices: array of int32 or int64, one dimension: rows of param, in any order. The values of a row that is named
             several times are added up in their order.
-        values: gradient of the named rows, of shape (len(indices), *param.shape[1:]); read-only.
+        values: gradient of the named rows, of shape ``(len(indices), *param.shape[1:])``; read-only.
         {states}: state, of the shape of param, updated in place.{extra}
 
     Supported dtypes, with values as the gradient: as for :func:`fusedopt.{dense}`.

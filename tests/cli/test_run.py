@@ -22,7 +22,7 @@ from torch.optim import Adam
 def train(steps=4):
     torch.manual_seed(0)
     words, model = torch.nn.Embedding(5, 3, sparse=True), torch.nn.Linear(3, 1)
-    adam, sgd = Adam(model.parameters(), lr=0.1), optim.SGD(words.parameters(), lr=0.1)
+    adam, sgd = Adam(model.parameters(), lr=0.1), optim.SGD(words.parameters(), lr=0.1, momentum=0.9)
     schedule = optim.lr_scheduler.StepLR(adam, 2)
     for _ in range(steps):
         for opt in (adam, sgd):

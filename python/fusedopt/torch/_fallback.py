@@ -73,11 +73,20 @@ class Fallback:
         attributes: Any = vars(optimizer)  # of GradScaler, dealt with before; torch's step must not act on them again
         scaled = {k: attributes.pop(k) for k in ("grad_scale", "found_inf") if k in attributes}
         try:
-            optimizer.param_groups = [{**group, "params": left[g]} for g, group in enumerate(groups) if left[g]]
+            optimizer.param_groups = [_for_torch(group, left[g]) for g, group in enumerate(groups) if left[g]]
             self._plain_step(optimizer)
         finally:
             optimizer.param_groups = groups
             attributes.update(scaled)
+
+
+def _for_torch(group: dict[str, Any], params: list[torch.Tensor]) -> dict[str, Any]:
+    """A group of these parameters alone, without ``fused=True`` on the CPU.
+
+    torch's fused step assumes dense tensors of one layout and writes outside of any other tensor.
+    """
+    plain = group.get("fused") and any(p.device.type == "cpu" for p in params)
+    return {**group, "params": params, **({"fused": False} if plain else {})}
 
 
 def _caller_level() -> int:

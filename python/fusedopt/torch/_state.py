@@ -114,6 +114,7 @@ def recode(p: torch.Tensor, state: dict[str, Any], kernel: Kernel, form: forms.F
     for name in kernel.states:
         codes = state.pop(f"{name}_codes", None)
         if codes is not None:
+            _check_codes(name, codes, state.get(f"{name}_scale"), p)
             if form.quantised and codes.stride() == like(p, codes.dtype).stride():
                 state[f"{name}_codes"] = codes
                 continue
@@ -127,6 +128,14 @@ def recode(p: torch.Tensor, state: dict[str, Any], kernel: Kernel, form: forms.F
             state[f"{name}_codes"] = like(p, INTEGERS[kind])
             flat(state[f"{name}_codes"])[:] = made
             state[f"{name}_scale"] = torch.from_numpy(scale)
+
+
+def _check_codes(name: str, codes: Any, scale: Any, p: torch.Tensor) -> None:
+    blocks = (forms.blocks(p.numel()),)
+    for part, value, shape in (("codes", codes, tuple(p.shape)), ("scale", scale, blocks)):
+        got = tuple(value.shape) if isinstance(value, torch.Tensor) else None
+        if got != shape:
+            raise ValueError(f"state '{name}_{part}': expected shape {shape}, got {'nothing' if got is None else got}")
 
 
 def recode_master(p: torch.Tensor, state: dict[str, Any], form: forms.Form) -> None:
