@@ -75,4 +75,4 @@ $CXX $memory -shared -pthread $objects -ldl -o "$build/_core.so"
 # libstdc++ with it: the sanitizer looks for the function that throws when it starts.
 preload="$($CXX -print-file-name=libasan.so) $($CXX -print-file-name=libstdc++.so)"
 run "the torch front end" env LD_PRELOAD="$preload" ASAN_OPTIONS=detect_leaks=0 \
-  "$PYTHON" "$here/../torch_front/fuzz_torch.py" --core "$build/_core.so" --cases "${CASES:-100}"
+  "$PYTHON" "$here/../torch_front/fuzz_torch.py" --core "$build/_core.so" --cases "${CASES:-40}"
