@@ -35,7 +35,7 @@ from torch_cases import (
 from torch_compare import all_params, assert_close, assert_same_bits, outcome, same, snapshot, train
 
 Options = dict[str, Any]
-ADDED = {**OPTIONS, "max_grad_norm": None}
+ADDED = {**OPTIONS, "lazy": False, "max_grad_norm": None}
 OURS = set(ADDED)
 
 
