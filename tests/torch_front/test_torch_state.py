@@ -88,7 +88,7 @@ def test_state_dict_has_torchs_form(name: str) -> None:
     for i in theirs["state"]:
         assert list(mine["state"][i]) == list(theirs["state"][i])
     extra = set(mine["param_groups"][0]) - set(theirs["param_groups"][0])
-    assert extra == {*OPTIONS, "max_grad_norm"}
+    assert extra == {*OPTIONS, "lazy", "max_grad_norm"}
     assert mine["param_groups"][0]["params"] == theirs["param_groups"][0]["params"]
 
 
