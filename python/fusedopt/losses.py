@@ -428,7 +428,7 @@ def softmax_cross_entropy(
             raise ValueError("ignore_index: expected labels that are integers, got distributions")
         if integers.shape == (n,) and (ignored := integers == ignore_index).any():
             if reduction == "mean" and ignored.all():
-                raise ValueError(f"labels: all are ignore_index, {ignore_index}: the mean is undefined")
+                raise ValueError(f"labels: all are {ignore_index}, the ignore_index: the mean is undefined")
             integers = np.where(ignored, 0, integers)
             w = np.ones(n, x.dtype) if w is None else w
             w = np.where(ignored, x.dtype.type(0), w) if w.shape == (n,) else w  # else the kernel raises the error

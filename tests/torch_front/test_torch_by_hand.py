@@ -1,5 +1,6 @@
 """Options, checkpoints and classes that were changed by hand, past the checks of constructors."""
 
+import functools
 import math
 import warnings
 from typing import Any
@@ -94,6 +95,28 @@ def test_a_step_that_was_replaced_is_followed_after_install(monkeypatch: pytest.
             warnings.simplefilter("error")
             assert isinstance(torch.optim.Adam(parameters()), optim.Adam)
             assert isinstance(torch.optim.SGD(parameters(), lr=0.1), optim.SGD)
+    finally:
+        optim.uninstall()
+
+
+def test_a_step_that_dynamo_disabled_is_still_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.compile does so in SparseAdam's class when it is first used. functools.wraps copies every attribute."""
+    theirs = torch.optim.SparseAdam
+    table = torch.nn.Parameter(torch.ones(2, 2))
+    theirs([table])  # puts the hooks in place
+    monkeypatch.setattr(theirs, "step", torch._dynamo.disable(theirs.step))
+    optim.install()
+    try:
+        assert type(theirs([table])) is optim.SparseAdam
+        step: Any = theirs.step
+
+        @functools.wraps(step)
+        def users(self: Any, closure: Any = None) -> Any:
+            return step(self, closure)
+
+        monkeypatch.setattr(theirs, "step", users)
+        with pytest.warns(optim.FallbackWarning, match="SparseAdam.step was replaced"):
+            assert type(theirs([table])) is theirs
     finally:
         optim.uninstall()
 

@@ -20,6 +20,22 @@ class FallbackWarning(UserWarning):
     __module__ = "fusedopt.torch"
 
 
+def unwrapped_step(step: Callable[..., Any]) -> Callable[..., Any]:
+    """The step method of a torch class, without the wrappers of torch: profiler and hooks, dynamo's ``disable``.
+
+    A wrapper that a user puts around it stays, even where ``functools.wraps`` copied the attributes of torch's.
+    """
+    while (inner := getattr(step, "__wrapped__", None)) is not None:
+        hooks = getattr(step, "__code__", None) is _HOOKS
+        if not (hooks or getattr(step, "_torchdynamo_orig_callable", None) is inner):
+            break
+        step = inner
+    return step
+
+
+_HOOKS = Optimizer.profile_hook_step(lambda self: None).__code__
+
+
 class Fallback:
     """The parameters of one optimizer that take torch's own step.
 

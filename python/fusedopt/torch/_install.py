@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 
 from ..rules import check_max_grad_norm
 from ._engine import remove_engine
-from ._fallback import FallbackWarning
+from ._fallback import FallbackWarning, unwrapped_step
 from ._optimizer import CLASSES
 from ._state import NEW_OPTIONS, form_of, recode
 
@@ -65,11 +65,6 @@ def uninstall() -> None:
     _active = False
 
 
-def _bare(step: Any) -> Any:
-    """A step method without the hooks that torch's constructors put around it."""
-    return step.__wrapped__ if getattr(step, "hooked", False) else step
-
-
 def _maker(theirs: type[Optimizer], mine: type[Optimizer]) -> Callable[..., Any]:
     plain_step: Any = vars(mine)["_plain_step"]
 
@@ -78,7 +73,7 @@ def _maker(theirs: type[Optimizer], mine: type[Optimizer]) -> Callable[..., Any]
         if not (_active and cls is theirs and (args or kwargs)):
             return object.__new__(cls)
         step: Any = theirs.step
-        if _bare(step) is not _bare(plain_step):
+        if unwrapped_step(step) is not plain_step:
             warnings.warn(
                 f"torch.optim.{theirs.__name__}.step was replaced by {step!r}: its optimizers stay torch's own",
                 FallbackWarning,

@@ -17,6 +17,7 @@ from .. import forms
 from .._make import compile_function, option_dict, option_signature, rule_doc
 from ..rules import RULES, SPARSE_RULES, Rule, check_max_grad_norm
 from ._engine import Engine, optimizers
+from ._fallback import unwrapped_step
 from ._state import DTYPES, NAMES, NEW_OPTIONS, Keep, convert_for_load, form_of, recode
 
 __all__ = ["CLASSES", "Fused"]
@@ -216,8 +217,7 @@ def make_class(rule: Rule, own_step: Callable[..., Any] | None = None) -> type[O
     )
     plain = own_step
     if theirs is not None:  # as it is below torch's hooks, which our own step runs
-        step: Any = theirs.step
-        plain = step.__wrapped__ if getattr(step, "hooked", False) else step
+        plain = unwrapped_step(theirs.step)
     return type(
         rule.name,
         (Fused, base),
