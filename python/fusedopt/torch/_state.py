@@ -43,31 +43,67 @@ def flat(t: torch.Tensor) -> Any:
     return t.detach().as_strided((t.numel(),), (1,)).numpy()
 
 
-def create_state(optimizer: Optimizer, rule: Rule, p: torch.Tensor, group: dict[str, Any]) -> tuple[int, list[str]]:
-    """Creates the state of a parameter that is missing: torch's, and that of our options.
+class Recipe:
+    """How state is made and named, for the parameters of one dtype in one group.
 
-    Returns:
-        The steps done so far, where no tensor counts them, and the names of what was created.
+    Attributes:
+        form: what the group's options ask for.
+        names: the state arrays of the rule.
+        ema: whether there is a moving average of the parameter.
+        layouts: what a plan knows of the names, by (are there codes, are there random numbers).
     """
-    form, names = form_of(p, group), rule.states(group)
-    # "stream" is the name in checkpoints for the number of the tensor's random sequence.
-    beside = forms.array_names((), form, group["ema_decay"] is not None) + ("stream",) * form.random
-    state = optimizer.state[p] if names or rule.scalars or beside else {}
-    begun = any(state.get(k) is not None for n in (*names, *rule.scalars) for k in (n, f"{n}_codes"))
-    if names and form.quantised and begun and f"{names[0]}_codes" not in state:
-        recode(p, state, names, form)  # state_dtype was set in the middle of a run
-    missing = [] if begun else [*rule.scalars, *names]
-    created = [*rule.scalars, *forms.array_names(names, form, False)] if missing else []
-    scalar = torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
-    for name in (*rule.scalars, "step"):  # the kernels count on the device of the parameter
-        value = state.get(name)
-        if isinstance(value, torch.Tensor) and value.device != p.device:
-            state[name] = value.to(p.device)
-    with torch.no_grad():
+
+    def __init__(self, optimizer: Optimizer, rule: Rule, p: torch.Tensor, group: dict[str, Any]) -> None:
+        self.rule = rule
+        self.form = form = form_of(p, group)
+        self.names = names = rule.states(group)
+        self.ema = group["ema_decay"] is not None
+        self.layouts: dict[tuple[bool, bool], int] = {}
+        # "stream" is the name in checkpoints for the number of the tensor's random sequence.
+        self._beside = forms.array_names((), form, self.ema) + ("stream",) * form.random
+        self._first = {name: rule.first(name, optimizer.defaults) for name in (*rule.scalars, *names)}
+        self._zeros = not form.quantised and not self._beside and not any(self._first.values())
+        step = ("step",) * form.random
+        self._complete = {*rule.scalars, *step, *forms.array_names(names, form, self.ema), *self._beside}
+
+    def create(self, optimizer: Optimizer, p: torch.Tensor) -> tuple[dict[str, Any], int, list[str]]:
+        """Creates the state of a parameter that is missing: torch's, and that of our options. Call it under no_grad().
+
+        Returns:
+            The state; the steps done so far, where no tensor counts them; the names of what was created.
+        """
+        if not self._complete:
+            return {}, 0, []
+        state = optimizer.state[p]
+        if not state and self._zeros:
+            for name in self.rule.scalars:
+                state[name] = torch.full((), 0.0, dtype=_scalar_dtype(), device=p.device)
+            dtype = DTYPES[self.form.state]
+            for name in self.names:
+                state[name] = torch.zeros_like(p, dtype=dtype)
+            return state, 0, list(state)
+        if self._complete <= state.keys() and not any(
+            _misplaced(state.get(k), p) for k in (*self.rule.scalars, "step")
+        ):
+            return state, int(bool(self.names)), []
+        return self._create(optimizer, p, state)
+
+    def _create(
+        self, optimizer: Optimizer, p: torch.Tensor, state: dict[str, Any]
+    ) -> tuple[dict[str, Any], int, list[str]]:
+        form, rule, names = self.form, self.rule, self.names
+        begun = any(state.get(k) is not None for n in (*names, *rule.scalars) for k in (n, f"{n}_codes"))
+        if names and form.quantised and begun and f"{names[0]}_codes" not in state:
+            recode(p, state, names, form)  # state_dtype was set in the middle of a run
+        missing = [] if begun else [*rule.scalars, *names]
+        created = [*rule.scalars, *forms.array_names(names, form, False)] if missing else []
+        for name in (*rule.scalars, "step"):  # the kernels count on the device of the parameter
+            if _misplaced(state.get(name), p):
+                state[name] = state[name].to(p.device)
         for name in missing:
-            first = rule.first(name, optimizer.defaults)
+            first = self._first[name]
             if name in rule.scalars:
-                state[name] = torch.full((), first, dtype=scalar, device=p.device)
+                state[name] = torch.full((), first, dtype=_scalar_dtype(), device=p.device)
             elif form.quantised:
                 dtype = INTEGERS[forms.code(name) or ""]
                 state[f"{name}_codes"] = like(p, dtype).fill_(torch.iinfo(dtype).max if first else 0)
@@ -77,9 +113,9 @@ def create_state(optimizer: Optimizer, rule: Rule, p: torch.Tensor, group: dict[
                 state[name] = like(p, DTYPES[form.state]).fill_(first)
         if form.random and "step" not in rule.scalars and (missing or "step" not in state):
             # The step selects the random numbers, so a checkpoint has to hold it.
-            state["step"] = torch.full((), float(begun), dtype=scalar, device=p.device)
+            state["step"] = torch.full((), float(begun), dtype=_scalar_dtype(), device=p.device)
             created.append("step")
-        for name in beside:
+        for name in self._beside:
             if name in state:
                 continue
             if name == "stream":
@@ -89,7 +125,21 @@ def create_state(optimizer: Optimizer, rule: Rule, p: torch.Tensor, group: dict[
                 kind = dtype_of(name, p, form)
                 state[name] = like(p, kind).copy_(p) if kind in WIDE else like(p, kind).zero_()
             created.append(name)
-    return (0 if missing or not names else 1), created
+        return state, 0 if missing or not names else 1, created
+
+
+def create_state(optimizer: Optimizer, rule: Rule, p: torch.Tensor, group: dict[str, Any]) -> None:
+    """Creates the state of one parameter that is missing."""
+    with torch.no_grad():
+        Recipe(optimizer, rule, p, group).create(optimizer, p)
+
+
+def _scalar_dtype() -> torch.dtype:
+    return torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
+
+
+def _misplaced(value: Any, p: torch.Tensor) -> bool:
+    return isinstance(value, torch.Tensor) and value.device != p.device
 
 
 def recode(p: torch.Tensor, state: dict[str, Any], names: tuple[str, ...], form: forms.Form) -> None:
