@@ -79,11 +79,18 @@ class Fallback:
         attributes: Any = vars(optimizer)  # of GradScaler, dealt with before; torch's step must not act on them again
         scaled = {k: attributes.pop(k) for k in ("grad_scale", "found_inf") if k in attributes}
         try:
-            optimizer.param_groups = [{**group, "params": left[g]} for g, group in enumerate(groups) if left[g]]
+            optimizer.param_groups = [_for_torch(group, left[g]) for g, group in enumerate(groups) if left[g]]
             self._plain_step(optimizer)
         finally:
             optimizer.param_groups = groups
             attributes.update(scaled)
+
+
+def _for_torch(group: dict[str, Any], params: list[torch.Tensor]) -> dict[str, Any]:
+    """A group of these parameters alone. What the kernels leave to torch is often out of the ordinary, and torch's fused
+    step for the CPU takes all tensors as dense and alike: it would write beside those that are not."""
+    plain = group.get("fused") and any(p.device.type == "cpu" for p in params)
+    return {**group, "params": params, **({"fused": False} if plain else {})}
 
 
 def _caller_level() -> int:
