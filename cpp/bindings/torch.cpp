@@ -73,6 +73,7 @@ struct TorchGroup {
   Source l1, ema_decay, seed;
   Master master;
   bool noisy, noisy_state;
+  bool odd = false;                                     // a beta is outside [0, 1), for which torch has an answer
   std::vector<std::pair<py::object, bool>> truths;      // options whose truth chose the kernel
   std::vector<std::pair<py::object, py::object>> same;  // options that must be the very same object
   std::vector<Param> params;
@@ -122,7 +123,7 @@ class TorchPlan {
   // then for l1, ema_decay, seed. master, noisy, noisy_state: see Form.
   void add_group(py::dict options, int kernel, py::list hyper, py::list truths, py::list same, int master, bool noisy,
                  bool noisy_state) {
-    TorchGroup g{std::move(options), kernel, {}, {}, {}, {}, Master(master), noisy, noisy_state, {}, {}, {}};
+    TorchGroup g{std::move(options), kernel, {}, {}, {}, {}, Master(master), noisy, noisy_state, false, {}, {}, {}};
     for (py::handle h : hyper) {
       auto t = py::reinterpret_borrow<py::tuple>(h);
       g.hyper.push_back({t[0].is_none() ? py::none() : interned(t[0]), t[1].cast<int>(), t[2].cast<double>()});
@@ -138,6 +139,7 @@ class TorchPlan {
     g.params.resize(size_t(PySequence_Fast_GET_SIZE(params.ptr())));
     for (size_t i = 0; i < g.params.size(); ++i)
       g.params[i].tensor = py::reinterpret_borrow<py::object>(PySequence_Fast_GET_ITEM(params.ptr(), py::ssize_t(i)));
+    for (const Source& source : g.hyper) g.odd |= odd(source, value(g.options, source));
     groups_.push_back(std::move(g));
   }
 
@@ -542,6 +544,9 @@ class TorchPlan {
     PyObject* rate = lr.key.is_none() || lr.index >= 0 ? nullptr : find(group.options, lr.key);
     const bool far = rate && rate_on_device(rate, &to.lr);
     for (size_t h = far ? 1 : 0; h < group.hyper.size(); ++h) to.hyper[h] = value(group.options, group.hyper[h]);
+    bool any_odd = false;
+    for (size_t h = 1; h < group.hyper.size(); ++h) any_odd |= odd(group.hyper[h], to.hyper[h]);
+    if (any_odd != group.odd) throw Stale();
     to.maximize = truth(group.options, maximize_);
     to.l1 = value(group.options, group.l1);
     to.ema_weight = 1 - value(group.options, group.ema_decay);
@@ -583,11 +588,30 @@ class TorchPlan {
         return false;
       }
     }
+    find_odd_counts();
     if (moved_ && stale_.empty()) {
       find_conflicts();
       moved_ = false;
     }
     return true;
+  }
+
+  // Steps are counted in integers: any other count that a tensor holds is for torch to deal with.
+  void find_odd_counts() {
+    auto odd = [](const Scalar& s) {
+      const double t = s.get();
+      return !(t >= 0 && t < 0x1p53 && t == double(int64_t(t)));
+    };
+    bool any = false;
+    for (const Tensor& t : step_.host()) any |= t.step.at && odd(t.step);
+    for (size_t g = 0; any && g < groups_.size(); ++g)
+      for (size_t i = 0; i < groups_[g].params.size(); ++i) {
+        const Param& p = groups_[g].params[i];
+        if (p.kind != kOurs || p.layout->step < 0 || grad_of(p.tensor.ptr()).is_none()) continue;
+        if (std::find(active_.begin(), active_.end(), &p) == active_.end()) continue;
+        const Scalar count = scalar(p.entry(p.layout->step));
+        if (count.device == kHost && odd(count)) stale_.emplace_back(int(g), int(i));
+      }
   }
 
   // Takes the state dicts of the parameters, if they are not those of the last step.
@@ -678,6 +702,7 @@ class TorchPlan {
     return true;
   }
 
+  bool odd(const Source& s, double x) const { return s.key.is(betas_) && !(x >= 0 && x < 1); }
   double value(const py::dict& options, const Source& s) const {
     PyObject* o = s.key.is_none() ? nullptr : find(options, s.key);
     if (!o) return s.constant;
@@ -833,7 +858,7 @@ class TorchPlan {
   std::deque<Layout> layouts_known_;
   std::vector<TorchGroup> groups_;
   py::object grad_ = interned(py::str("grad")), params_ = interned(py::str("params")),
-             maximize_ = interned(py::str("maximize"));
+             maximize_ = interned(py::str("maximize")), betas_ = interned(py::str("betas"));
 
   Step step_;
   Places stale_, conflicts_;

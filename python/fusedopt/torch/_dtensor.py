@@ -140,7 +140,7 @@ class Shards:
                     key = (p.device_mesh, split)
                 square = torch.linalg.vector_norm(local.grad, dtype=torch.float64).square()
                 sums[key] = sums[key] + square if key in sums else square
-        total = torch.zeros((), dtype=torch.float64)
+        total = torch.zeros((), dtype=torch.float64, device="cpu")
         for key, value in sums.items():
             if key is not None:
                 mesh, split = key

@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 
 from .. import _core, forms
 from ..config import get_num_threads
-from ..rules import Rule
+from ..rules import Rule, check_max_grad_norm
 from ._device import PLAIN, capturing, has_device_kernels, readable_scalar
 from ._eligibility import group_reason, state_reason, tensor_reason
 from ._fallback import Fallback
@@ -160,7 +160,7 @@ class Engine:
                 unscale = 1.0 if scale is None else 1.0 / float(scale)
                 found_inf = scale = None
         groups = optimizer.param_groups
-        max_norm = groups[0]["max_grad_norm"] or 0.0 if groups else 0.0
+        max_norm = _max_norm(groups)
         plan = self.plan
         if plan is None and self._sharded(groups):
             if found_inf is not None and float(found_inf):
@@ -185,7 +185,7 @@ class Engine:
         if plan is None:
             return
         if max_norm:
-            self.norm = torch.tensor(plan.norm, dtype=_norm_dtype(groups)) if norm is None else norm
+            self.norm = torch.tensor(plan.norm, dtype=_norm_dtype(groups), device="cpu") if norm is None else norm
         if self.fallback.places and not bool(self.skipped):
             self.fallback.step(optimizer)
 
@@ -348,6 +348,18 @@ def _find_home(groups: list[dict[str, Any]]) -> torch.device | None:
     places = {p.device for group in groups for p in group["params"]}
     place = places.pop() if len(places) == 1 else None
     return place if place is not None and has_device_kernels(place) else None
+
+
+def _max_norm(groups: list[dict[str, Any]]) -> float:
+    """The norm that gradients are clipped to, which groups can be given by hand; 0 without clipping."""
+    first = groups[0]["max_grad_norm"] if groups else None
+    for group in groups:
+        if group["max_grad_norm"] != first:  # true of NaN, too
+            check_max_grad_norm(group["max_grad_norm"])
+            raise ValueError(
+                f"max_grad_norm: one for the optimizer, over all groups; got {first} and {group['max_grad_norm']}"
+            )
+    return 0.0 if first is None else check_max_grad_norm(first) or 0.0
 
 
 def _norm_dtype(groups: list[dict[str, Any]]) -> torch.dtype:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import types
+import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -18,6 +19,7 @@ from torch.optim import Optimizer
 
 from ..rules import RULES, check_max_grad_norm
 from ._engine import remove_engine
+from ._fallback import FallbackWarning
 from ._optimizer import CLASSES
 from ._state import NEW_OPTIONS, form_of, recode
 
@@ -64,9 +66,21 @@ def uninstall() -> None:
 
 
 def _maker(theirs: type[Optimizer], mine: type[Optimizer]) -> Callable[..., Any]:
+    plain_step: Any = vars(mine)["_plain_step"]
+
     def __new__(cls: type[Optimizer], *args: Any, **kwargs: Any) -> Any:
         # A call without arguments comes from pickle or copy, which need an object of exactly this class.
-        return object.__new__(mine if _active and cls is theirs and (args or kwargs) else cls)
+        if not (_active and cls is theirs and (args or kwargs)):
+            return object.__new__(cls)
+        step: Any = theirs.step
+        if (step.__wrapped__ if getattr(step, "hooked", False) else step) is not plain_step:
+            warnings.warn(
+                f"torch.optim.{theirs.__name__}.step was replaced by {step!r}: its optimizers stay torch's own",
+                FallbackWarning,
+                stacklevel=2,
+            )
+            return object.__new__(cls)
+        return object.__new__(mine)
 
     __new__.__signature__ = inspect.signature(theirs.__init__)  # type: ignore[attr-defined]
     return __new__

@@ -155,6 +155,7 @@ def recode(p: torch.Tensor, state: dict[str, Any], names: tuple[str, ...], form:
     for name in names:
         codes = state.pop(f"{name}_codes", None)
         if codes is not None:
+            _check_codes(name, codes, state.get(f"{name}_scale"), p)
             if form.quantised and codes.stride() == like(p, codes.dtype).stride():
                 state[f"{name}_codes"] = codes
                 continue
@@ -168,6 +169,14 @@ def recode(p: torch.Tensor, state: dict[str, Any], names: tuple[str, ...], form:
             state[f"{name}_codes"] = like(p, INTEGERS[kind])
             flat(state[f"{name}_codes"])[:] = made
             state[f"{name}_scale"] = torch.from_numpy(scale)
+
+
+def _check_codes(name: str, codes: Any, scale: Any, p: torch.Tensor) -> None:
+    blocks = (forms.blocks(p.numel()),)
+    for part, value, shape in (("codes", codes, tuple(p.shape)), ("scale", scale, blocks)):
+        got = tuple(value.shape) if isinstance(value, torch.Tensor) else None
+        if got != shape:
+            raise ValueError(f"state '{name}_{part}': expected shape {shape}, got {'nothing' if got is None else got}")
 
 
 def recode_master(p: torch.Tensor, state: dict[str, Any], form: forms.Form) -> None:
