@@ -52,11 +52,11 @@ struct Param {
   py::object tensor;
   py::object state;  // the dict opt.state[p], or null
   const Layout* layout = nullptr;
-  Entry entries[kEntries];           // in the order of the layout's names
-  uint8_t order[kEntries] = {};      // their positions, in the order of the dict
-  const char* last[kOperands] = {};  // where the operands lay in the last step; only compared
-  Format formats[kOperands] = {};    // of the operands in the last step
-  int64_t done = 0;                  // steps so far, where there is no step tensor
+  Entry entries[kEntries];              // in the order of the layout's names
+  uint8_t order[kEntries] = {};         // their positions, in the order of the dict
+  const void* last[1 + kEntries] = {};  // where parameter and entries lay in the last step; only compared
+  Format formats[kOperands] = {};       // of the operands in the last step
+  int64_t done = 0;                     // steps so far, where there is no step tensor
   int64_t sequence = 0;
   Kind kind = kIdle;
   bool known = false;  // formats has them
@@ -462,8 +462,9 @@ class TorchPlan {
         const int row = int(places.size());
         places.emplace_back(int(g), int(i));
         try {
-          for (int k = 0; k < 2 + p.layout->operands(); ++k)
-            if (k != 1) extents.push_back(extent_of(view(p.operand(k)), true, row, k));
+          extents.push_back(extent_of(view(p.tensor.ptr()), true, row, 0));
+          for (int e = 0; e < p.n_entries(); ++e)
+            if (e != p.layout->sequence) extents.push_back(extent_of(view(p.entry(e)), true, row, e));
         } catch (const Stale&) {  // without a gradient in this step
           p.last[0] = nullptr;    // and with one looked at again
         }
@@ -757,8 +758,7 @@ class TorchPlan {
         if ((!v[k].data && v[k].size() > 0) || !aligned(v[k])) return false;
       } else {
         v[k] = written(p.operand(k));
-        moved_ |= v[k].data != p.last[k];
-        p.last[k] = v[k].data;
+        note_memory(p, k == 0 ? 0 : k - 1, v[k].data);
         if (p.known && p.formats[k] != v[k].format) return false;
         p.formats[k] = v[k].format;
       }
@@ -776,12 +776,15 @@ class TorchPlan {
           scale.device != v[0].device)
         return false;
       scales[k] = reinterpret_cast<float*>(scale.data);
+      note_memory(p, 1 + layout.operands() + k, scale.data);
     }
     Tensor tensor{};
     if (layout.step >= 0) tensor.step = scalar(p.entry(layout.step));
     if (layout.carry >= 0) tensor.carry = scalar(p.entry(layout.carry));
     for (const Scalar* s : {&tensor.step, &tensor.carry})
       if (s->at && s->device != v[0].device) return false;
+    note_memory(p, 1 + layout.step, tensor.step.at);
+    note_memory(p, 1 + layout.carry, tensor.carry.at);
     tensor.group = place.first;
     tensor.sequence = p.sequence;
     tensor.clock.t = p.done;
@@ -812,6 +815,12 @@ class TorchPlan {
     grads_.push_back(std::move(grad));
     p.known = true;
     return true;
+  }
+
+  void note_memory(Param& p, int slot, const void* at) {
+    if (!at) return;
+    moved_ |= at != p.last[slot];
+    p.last[slot] = at;
   }
 
   bool meets_foreign(const View* v, int n, const Tensor& tensor, const Layout& layout, int64_t size) const {

@@ -855,9 +855,9 @@ class Comparison:
             truth, moves = self.exact((i, key))
         except Exception as error:
             raise Difference(f"{what}: {self._worst(mine, theirs)}; no exact step: {error!r}") from error
-        room = (16 if mine.dtype == torch.float64 else 4 if mine.dtype == torch.float32 else 1) * _unit(
-            mine, old, truth
-        ) + 8 * moves
+        room = 16 if mine.dtype == torch.float64 else 4 if mine.dtype == torch.float32 else 1
+        room *= 2 if key == "acc_delta" else 1  # the square of a product of two roots and a quotient
+        room = room * _unit(mine, old, truth) + 8 * moves
         off = (mine.double() - truth).abs()
         fine = off <= room
         if theirs is not None:
@@ -985,7 +985,8 @@ class Run:
             self.counts["kernels do what torch refuses"] += 1
             for i, p in enumerate(self.mine.params):
                 for key, mine in self.tensors(self.mine, p):
-                    self.checked(comparison, i, key, mine, None)
+                    if not overlapping(mine):  # left to torch, and the exact step has no such memory
+                        self.checked(comparison, i, key, mine, None)
             return False
         self.alike(self.at, *errors)
         if any(errors):
@@ -1061,6 +1062,8 @@ class Run:
             return True
         params, opt = copy.deepcopy((mine.params, mine.opt))
         for p, q in zip(mine.params, params, strict=True):
+            if p.grad is not None and p.grad.dtype != p.dtype:
+                q.grad_dtype = None
             q.grad = p.grad
         done, wrong, gate = [0] * 4, [], threading.Barrier(4)
 

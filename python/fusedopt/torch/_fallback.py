@@ -87,8 +87,11 @@ class Fallback:
 
 
 def _for_torch(group: dict[str, Any], params: list[torch.Tensor]) -> dict[str, Any]:
-    """A group of these parameters alone. What the kernels leave to torch is often out of the ordinary, and torch's fused
-    step for the CPU takes all tensors as dense and alike: it would write beside those that are not."""
+    """A group of these parameters alone.
+
+    Torch's fused step for the CPU takes all tensors as dense and alike. Those that the kernels leave to torch often are
+    not, and it would write beside them.
+    """
     plain = group.get("fused") and any(p.device.type == "cpu" for p in params)
     return {**group, "params": params, **({"fused": False} if plain else {})}
 
