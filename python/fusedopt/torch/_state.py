@@ -82,9 +82,8 @@ class Recipe:
             for name in self.names:
                 state[name] = torch.zeros_like(p, dtype=dtype)
             return state, 0, list(state)
-        if self._complete <= state.keys() and not any(
-            _misplaced(state.get(k), p) for k in (*self.rule.scalars, "step")
-        ):
+        complete = all(state.get(name) is not None for name in self._complete)
+        if complete and not any(_misplaced(state.get(name), p) for name in (*self.rule.scalars, "step")):
             return state, int(bool(self.names)), []
         return self._create(optimizer, p, state)
 
