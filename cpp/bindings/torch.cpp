@@ -1,12 +1,14 @@
 // `_core.TorchPlan`: the parameters of a torch optimizer, remembered between steps. Each step reads the address, shape
 // and format of every tensor anew, from the tensor, and compares the identity of the state and the groups' options with
-// what they were; what no longer fits is reported as stale before anything is written, and Python builds a new plan.
+// what they were. Replaced objects that fit are taken; parameters for which something no longer fits are reported as
+// stale before anything is written, and Python plans these anew.
 #include <pybind11/stl.h>
 
 #include <algorithm>
 #include <deque>
 #include <map>
 #include <string>
+#include <unordered_map>
 
 #include "bindings/arrays.h"
 #include "bindings/bind.h"
@@ -23,31 +25,47 @@ py::object interned(const py::handle& s) {
   return py::reinterpret_steal<py::object>(p);
 }
 
-// One hyperparameter of a kernel: group[key], or group[key][index], or a constant where the key is None.
+// One hyperparameter of a kernel: group[key], or group[key][index]; a constant where the key is None or not there.
 struct Source {
   py::object key;
   int index;
   double constant;
 };
 
-enum Kind { kOurs, kIdle, kForeign };  // updated here; without a gradient so far; left to torch
+enum Kind { kIdle, kOurs, kForeign };  // without a gradient so far; updated here; left to torch
 
-constexpr int kMaxValues = 16;  // entries of one parameter's state dict that can be watched
+constexpr int kEntries = 2 * kMaxStates + 5;  // states, scales, residual, average, step, carry, sequence
+
+// The entries of a state dict that a kernel uses, by name: operands in the order of Parts, scales of quantised states,
+// then those that there are of step, carry and the number of the random sequence.
+struct Layout {
+  std::vector<py::object> names;
+  Parts parts = {};
+  int scales = 0, step = -1, carry = -1, sequence = -1;  // the last three: positions in names
+  int operands() const { return parts.count() - 2; }
+};
+
+struct Entry {
+  py::object key, value;  // the objects in the dict
+};
 
 struct Param {
   py::object tensor;
-  py::object state;                    // the dict opt.state[p], or None
-  py::object values[kMaxValues];       // what that dict holds, in its order
-  py::object operands[kOperands - 2];  // in the order of Parts
-  py::object scales[kMaxStates];       // of quantised states
-  py::object step, carry;              // 0-d tensors, or None
-  const char* last[kOperands] = {};    // where the operands lay in the last step; only compared
-  int64_t done = 0;                    // steps so far, where there is no step tensor
-  Kind kind = kIdle;
-  int n_values = 0, n_operands = 0, n_scales = 0;
-  Parts parts = {};
+  py::object state;  // the dict opt.state[p], or null
+  const Layout* layout = nullptr;
+  Entry entries[kEntries];              // in the order of the layout's names
+  uint8_t order[kEntries] = {};         // their positions, in the order of the dict
+  const void* last[1 + kEntries] = {};  // where parameter and entries lay in the last step; only compared
+  Format formats[kOperands] = {};       // of the operands in the last step
+  int64_t done = 0;                     // steps so far, where there is no step tensor
   int64_t sequence = 0;
   bool sparse = false;  // the gradient is sparse, with one sparse dimension
+  Kind kind = kIdle;
+  bool known = false;  // formats has them
+
+  int n_entries() const { return layout ? int(layout->names.size()) : 0; }
+  PyObject* entry(int i) const { return i < 0 ? nullptr : entries[i].value.ptr(); }
+  PyObject* operand(int k) const { return k == 0 ? tensor.ptr() : entry(k - 2); }  // not the gradient
 };
 
 struct TorchGroup {
@@ -57,9 +75,32 @@ struct TorchGroup {
   Source l1, ema_decay, seed;
   Master master;
   bool noisy, noisy_state;
+  bool odd = false;                                     // a beta is outside [0, 1), for which torch has an answer
   std::vector<std::pair<py::object, bool>> truths;      // options whose truth chose the kernel
   std::vector<std::pair<py::object, py::object>> same;  // options that must be the very same object
   std::vector<Param> params;
+};
+
+// Memory that tensors left to torch use, as disjoint or overlapping intervals sorted by their beginnings.
+class Intervals {
+ public:
+  void clear() { all_.clear(); }
+  bool empty() const { return all_.empty(); }
+  void add(const Extent& e) {
+    if (e.low != e.high) all_.emplace_back(e.low, e.high);
+  }
+  void sort() {
+    std::sort(all_.begin(), all_.end());
+    for (size_t i = 1; i < all_.size(); ++i) all_[i].second = std::max(all_[i].second, all_[i - 1].second);
+  }
+  bool meet(const Extent& e) const {
+    const auto past =
+        std::lower_bound(all_.begin(), all_.end(), std::make_pair(e.high, static_cast<const char*>(nullptr)));
+    return e.low != e.high && past != all_.begin() && std::prev(past)->second > e.low;
+  }
+
+ private:
+  std::vector<std::pair<const char*, const char*>> all_;
 };
 
 class Stale {};
@@ -80,10 +121,11 @@ class TorchPlan {
     if (grad && Py_TYPE(grad) == &PyGetSetDescr_Type) getter_ = reinterpret_cast<PyGetSetDescrObject*>(grad)->d_getset;
   }
 
-  // hyper: a source for each of the kernel's; then for l1, ema_decay, seed. master, noisy, noisy_state: see Form.
+  // Adds a group with all its parameters, which have had no gradient so far. hyper: a source for each of the kernel's;
+  // then for l1, ema_decay, seed. master, noisy, noisy_state: see Form.
   void add_group(py::dict options, int kernel, py::list hyper, py::list truths, py::list same, int master, bool noisy,
                  bool noisy_state) {
-    TorchGroup g{std::move(options), kernel, {}, {}, {}, {}, Master(master), noisy, noisy_state, {}, {}, {}};
+    TorchGroup g{std::move(options), kernel, {}, {}, {}, {}, Master(master), noisy, noisy_state, false, {}, {}, {}};
     for (py::handle h : hyper) {
       auto t = py::reinterpret_borrow<py::tuple>(h);
       g.hyper.push_back({t[0].is_none() ? py::none() : interned(t[0]), t[1].cast<int>(), t[2].cast<double>()});
@@ -95,41 +137,71 @@ class TorchPlan {
     for (py::handle key : truths) g.truths.emplace_back(interned(key), truth(g.options, key));
     for (py::handle key : same)
       g.same.emplace_back(interned(key), py::reinterpret_borrow<py::object>(get(g.options, key)));
+    const py::object params = fast_sequence(get(g.options, params_));
+    g.params.resize(size_t(PySequence_Fast_GET_SIZE(params.ptr())));
+    for (size_t i = 0; i < g.params.size(); ++i)
+      g.params[i].tensor = py::reinterpret_borrow<py::object>(PySequence_Fast_GET_ITEM(params.ptr(), py::ssize_t(i)));
+    for (const Source& source : g.hyper) g.odd |= odd(source, value(g.options, source));
     groups_.push_back(std::move(g));
   }
 
-  // Adds the next parameter of the last group. operands: the kernel's states, in its order.
-  void add_param(py::object tensor, int kind, py::object state, py::list operands, py::object step, py::object carry,
-                 int64_t done, py::object residual, py::object ema, py::list scales, int64_t sequence, bool sparse) {
-    Param p;
-    p.kind = Kind(kind);
-    p.tensor = std::move(tensor);
-    p.state = std::move(state);
-    if (!p.state.is_none()) {
-      if (py::len(p.state) > size_t(kMaxValues)) throw py::value_error("state: too many entries");
-      for (auto item : py::reinterpret_borrow<py::dict>(p.state)) {
-        p.values[p.n_values++] = py::reinterpret_borrow<py::object>(item.second);
-      }
-    }
-    for (py::handle o : operands) p.operands[p.n_operands++] = py::reinterpret_borrow<py::object>(o);
-    p.parts = {p.n_operands, !residual.is_none(), !ema.is_none()};
-    if (p.parts.residual) p.operands[p.n_operands++] = std::move(residual);
-    if (p.parts.ema) p.operands[p.n_operands++] = std::move(ema);
-    for (py::handle s : scales) p.scales[p.n_scales++] = py::reinterpret_borrow<py::object>(s);
-    p.sequence = sequence;
-    p.sparse = sparse;
-    if (!step.is_none()) p.step = std::move(step);
-    if (!carry.is_none()) p.carry = std::move(carry);
-    p.done = done;
-    groups_.back().params.push_back(std::move(p));
+  // Adds the names under which a parameter's state holds what its kernel uses; returns the layout's number.
+  int add_layout(py::list states, py::list scales, py::object residual, py::object ema, py::object step,
+                 py::object carry, py::object sequence) {
+    Layout l;
+    auto add = [&](py::handle name) {
+      l.names.push_back(interned(name));
+      return int(l.names.size()) - 1;
+    };
+    for (py::handle name : states) add(name);
+    l.parts = {int(l.names.size()), !residual.is_none(), !ema.is_none()};
+    if (l.parts.residual) add(residual);
+    if (l.parts.ema) add(ema);
+    for (py::handle name : scales) add(name);
+    l.scales = int(py::len(scales));
+    if (!step.is_none()) l.step = add(step);
+    if (!carry.is_none()) l.carry = add(carry);
+    if (!sequence.is_none()) l.sequence = add(sequence);
+    if (l.names.size() > size_t(kEntries)) throw py::value_error("state: too many names");
+    layouts_known_.push_back(std::move(l));
+    return int(layouts_known_.size()) - 1;
   }
 
-  // Call after the last add_param.
-  void finish() {
-    entries_.clear();
-    for (auto item : state_)
-      entries_.emplace_back(py::reinterpret_borrow<py::object>(item.first),
-                            py::reinterpret_borrow<py::object>(item.second));
+  // The kernels update this parameter, whose state has this layout; `done`: see Param. False if a name is missing.
+  bool set_param(int group, int index, int layout, py::object state, int64_t done, bool sparse) {
+    Param& p = param(group, index);
+    p.kind = kIdle;
+    p.layout = &layouts_known_.at(size_t(layout));
+    p.state = p.layout->names.empty() ? py::object() : std::move(state);
+    p.done = done;
+    p.sparse = sparse;
+    p.known = false;
+    std::fill(std::begin(p.last), std::end(p.last), nullptr);
+    for (Entry& e : p.entries) e = {};
+    if (!find_entries(p)) return false;
+    p.kind = kOurs;
+    return true;
+  }
+
+  // Leaves a parameter to torch.
+  void leave_param(int group, int index) {
+    Param& p = param(group, index);
+    p.kind = kForeign;
+    p.layout = nullptr;
+    for (Entry& e : p.entries) e = {};
+    followed_ = false;  // its state has to be found
+  }
+
+  // Do the host's kernels take a parameter and its gradient as they are? If not, trouble() may know why.
+  bool takes(py::handle tensor, py::handle grad) const {
+    try {
+      if (!exact(tensor.ptr()) || !exact(grad.ptr()) || negative(grad.ptr())) return false;
+      const View a = written(tensor.ptr()), b = view(grad.ptr());
+      return a.device == kHost && b.device == kHost && a.format < kFloats && b.format < kFloats && a.same_shape(b) &&
+             (b.data || b.size() == 0) && aligned(b) && !meet(a, b);
+    } catch (const Stale&) {
+      return false;
+    }
   }
 
   // Why the kernels cannot take a tensor of a type, dtype and device of ours as it is; "" where they can.
@@ -146,25 +218,32 @@ class TorchPlan {
   }
 
   // Does the memory of two tensors meet, or interleave?
-  bool meet(py::handle a, py::handle b) const {
-    const Extent x = extent_of(view(a.ptr()), true, 0, 0), y = extent_of(view(b.ptr()), true, 0, 1);
-    return x.low < y.high && y.low < x.high;
-  }
+  bool meet(py::handle a, py::handle b) const { return meet(view(a.ptr()), view(b.ptr())); }
 
-  // One step. False: stale, nothing was touched. Where all is on one device found_inf, grad_scale and the tensor for
-  // the norm may lie there, too; else they are None.
-  bool step(py::handle state, py::list param_groups, double unscale, double max_norm, int threads, py::object found_inf,
-            py::object grad_scale, py::object norm) {
+  // What a step found. Except for kDone, nothing was touched.
+  enum Found { kDone, kAnew, kParams };  // else: a new plan is needed; stale() and conflicts() are to be planned anew
+
+  // One step. Where all is on one device found_inf, grad_scale and the tensor for the norm may lie there, too; else
+  // they are None.
+  int step(py::handle state, py::handle param_groups, double unscale, double max_norm, int threads,
+           py::object found_inf, py::object grad_scale, py::object norm) {
+    dropped_.clear();
+    stale_.clear();
+    conflicts_.clear();
+    bool fits = true;
     try {
       look(state, param_groups);
     } catch (const Stale&) {
+      fits = false;
+    }
+    if (!fits || !stale_.empty() || !conflicts_.empty()) {
       grads_.clear();
-      return false;
+      return fits ? kParams : kAnew;
     }
     Scaling scaling{unscale, max_norm};
-    if (!found_inf.is_none()) scaling.found_inf = scalar(found_inf);
-    if (!grad_scale.is_none()) scaling.grad_scale = scalar(grad_scale);
-    if (!norm.is_none()) scaling.norm = scalar(norm);
+    if (!found_inf.is_none()) scaling.found_inf = scalar(found_inf.ptr());
+    if (!grad_scale.is_none()) scaling.grad_scale = scalar(grad_scale.ptr());
+    if (!norm.is_none()) scaling.norm = scalar(norm.ptr());
     try {
       py::gil_scoped_release nogil;
       norm_ = step_.run(scaling, Team::kTorch, threads);
@@ -178,16 +257,48 @@ class TorchPlan {
     }
     tell_autograd();
     grads_.clear();
-    return true;
+    dropped_.clear();
+    return kDone;
   }
 
   double norm() const { return norm_; }
 
-  // Positions (group, index) of parameters whose memory meets that of another's parameter or state.
-  py::list conflicts() {
-    py::list out;
-    for (const auto& [g, i] : find_conflicts()) out.append(py::make_tuple(g, i));
-    return out;
+  // Positions (group, index) of parameters that the last step found to have changed.
+  py::list stale() const { return positions(stale_); }
+  // Those whose memory meets that of another parameter or its state. All have to be updated in order, by torch.
+  py::list conflicts() const { return positions(conflicts_); }
+
+  // Calls f for every reference to a Python object.
+  template <class F>
+  void each_reference(F&& f) {
+    for (py::object* o : {static_cast<py::object*>(&state_), static_cast<py::object*>(&dtypes_), &is_neg_, &bump_})
+      f(*o);
+    for (py::object& t : types_) f(t);
+    for (auto& [key, value] : entries_) f(key), f(value);
+    for (Layout& l : layouts_known_)
+      for (py::object& name : l.names) f(name);
+    for (TorchGroup& g : groups_) {
+      f(g.options);
+      for (Source& s : g.hyper) f(s.key);
+      for (Source* s : {&g.l1, &g.ema_decay, &g.seed}) f(s->key);
+      for (auto& [key, was] : g.truths) f(key);
+      for (auto& [key, was] : g.same) f(key), f(was);
+      for (Param& p : g.params) {
+        f(p.tensor);
+        f(p.state);
+        for (int i = 0; i < p.n_entries(); ++i) f(p.entries[i].key), f(p.entries[i].value);
+      }
+    }
+    for (py::object& o : grads_) f(o);
+    for (py::object& o : dropped_) f(o);
+  }
+  // For the garbage collector: lets go of everything. A later step finds that a new plan is needed.
+  void let_go() {
+    std::vector<py::object> all;
+    each_reference([&](py::object& o) { all.push_back(std::move(o)); });
+    groups_.clear();
+    entries_.clear();
+    types_.clear();
   }
 
  private:
@@ -199,12 +310,14 @@ class TorchPlan {
     }
   };
 
-  static PyObject* get(const py::dict& d, py::handle key) {
+  static PyObject* find(const py::dict& d, py::handle key) {
     PyObject* v = PyDict_GetItemWithError(d.ptr(), key.ptr());
-    if (!v) {
-      if (PyErr_Occurred()) throw py::error_already_set();
-      throw py::key_error(std::string(py::str(key)));
-    }
+    if (!v && PyErr_Occurred()) throw py::error_already_set();
+    return v;
+  }
+  static PyObject* get(const py::dict& d, py::handle key) {
+    PyObject* v = find(d, key);
+    if (!v) throw py::key_error(std::string(py::str(key)));
     return v;
   }
   static bool truth(const py::dict& d, py::handle key) {
@@ -312,8 +425,8 @@ class TorchPlan {
     if (negative(o) || (!v.data && v.size() > 0) || !aligned(v) || overlaps_itself(v)) throw Stale();
     return v;
   }
-  Scalar scalar(const py::object& o) const {
-    View v = written(o.ptr());
+  Scalar scalar(PyObject* o) const {
+    View v = written(o);
     if (v.size() != 1 || (v.format != kF32 && v.format != kF64)) throw Stale();
     return {v.data, v.format == kF64, v.device};
   }
@@ -330,54 +443,121 @@ class TorchPlan {
     return true;
   }
 
-  void add_extents(const Param& p, int row, std::vector<Extent>& extents) const {
-    extents.push_back(extent_of(view(p.tensor.ptr()), true, row, 0));
-    for (int k = 0; k < p.n_operands; ++k) extents.push_back(extent_of(view(p.operands[k].ptr()), true, row, 2 + k));
+  using Places = std::vector<std::pair<int, int>>;
+
+  static py::list positions(const Places& places) {
+    py::list out;
+    for (const auto& [g, i] : places) out.append(py::make_tuple(g, i));
+    return out;
+  }
+  Param& param(int group, int index) { return groups_.at(size_t(group)).params.at(size_t(index)); }
+  static py::object fast_sequence(PyObject* o) {  // a list or tuple
+    py::object s = py::reinterpret_steal<py::object>(PySequence_Fast(o, "expected a sequence"));
+    if (!s) throw py::error_already_set();
+    return s;
+  }
+  static bool meet(const View& a, const View& b) {
+    const Extent x = extent_of(a, true, 0, 0), y = extent_of(b, true, 0, 1);
+    return x.low < y.high && y.low < x.high;
   }
 
-  std::vector<std::pair<int, int>> find_conflicts() const {
+  // Parameters for the kernels that share memory with another one.
+  void find_conflicts() {
     std::vector<Extent> extents;
-    std::vector<std::pair<int, int>> places, found;
+    Places places;
     for (size_t g = 0; g < groups_.size(); ++g)
       for (size_t i = 0; i < groups_[g].params.size(); ++i) {
-        const Param& p = groups_[g].params[i];
+        Param& p = groups_[g].params[i];
         if (p.kind != kOurs) continue;
+        const int row = int(places.size());
         places.emplace_back(int(g), int(i));
-        add_extents(p, int(places.size()) - 1, extents);
+        try {
+          extents.push_back(extent_of(view(p.tensor.ptr()), true, row, 0));
+          for (int e = 0; e < p.n_entries(); ++e)
+            if (e != p.layout->sequence) extents.push_back(extent_of(view(p.entry(e)), true, row, e));
+        } catch (const Stale&) {  // without a gradient in this step
+          p.last[0] = nullptr;    // and with one looked at again
+        }
       }
     for (auto& [a, b] : meetings(extents, 100000))
-      for (int row : {a.row, b.row}) found.push_back(places[size_t(row)]);
-    return found;
+      for (int row : {a.row, b.row}) conflicts_.push_back(places[size_t(row)]);
+  }
+
+  // Where torch's own step reads and writes, for the parameters left to it: what they share with those of the kernels
+  // has to be updated in their order.
+  void find_foreign() {
+    foreign_used_.clear();
+    foreign_written_.clear();
+    auto add = [&](PyObject* o, bool written) {
+      if (!exact(o)) return;
+      try {
+        const Extent e = extent_of(view(o), written, 0, 0);
+        foreign_used_.add(e);
+        if (written) foreign_written_.add(e);
+      } catch (const Stale&) {
+      } catch (const std::runtime_error&) {  // beyond its storage; torch says so
+      }
+    };
+    for (const TorchGroup& group : groups_)
+      for (const Param& p : group.params) {
+        if (p.kind != kForeign) continue;
+        const py::object grad = grad_of(p.tensor.ptr());
+        if (grad.is_none()) continue;
+        add(p.tensor.ptr(), true);
+        add(grad.ptr(), false);
+        if (!p.state || !PyDict_Check(p.state.ptr())) continue;
+        PyObject *key, *held;
+        Py_ssize_t at = 0;
+        while (PyDict_Next(p.state.ptr(), &at, &key, &held)) add(held, true);
+      }
+    foreign_used_.sort();
+    foreign_written_.sort();
   }
 
   // Everything a step needs to know, read and compared before the first write. Options come first: to read one may run
   // Python code, which may do anything to the tensors. From the first tensor's address to the start of the kernels
   // nothing else runs.
-  void look(py::handle state, const py::list& param_groups) {
-    if (py::len(param_groups) != groups_.size()) throw Stale();
+  void look(py::handle state, py::handle param_groups) {
+    const py::object given = fast_sequence(param_groups.ptr());
+    if (size_t(PySequence_Fast_GET_SIZE(given.ptr())) != groups_.size()) throw Stale();
     direct_ = layout_.known() && !serving(kDLCpu);
     step_.groups.resize(groups_.size());
     for (size_t g = 0; g < groups_.size(); ++g) {
-      if (PyList_GET_ITEM(param_groups.ptr(), py::ssize_t(g)) != groups_[g].options.ptr()) throw Stale();
+      PyObject* options = PySequence_Fast_GET_ITEM(given.ptr(), py::ssize_t(g));
+      if (options != groups_[g].options.ptr()) {
+        if (!PyDict_Check(options)) throw Stale();
+        replace(groups_[g].options, options);
+      }
       read_options(g);
     }
-    same_state(state);
+    follow_state(state);
     while (!look_at_tensors()) {
     }
+  }
+
+  // Sets a reference of the plan; what it held is kept until no tensor's address is in use any more.
+  template <class T>
+  void replace(T& held, PyObject* by) {
+    if (held) dropped_.push_back(std::move(held));
+    held = py::reinterpret_borrow<T>(by);
   }
 
   void read_options(size_t g) {
     const TorchGroup& group = groups_[g];
     for (auto& [key, was] : group.truths)
-      if (truth(group.options, key) != was) throw Stale();
+      if (!find(group.options, key) || truth(group.options, key) != was) throw Stale();
     for (auto& [key, was] : group.same)
-      if (get(group.options, key) != was.ptr()) throw Stale();
+      if (find(group.options, key) != was.ptr()) throw Stale();
     Group& to = step_.groups[g];
     to.lr = {};
     to.hyper.resize(group.hyper.size());
     const Source& lr = group.hyper[0];
-    const bool far = !lr.key.is_none() && lr.index < 0 && rate_on_device(get(group.options, lr.key), &to.lr);
+    PyObject* rate = lr.key.is_none() || lr.index >= 0 ? nullptr : find(group.options, lr.key);
+    const bool far = rate && rate_on_device(rate, &to.lr);
     for (size_t h = far ? 1 : 0; h < group.hyper.size(); ++h) to.hyper[h] = value(group.options, group.hyper[h]);
+    bool any_odd = false;
+    for (size_t h = 1; h < group.hyper.size(); ++h) any_odd |= odd(group.hyper[h], to.hyper[h]);
+    if (any_odd != group.odd) throw Stale();
     to.maximize = truth(group.options, maximize_);
     to.l1 = value(group.options, group.l1);
     to.ema_weight = 1 - value(group.options, group.ema_decay);
@@ -395,16 +575,24 @@ class TorchPlan {
     grads_.clear();
     active_.clear();
     streams_.clear();
-    bool moved = false;
+    stale_.clear();
+    conflicts_.clear();
+    if (any_foreign_) find_foreign();
     for (size_t g = 0; g < groups_.size(); ++g) {
       TorchGroup& group = groups_[g];
-      PyObject* params = get(group.options, params_);
-      if (!PyList_CheckExact(params) || size_t(PyList_GET_SIZE(params)) != group.params.size()) throw Stale();
+      const py::object params = fast_sequence(get(group.options, params_));
+      if (size_t(PySequence_Fast_GET_SIZE(params.ptr())) != group.params.size()) throw Stale();
       for (size_t i = 0; i < group.params.size(); ++i) {
         Param& p = group.params[i];
         prefetch_ahead(group.params, i);
-        if (PyList_GET_ITEM(params, py::ssize_t(i)) != p.tensor.ptr()) throw Stale();
-        if (p.kind != kForeign) moved |= look(p, int(g), group);
+        if (PySequence_Fast_GET_ITEM(params.ptr(), py::ssize_t(i)) != p.tensor.ptr()) throw Stale();
+        if (p.kind == kForeign) continue;
+        const std::pair<int, int> place{int(g), int(i)};
+        try {
+          if (!look(p, place, group)) stale_.push_back(place);
+        } catch (const Stale&) {
+          stale_.push_back(place);
+        }
       }
       Group& to = step_.groups[g];
       if (to.lr.at && !step_.all_on(to.lr.device, int(g))) {  // some tensors cannot read it there: wait for it
@@ -413,22 +601,124 @@ class TorchPlan {
         return false;
       }
     }
-    if (moved && !find_conflicts().empty()) throw Stale();
+    find_odd_counts();
+    if (moved_ && stale_.empty()) {
+      find_conflicts();
+      moved_ = false;
+    }
     return true;
   }
 
-  // The optimizer's state dict holds the very objects that it held when the plan was made.
-  void same_state(py::handle state) const {
-    if (state.ptr() != state_.ptr() || size_t(PyDict_GET_SIZE(state.ptr())) != entries_.size()) throw Stale();
+  // Steps are counted in integers: any other count that a tensor holds is for torch to deal with.
+  void find_odd_counts() {
+    auto odd = [](const Scalar& s) {
+      const double t = s.get();
+      return !(t >= 0 && t < 0x1p53 && t == double(int64_t(t)));
+    };
+    bool any = false;
+    for (const Tensor& t : step_.host()) any |= t.step.at && odd(t.step);
+    for (size_t g = 0; any && g < groups_.size(); ++g)
+      for (size_t i = 0; i < groups_[g].params.size(); ++i) {
+        const Param& p = groups_[g].params[i];
+        if (p.kind != kOurs || p.layout->step < 0 || grad_of(p.tensor.ptr()).is_none()) continue;
+        if (std::find(active_.begin(), active_.end(), &p) == active_.end()) continue;
+        const Scalar count = scalar(p.entry(p.layout->step));
+        if (count.device == kHost && odd(count)) stale_.emplace_back(int(g), int(i));
+      }
+  }
+
+  // Takes the state dicts of the parameters, if they are not those of the last step.
+  void follow_state(py::handle state) {
+    if (followed_ && same_state(state)) return;
+    if (!PyDict_Check(state.ptr())) throw Stale();
+    std::unordered_map<PyObject*, PyObject*> held;
+    for (auto& [k, v] : entries_) {
+      dropped_.push_back(std::move(k));
+      dropped_.push_back(std::move(v));
+    }
+    entries_.clear();
+    replace(state_, state.ptr());
+    PyObject *key, *value;
+    Py_ssize_t at = 0;
+    while (PyDict_Next(state.ptr(), &at, &key, &value)) {
+      entries_.emplace_back(py::reinterpret_borrow<py::object>(key), py::reinterpret_borrow<py::object>(value));
+      held[key] = value;
+    }
+    followed_ = true;
+    any_foreign_ = false;
+    for (TorchGroup& group : groups_)
+      for (Param& p : group.params) {
+        any_foreign_ |= p.kind == kForeign;
+        const auto found = held.find(p.tensor.ptr());
+        PyObject* its = found == held.end() ? nullptr : found->second;
+        if (p.kind != kIdle && its != p.state.ptr()) replace(p.state, its);
+      }
+  }
+
+  // Does the optimizer's state hold the very dicts of the last step?
+  bool same_state(py::handle state) const {
+    if (state.ptr() != state_.ptr() || size_t(PyDict_GET_SIZE(state.ptr())) != entries_.size()) return false;
     PyObject *key, *value;
     Py_ssize_t at = 0;
     for (const auto& [k, v] : entries_)
-      if (!PyDict_Next(state.ptr(), &at, &key, &value) || key != k.ptr() || value != v.ptr()) throw Stale();
+      if (!PyDict_Next(state.ptr(), &at, &key, &value) || key != k.ptr() || value != v.ptr()) return false;
+    return true;
   }
 
+  // Does a parameter's state hold, under the names of its layout, what it held in the last step? Other entries are
+  // nobody's business. What was replaced is taken, and checked with the rest; false if a name is missing.
+  bool follow_entries(Param& p) {
+    const int n = p.n_entries();
+    if (n == 0) return true;
+    if (!p.state || !PyDict_Check(p.state.ptr())) return false;
+    PyObject *key, *held;
+    Py_ssize_t at = 0;
+    int same = 0;
+    while (same < n && PyDict_Next(p.state.ptr(), &at, &key, &held)) {
+      const Entry& e = p.entries[p.order[same]];
+      same += key == e.key.ptr() && held == e.value.ptr();
+    }
+    return same == n || find_entries(p);
+  }
+  bool find_entries(Param& p) {
+    const Layout& layout = *p.layout;
+    const int n = int(layout.names.size());
+    if (n == 0) return true;
+    if (!p.state || !PyDict_Check(p.state.ptr())) return false;
+    PyObject *key, *held;
+    Py_ssize_t at = 0;
+    int found = 0;
+    while (PyDict_Next(p.state.ptr(), &at, &key, &held)) {
+      if (!PyUnicode_CheckExact(key)) continue;
+      for (int i = 0; i < n; ++i) {
+        PyObject* name = layout.names[size_t(i)].ptr();
+        if (key != name && PyUnicode_Compare(key, name) != 0) continue;
+        Entry& e = p.entries[i];
+        if (e.key.ptr() != key) replace(e.key, key);
+        if (e.value.ptr() != held) {
+          replace(e.value, held);
+          if (i == layout.sequence && !read_sequence(p, held)) return false;
+        }
+        p.order[found++] = uint8_t(i);
+        break;
+      }
+    }
+    return found == n;
+  }
+  static bool read_sequence(Param& p, PyObject* number) {
+    if (!PyLong_Check(number)) return false;
+    p.sequence = PyLong_AsLongLong(number);
+    if (p.sequence == -1 && PyErr_Occurred()) {
+      PyErr_Clear();
+      return false;
+    }
+    return true;
+  }
+
+  bool odd(const Source& s, double x) const { return s.key.is(betas_) && !(x >= 0 && x < 1); }
   double value(const py::dict& options, const Source& s) const {
-    if (s.key.is_none()) return s.constant;
-    PyObject* o = get(options, s.key);
+    PyObject* o = s.key.is_none() ? nullptr : find(options, s.key);
+    if (!o) return s.constant;
     if (s.index < 0) return number(o);
     if (PyTuple_CheckExact(o) && s.index < PyTuple_GET_SIZE(o)) return number(PyTuple_GET_ITEM(o, s.index));
     py::object item = py::reinterpret_steal<py::object>(PySequence_GetItem(o, s.index));
@@ -444,8 +734,9 @@ class TorchPlan {
   template <class F>
   void each_tensor(const Param& p, F&& f) const {
     f(p.tensor.ptr());
-    for (int k = 0; k < p.n_operands; ++k) f(p.operands[k].ptr());
-    if (p.step) f(p.step.ptr());
+    if (p.kind != kOurs) return;
+    for (int k = 2; k < 2 + p.layout->operands(); ++k) f(p.operand(k));
+    if (p.layout->step >= 0) f(p.entry(p.layout->step));
   }
   void prefetch_ahead(const std::vector<Param>& params, size_t i) const {
     if (!layout_.known()) return;
@@ -483,77 +774,75 @@ class TorchPlan {
     return {data, item == 8, n, stride};
   }
 
-  // True if an operand is not where it was in the last step.
-  bool look(Param& p, int index, const TorchGroup& group) {
+  // Adds a parameter to the step, if it has a gradient. False if it has to be planned anew.
+  bool look(Param& p, std::pair<int, int> place, const TorchGroup& group) {
     py::object grad = grad_of(p.tensor.ptr());
-    if (grad.is_none()) return false;
-    if (p.kind == kIdle || !exact(grad.ptr())) throw Stale();
+    if (grad.is_none()) return true;
+    if (p.kind == kIdle || !exact(grad.ptr())) return false;
     IndexView indices{};
     if (p.sparse) indices = indices_of(grad);
-    if (negative(grad.ptr())) throw Stale();
-    if (!p.state.is_none()) {
-      if (PyDict_GET_SIZE(p.state.ptr()) != p.n_values) throw Stale();
-      PyObject *key, *held;
-      Py_ssize_t at = 0;
-      for (int k = 0; k < p.n_values; ++k)
-        if (!PyDict_Next(p.state.ptr(), &at, &key, &held) || held != p.values[k].ptr()) throw Stale();
-    }
+    if (negative(grad.ptr()) || !follow_entries(p)) return false;
+    const Layout& layout = *p.layout;
+    const Parts& parts = layout.parts;
     View v[kOperands];
-    bool moved = false;
-    const int n = 2 + p.n_operands;
+    const int n = parts.count();
     for (int k = 0; k < n; ++k) {
       if (k == 1) {
         v[k] = view(grad.ptr());
-        if ((!v[k].data && v[k].size() > 0) || !aligned(v[k])) throw Stale();
+        if ((!v[k].data && v[k].size() > 0) || !aligned(v[k])) return false;
       } else {
-        v[k] = written(k == 0 ? p.tensor.ptr() : p.operands[k - 2].ptr());
-        moved |= v[k].data != p.last[k];
-        p.last[k] = v[k].data;
+        v[k] = written(p.operand(k));
+        note_memory(p, k == 0 ? 0 : k - 1, v[k].data);
+        if (p.known && p.formats[k] != v[k].format) return false;
+        p.formats[k] = v[k].format;
       }
-      if ((!v[k].same_shape(v[0]) && !(p.sparse && k == 1)) || v[k].device != v[0].device) throw Stale();
+      if ((!v[k].same_shape(v[0]) && !(p.sparse && k == 1)) || v[k].device != v[0].device) return false;
     }
     const View* states = v + 2;
-    for (int k = 0; k < p.parts.states; ++k)
-      if (p.n_scales ? size_of(states[k].format) != 1 : states[k].format != states[0].format) throw Stale();
-    if (p.parts.ema && v[n - 1].format != ema_format(v[0].format)) throw Stale();
+    const Rule& rule = rule_of(group.kernel);
+    for (int k = 0; k < parts.states; ++k)
+      if (states[k].format != (layout.scales ? rule.codes[k] : states[0].format)) return false;
+    if (parts.ema && v[n - 1].format != ema_format(v[0].format)) return false;
     float* scales[kMaxStates] = {};
-    for (int k = 0; k < p.n_scales; ++k) {
-      const View scale = written(p.scales[k].ptr());
+    for (int k = 0; k < layout.scales; ++k) {
+      const View scale = written(p.entry(layout.operands() + k));
       if (scale.format != kF32 || !scale.contiguous() || scale.size() != (v[0].size() + kBlock - 1) / kBlock ||
           scale.device != v[0].device)
-        throw Stale();
+        return false;
       scales[k] = reinterpret_cast<float*>(scale.data);
+      note_memory(p, 1 + layout.operands() + k, scale.data);
     }
     Tensor tensor{};
-    if (p.step) tensor.step = scalar(p.step);
-    if (p.carry) tensor.carry = scalar(p.carry);
+    if (layout.step >= 0) tensor.step = scalar(p.entry(layout.step));
+    if (layout.carry >= 0) tensor.carry = scalar(p.entry(layout.carry));
     for (const Scalar* s : {&tensor.step, &tensor.carry})
-      if (s->at && s->device != v[0].device) throw Stale();
-    tensor.group = index;
+      if (s->at && s->device != v[0].device) return false;
+    note_memory(p, 1 + layout.step, tensor.step.at);
+    note_memory(p, 1 + layout.carry, tensor.carry.at);
+    tensor.group = place.first;
     tensor.sequence = p.sequence;
     tensor.clock.t = p.done;
     tensor.done = &p.done;
     tensor.device_counts = true;
     const bool half = size_of(v[0].format) == 2;  // master and noisy are for these alone
-    if ((half && group.master != kNoMaster) != p.parts.residual ||
-        (p.parts.residual && v[2 + p.parts.states].format != residual_format(group.master)))
-      throw Stale();
-    const Format state = p.n_scales ? kI8 : p.parts.states ? v[2].format : v[0].format;
+    if ((half && group.master != kNoMaster) != parts.residual ||
+        (parts.residual && v[2 + parts.states].format != residual_format(group.master)))
+      return false;
+    const Format state = layout.scales ? kI8 : parts.states ? v[2].format : v[0].format;
     tensor.kernel = find_kernel(group.kernel,
                                 {v[0].format, v[1].format, state, half ? group.master : kNoMaster, half && group.noisy,
                                  state == kI8 || (size_of(state) == 2 && (group.noisy_state || !half))});
-    if (tensor.kernel.form < 0) throw Stale();
+    if (tensor.kernel.form < 0 || meet(v[0], v[1])) return false;
     if (!p.sparse) {
-      lay_out(v, p.parts, tensor, layouts_);
+      lay_out(v, parts, tensor, layouts_);
     } else {
       int culprit;
-      if (v[0].device != kHost || !lay_out_rows(v, p.parts, p.n_scales, indices, tensor, lookups_, &culprit).empty())
-        throw Stale();
-      tables_.push_back({index, int(&p - group.params.data())});
+      if (v[0].device != kHost || !lay_out_rows(v, parts, layout.scales, indices, tensor, lookups_, &culprit).empty())
+        return false;
+      tables_.push_back(place);
     }
-    for (int k = 0; k < p.n_scales; ++k) tensor.span.scale[k] = scales[k];
-    Extent own = extent_of(v[0], true, 0, 0), its = extent_of(v[1], false, 0, 1);
-    if (own.low < its.high && its.low < own.high) throw Stale();
+    for (int k = 0; k < layout.scales; ++k) tensor.span.scale[k] = scales[k];
+    if (!foreign_used_.empty() && meets_foreign(v, n, tensor, layout, v[0].size())) conflicts_.push_back(place);
     if (v[0].device == kHost) {
       prefetch(tensor.step.at);
       step_.add(tensor);
@@ -565,7 +854,30 @@ class TorchPlan {
     }
     active_.push_back(&p);
     grads_.push_back(std::move(grad));
-    return moved;
+    p.known = true;
+    return true;
+  }
+
+  void note_memory(Param& p, int slot, const void* at) {
+    if (!at) return;
+    moved_ |= at != p.last[slot];
+    p.last[slot] = at;
+  }
+
+  bool meets_foreign(const View* v, int n, const Tensor& tensor, const Layout& layout, int64_t size) const {
+    bool meets = false;
+    for (int k = 0; k < n; ++k) {
+      const Extent e = extent_of(v[k], k != 1, 0, k);
+      meets |= (k == 1 ? foreign_written_ : foreign_used_).meet(e);
+    }
+    auto used = [&](const void* at, size_t bytes) {
+      const char* low = static_cast<const char*>(at);
+      meets |= at && foreign_used_.meet({low, low + bytes, true, 0, 0});
+    };
+    for (int k = 0; k < layout.scales; ++k)
+      used(tensor.span.scale[k], size_t((size + kBlock - 1) / kBlock) * sizeof(float));
+    for (const Scalar* s : {&tensor.step, &tensor.carry}) used(s->at, s->wide ? 8 : 4);
+    return meets;
   }
 
   void tell_autograd() {
@@ -593,11 +905,19 @@ class TorchPlan {
   bool direct_ = false;  // tensors in host memory are read by layout_, unless a device library serves them
   const PyGetSetDef* getter_ = nullptr;
   std::vector<std::pair<py::object, py::object>> entries_;
+  std::deque<Layout> layouts_known_;
   std::vector<TorchGroup> groups_;
   py::object grad_ = interned(py::str("grad")), params_ = interned(py::str("params")),
-             maximize_ = interned(py::str("maximize")), is_sparse_ = interned(py::str("is_sparse"));
+             maximize_ = interned(py::str("maximize")), betas_ = interned(py::str("betas")),
+             is_sparse_ = interned(py::str("is_sparse"));
 
   Step step_;
+  Places stale_, conflicts_;
+  bool followed_ = false;     // entries_ and the parameters' dicts are those of the state
+  bool any_foreign_ = false;  // some parameter is left to torch
+  bool moved_ = false;        // since the memory was last searched for conflicts
+  Intervals foreign_used_, foreign_written_;
+  std::vector<py::object> dropped_;  // replaced since the last step
   std::vector<std::unique_ptr<Strided>> layouts_;
   std::vector<std::unique_ptr<Lookups>> lookups_;
   std::vector<std::pair<int, int>> tables_;  // of those with sparse gradients, in their order: group, number in it
@@ -608,22 +928,53 @@ class TorchPlan {
   double norm_ = -1;
 };
 
+// The plan of a Python object; nullptr before its constructor has run.
+TorchPlan* plan_of(PyObject* self) {
+  const auto held = reinterpret_cast<py::detail::instance*>(self)->get_value_and_holder();
+  return held.holder_constructed() ? held.value_ptr<TorchPlan>() : nullptr;
+}
+
+// A parameter, a group, a state entry or a hook may lead back to the optimizer, and so to the plan: the garbage
+// collector has to see what a plan holds.
+void collect_garbage(PyHeapTypeObject* heap_type) {
+  PyTypeObject* type = &heap_type->ht_type;
+  type->tp_flags |= Py_TPFLAGS_HAVE_GC;
+  type->tp_traverse = [](PyObject* self, visitproc visit, void* arg) {
+    Py_VISIT(Py_TYPE(self));
+    if (TorchPlan* plan = plan_of(self)) {
+      int stop = 0;
+      plan->each_reference([&](py::object& o) {
+        if (stop == 0 && o) stop = visit(o.ptr(), arg);
+      });
+      return stop;
+    }
+    return 0;
+  };
+  type->tp_clear = [](PyObject* self) {
+    if (TorchPlan* plan = plan_of(self)) plan->let_go();
+    return 0;
+  };
+}
+
 }  // namespace
 
 void bind_torch_plan(py::module_& m) {
-  py::class_<TorchPlan>(m, "TorchPlan", "The parameters of a torch optimizer, remembered between steps.")
+  py::class_<TorchPlan>(m, "TorchPlan", py::custom_type_setup(collect_garbage),
+                        "The parameters of a torch optimizer, remembered between steps.")
       .def(py::init<py::dict, py::tuple, py::tuple, py::object, py::object, bool>(), py::arg("state"), py::arg("types"),
            py::arg("dtypes"), py::arg("is_neg"), py::arg("bump"), py::arg("exchange"))
       .def("add_group", &TorchPlan::add_group, py::arg("options"), py::arg("kernel"), py::arg("hyper"),
            py::arg("truths"), py::arg("same"), py::arg("master"), py::arg("noisy"), py::arg("noisy_state"))
-      .def("add_param", &TorchPlan::add_param, py::arg("tensor"), py::arg("kind"), py::arg("state") = py::none(),
-           py::arg("operands") = py::list(), py::arg("step") = py::none(), py::arg("carry") = py::none(),
-           py::arg("done") = 0, py::arg("residual") = py::none(), py::arg("ema") = py::none(),
-           py::arg("scales") = py::list(), py::arg("sequence") = 0, py::arg("sparse") = false)
-      .def("finish", &TorchPlan::finish)
+      .def("add_layout", &TorchPlan::add_layout, py::arg("states"), py::arg("scales"), py::arg("residual"),
+           py::arg("ema"), py::arg("step"), py::arg("carry"), py::arg("sequence"))
+      .def("set_param", &TorchPlan::set_param, py::arg("group"), py::arg("index"), py::arg("layout"), py::arg("state"),
+           py::arg("done"), py::arg("sparse"))
+      .def("leave_param", &TorchPlan::leave_param, py::arg("group"), py::arg("index"))
+      .def("takes", &TorchPlan::takes, py::arg("tensor"), py::arg("grad"))
       .def("trouble", &TorchPlan::trouble, py::arg("tensor"), py::arg("written"))
-      .def("meet", &TorchPlan::meet, py::arg("a"), py::arg("b"))
-      .def("conflicts", &TorchPlan::conflicts)
+      .def("meet", py::overload_cast<py::handle, py::handle>(&TorchPlan::meet, py::const_), py::arg("a"), py::arg("b"))
+      .def_property_readonly("stale", &TorchPlan::stale)
+      .def_property_readonly("conflicts", &TorchPlan::conflicts)
       .def("step", &TorchPlan::step, py::arg("state"), py::arg("param_groups"), py::arg("unscale"), py::arg("max_norm"),
            py::arg("threads"), py::arg("found_inf") = py::none(), py::arg("grad_scale") = py::none(),
            py::arg("norm") = py::none())

@@ -213,35 +213,35 @@ class TorchPlan:
         noisy: bool,
         noisy_state: bool,
     ) -> None: ...
-    def add_param(
+    def add_layout(
         self,
-        tensor: Any,
-        kind: int,
-        state: dict[str, Any] | None = None,
-        operands: list[Any] = ...,
-        step: Any = None,
-        carry: Any = None,
-        done: int = 0,
-        residual: Any = None,
-        ema: Any = None,
-        scales: list[Any] = ...,
-        sequence: int = 0,
-        sparse: bool = False,
-    ) -> None: ...
-    def finish(self) -> None: ...
+        states: list[str],
+        scales: list[str],
+        residual: str | None,
+        ema: str | None,
+        step: str | None,
+        carry: str | None,
+        sequence: str | None,
+    ) -> int: ...
+    def set_param(self, group: int, index: int, layout: int, state: Any, done: int, sparse: bool) -> bool: ...
+    def leave_param(self, group: int, index: int) -> None: ...
+    def takes(self, tensor: Any, grad: Any) -> bool: ...
     def trouble(self, tensor: Any, written: bool) -> str: ...
     def meet(self, a: Any, b: Any) -> bool: ...
+    @property
+    def stale(self) -> list[tuple[int, int]]: ...
+    @property
     def conflicts(self) -> list[tuple[int, int]]: ...
     def step(
         self,
         state: dict[Any, Any],
-        param_groups: list[dict[str, Any]],
+        param_groups: Sequence[dict[str, Any]],
         unscale: float,
         max_norm: float,
         threads: int,
         found_inf: Any = None,
         grad_scale: Any = None,
         norm: Any = None,
-    ) -> bool: ...
+    ) -> int: ...
     @property
     def norm(self) -> float: ...

@@ -474,7 +474,7 @@ def state_overlapping(side: Side, p: Any, r: random.Random, key: str) -> None:
     side.state(p)[key] = laid_out(side.state(p)[key], r.choice(["expanded", "sliding"]), r)
 
 
-@event("between", 0.0)
+@event("between", 0.2)
 @_with_state
 def state_aliased(side: Side, p: Any, r: random.Random, key: str) -> None:
     """Two states, or those of two parameters, are one tensor."""
@@ -855,9 +855,9 @@ class Comparison:
             truth, moves = self.exact((i, key))
         except Exception as error:
             raise Difference(f"{what}: {self._worst(mine, theirs)}; no exact step: {error!r}") from error
-        room = (16 if mine.dtype == torch.float64 else 4 if mine.dtype == torch.float32 else 1) * _unit(
-            mine, old, truth
-        ) + 8 * moves
+        room = 16 if mine.dtype == torch.float64 else 4 if mine.dtype == torch.float32 else 1
+        room *= 2 if key == "acc_delta" else 1  # the square of a product of two roots and a quotient
+        room = room * _unit(mine, old, truth) + 8 * moves
         off = (mine.double() - truth).abs()
         fine = off <= room
         if theirs is not None:
@@ -973,11 +973,6 @@ class Run:
             raise Difference(f"{what}: ours {mine!r}, torch {theirs!r}"[:2000])
 
     def step(self, which: int) -> bool:
-        if self.program["ours"].get("fused") and self.odd():
-            # torch's fused step, where ours leaves a tensor to it, has traps of its own: it takes a gradient's strides
-            # for the parameter's, and writes beside a parameter that is not dense.
-            self.counts["would take torch's fused step"] += 1
-            return False
         before = Snapshot(self.theirs)
         grads = [None if p.grad is None else p.grad.detach().clone() for p in self.mine.params]
         versions = [[p._version for p in side.params] for side in (self.mine, self.theirs)]
@@ -990,7 +985,8 @@ class Run:
             self.counts["kernels do what torch refuses"] += 1
             for i, p in enumerate(self.mine.params):
                 for key, mine in self.tensors(self.mine, p):
-                    self.checked(comparison, i, key, mine, None)
+                    if not overlapping(mine):  # left to torch, and the exact step has no such memory
+                        self.checked(comparison, i, key, mine, None)
             return False
         self.alike(self.at, *errors)
         if any(errors):
@@ -1015,16 +1011,6 @@ class Run:
                 raise Difference(f"{self.at}: the step wrote into memory that is not its own")
         self.follow()
         return True
-
-    def odd(self) -> bool:
-        """Whether there is a tensor that the kernels may leave to torch."""
-        held = [t for p in self.mine.params for _, t in self.tensors(self.mine, p)]
-        held += [p.grad for p in self.mine.params if p.grad is not None]
-        usual = ("contiguous", "offset", "permuted", "channels_last", "gaps")
-        counters = [self.mine.state(p).get("step") for p in self.mine.params]
-        if any(isinstance(t, Tensor) and t.dtype != torch.float32 for t in counters):
-            return True
-        return self.mine.unusual or mixed(self.mine) or any(layout_of(t) not in usual or t.dim() > 64 for t in held)
 
     def left(self) -> set[int]:
         """Parameters with a gradient that took torch's own step."""
@@ -1076,6 +1062,8 @@ class Run:
             return True
         params, opt = copy.deepcopy((mine.params, mine.opt))
         for p, q in zip(mine.params, params, strict=True):
+            if p.grad is not None and p.grad.dtype != p.dtype:
+                q.grad_dtype = None
             q.grad = p.grad
         done, wrong, gate = [0] * 4, [], threading.Barrier(4)
 

@@ -1,4 +1,4 @@
-"""Options, checkpoints and classes that were changed by hand, past the checks of constructors."""
+"""Groups, options, state and classes that were changed by hand, past the checks of constructors."""
 
 import functools
 import math
@@ -9,8 +9,84 @@ import pytest
 import torch
 
 import fusedopt.torch as optim
-from torch_cases import gradients, ours, parameters
-from torch_compare import assert_same_bits, snapshot, train
+from torch_cases import gradients, ours, parameters, plain, some_cases
+from torch_compare import assert_close, assert_same_bits, count_fallbacks, snapshot, train
+
+Options = dict[str, Any]
+BETAS = ("Adam", "AdamW", "NAdam", "RAdam", "Adamax")
+
+
+def _outcome(opt: Any, params: list[Any]) -> Any:
+    try:
+        opt.step()
+    except Exception as error:
+        return type(error)
+    return snapshot(opt, params)
+
+
+def _assert_alike(mine: Any, theirs: Any) -> None:
+    if isinstance(theirs, type):
+        assert mine is theirs
+    else:
+        assert_close(mine, theirs, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("name", "options"), some_cases())
+def test_groups_and_parameters_in_tuples(name: str, options: Options) -> None:
+    grads, listed, tupled = gradients(4), parameters(), parameters()
+    want, opt = ours(name, listed, **options), ours(name, tupled, **options)
+    train(want, grads, listed)
+    for i, row in enumerate(grads):
+        if i == 1:
+            opt.param_groups[0]["params"] = tuple(opt.param_groups[0]["params"])
+        if i == 2:
+            opt.param_groups = tuple(opt.param_groups)
+        train(opt, [row], tupled)
+    assert_same_bits(snapshot(opt, tupled), snapshot(want, listed))
+
+
+@pytest.mark.parametrize("betas", [(1.0, 0.9), (0.9, 1.0), (1.5, 0.9), (0.9, -0.5), (math.nan, 0.9)])
+@pytest.mark.parametrize("name", BETAS)
+def test_betas_out_of_range_are_torchs(name: str, betas: tuple[float, float]) -> None:
+    results = []
+    for make in (ours, plain):
+        params, grads = parameters(), gradients(3, missing=False)
+        opt = make(name, params)
+        train(opt, grads[:1], params)
+        opt.param_groups[0]["betas"] = betas
+        for p, g in zip(params, grads[1], strict=True):
+            p.grad = g
+        with count_fallbacks(make is ours):
+            results.append(_outcome(opt, params))
+    _assert_alike(*results)
+
+
+def test_betas_that_are_in_range_again_are_ours_again() -> None:
+    params, grads = parameters(), gradients(4, missing=False)
+    opt = ours("NAdam", params)
+    betas = opt.param_groups[0]["betas"]
+    for i, row in enumerate(grads):
+        opt.param_groups[0]["betas"] = (1.0, 0.9) if i == 1 else betas
+        with count_fallbacks(i == 1):
+            train(opt, [row], params)
+        assert bool(opt._engine.fallback.places) == (i == 1)
+
+
+@pytest.mark.parametrize("count", [1.5, -3.0, -1.0, math.inf, math.nan, 1e30, 2.0**24, 0.0])
+@pytest.mark.parametrize("name", [*BETAS, "Adagrad", "RMSprop", "Adadelta"])
+def test_a_count_of_steps_that_is_no_count_is_torchs(name: str, count: float) -> None:
+    odd = not (count >= 0 and count < 2**53 and count.is_integer())
+    results = []
+    for make in (ours, plain):
+        params, grads = parameters(), gradients(3, missing=False)
+        opt = make(name, params)
+        train(opt, grads[:1], params)
+        opt.state[params[4]]["step"].fill_(count)
+        for p, g in zip(params, grads[1], strict=True):
+            p.grad = g
+        with count_fallbacks(odd and make is ours):
+            results.append(_outcome(opt, params))
+    _assert_alike(*results)
 
 
 @pytest.mark.parametrize("value", [math.nan, -1.0, 0.0, math.inf, "1"])

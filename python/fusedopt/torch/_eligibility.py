@@ -19,6 +19,8 @@ def group_reason(group: dict[str, Any]) -> str | None:
         return "fused=False asks for torch's own step"
     if group.get("differentiable"):
         return "differentiable=True is not done by the fused kernels"
+    if not all(0 <= float(beta) < 1 for beta in group.get("betas", ())):
+        return f"betas={tuple(map(float, group['betas']))} are not in [0, 1)"
     return None
 
 
@@ -91,7 +93,7 @@ def state_reason(
             raise RuntimeError(f"state {name!r} of shape {tuple(shape)} has no memory")
         if trouble:
             return f"state {name!r} {trouble}"
-    for name in rule.scalars:
+    for name in dict.fromkeys((*rule.scalars, *(("step",) if form.random else ()))):
         s = state.get(name)
         if type(s) not in PLAIN or s.numel() != 1 or s.device != p.device or s.dtype not in WIDE:
             return f"state {name!r} is not a one-element tensor beside its parameter"
@@ -100,6 +102,8 @@ def state_reason(
             raise RuntimeError(f"state {name!r} has no memory")
         if trouble:
             return f"state {name!r} {trouble}"
+        if name == "step" and s.device.type == "cpu" and not (0 <= float(s) < 2**53 and float(s).is_integer()):
+            return f"state 'step' is {float(s)}, which counts no steps"
     if not form.quantised and names:
         dtypes = {state[name].dtype for name in names}
         known = NAMES.get(next(iter(dtypes))) if len(dtypes) == 1 else None

@@ -10,7 +10,7 @@ import itertools
 import sys
 import threading
 import weakref
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from typing import Any
 
@@ -24,17 +24,17 @@ from ._device import PLAIN, capturing, has_device_kernels, readable_scalar
 from ._eligibility import device_reason, group_reason, state_reason, tensor_reason
 from ._fallback import Fallback
 from ._sparse import dense_reason, is_sparse, sparse_reason
-from ._state import DTYPES, INTEGERS, create_state, form_of
+from ._state import DTYPES, INTEGERS, Recipe
 
 EXCHANGE = True  # read tensors by DLPack's exchange API where this torch has it (2.10 and later)
-_KERNEL, _IDLE, _FALLBACK = range(3)  # how the plan treats a parameter; idle: it has had no gradient so far
+_DONE, _ANEW, _PARAMS = range(3)  # what a step of the plan finds; see torch.cpp
 _numbers = itertools.count(1)
 
 optimizers: weakref.WeakValueDictionary[str, Optimizer] = weakref.WeakValueDictionary()
 """Every optimizer by the number of its engine, for torch.compile's operator."""
 
-Created = list[tuple[torch.Tensor, list[str]]]
-"""Parameters with the names of the state created for them."""
+Created = dict[int, tuple[torch.Tensor, list[str]]]
+"""By identity, parameters with the names of the state created for them."""
 
 
 def engine_of(optimizer: Any) -> Engine:
@@ -45,7 +45,9 @@ def engine_of(optimizer: Any) -> Engine:
 
 def remove_engine(optimizer: Any) -> None:
     """Leaves an optimizer of ours as one of torch's, before or after its class is changed."""
-    vars(optimizer).pop("_engine", None)
+    engine = vars(optimizer).pop("_engine", None)
+    if engine is not None:
+        optimizers.pop(engine.number, None)
 
 
 class Engine:
@@ -76,6 +78,7 @@ class Engine:
         self.traced_params: list[torch.Tensor] | None = None
         self.traced_views: dict[tuple[int, ...], Any] = {}
         self._built = 0
+        self._recipes: dict[tuple[int, torch.dtype], Recipe] = {}  # of the plan, by group and dtype
         self._running = threading.Lock()  # held from the first look at a tensor to the last write
 
     # --- for the other files of this package ---
@@ -120,8 +123,8 @@ class Engine:
 
     @property
     def plans_built(self) -> int:
-        """Counts the plans built so far: while it stays the same, no state has been created by a kernel's step and no
-        parameter has changed sides between kernels and fallback."""
+        """Counts how often something has been planned: while it stays the same, no state has been created by a kernel's
+        step and no parameter has changed sides between kernels and fallback."""
         return self._built if self.shards is None else int(self.shards.engine.plans_built)
 
     def updated_by(self, optimizer: Optimizer) -> dict[str | None, int]:
@@ -172,13 +175,14 @@ class Engine:
         if plan is not None and self.fallback.places:
             self.fallback.announce(groups, max_norm, unscale != 1.0 or scale is not None)
         try:
-            if plan is None or not plan.step(optimizer.state, groups, *scaling):
-                plan = self._replan(optimizer, scaling)
+            found = _ANEW if plan is None else plan.step(optimizer.state, groups, *scaling)
+            if found != _DONE:
+                plan = self._replan(optimizer, scaling, found)
         except _core.DeviceOutOfMemoryError:  # raised before anything is launched, with one device
             if home is None or capturing(home):
                 raise
             torch.cuda.empty_cache()  # torch may hold memory in its cache
-            plan = self._replan(optimizer, scaling)
+            plan = self._replan(optimizer, scaling, _ANEW)
         if plan is None:
             return
         if max_norm:
@@ -199,17 +203,28 @@ class Engine:
                 self.shards = Shards()
         return self.shards is not None
 
-    def _replan(self, optimizer: Optimizer, scaling: tuple[Any, ...]) -> Any:
-        """Builds a new plan, creates missing state, and does the update; None if the step is skipped."""
-        created: Created = []
-        banned: dict[torch.Tensor, str] = {}
+    def _replan(self, optimizer: Optimizer, scaling: tuple[Any, ...], found: int) -> Any:
+        """Plans anew what has changed, creates missing state, and does the update; None if the step is skipped.
+
+        Args:
+            found: what the plan's step has found.
+        """
+        created: Created = {}
+        tries: Counter[Any] = Counter()
         groups, state = optimizer.param_groups, optimizer.state
         unscale, max_norm, _, found_inf, scale, _ = scaling
+        plan = self.plan
         try:
-            for _ in range(3):
-                self.plan = plan = self._build(optimizer, created, banned)
+            while found != _DONE:
+                if found == _ANEW:
+                    tries["anew"] += 1
+                    self.plan = plan = self._new_plan(optimizer)
+                else:
+                    self._plan_params(optimizer, plan, created, tries)
+                if max(tries.values(), default=0) > 2:
+                    raise RuntimeError("the parameters or their state change while step() looks at them")
                 self.fallback.announce(groups, max_norm, unscale != 1.0 or scale is not None)
-                if created and any(capturing(d) for d in {p.device for p, _ in created}):
+                if created and any(capturing(d) for d in {p.device for p, _ in created.values()}):
                     raise RuntimeError(
                         "a step that creates state cannot be captured, since every replay would create it anew: do one "
                         "step before the capture"
@@ -218,31 +233,26 @@ class Engine:
                     self.plan = None
                     _remove_state(state, created)
                     return None
-                clash = plan.conflicts()
-                if not clash and plan.step(state, groups, *scaling):
-                    return plan
-                for g, i in clash:
-                    banned[groups[g]["params"][i]] = "its memory overlaps that of another parameter or state"
-                _remove_state(state, created)
-            raise RuntimeError("the parameters or their state change while step() looks at them")
+                found = plan.step(state, groups, *scaling)
         except BaseException:
             self.plan = None
             self.fallback.places = {}
             _remove_state(state, created)
             raise
+        return plan
 
-    def _build(self, optimizer: Optimizer, created: Created, banned: dict[torch.Tensor, str]) -> Any:
-        """A plan for the parameters as they are now. State that is missing is created and noted in ``created``;
-        ``banned`` has a reason for parameters that must take the fallback."""
+    def _new_plan(self, optimizer: Optimizer) -> Any:
+        """A plan for the groups as they are now, in which no parameter has had a gradient."""
         rule = self.rule
         dtypes = (*DTYPES.values(), *(INTEGERS[k] for k in ("int16", "int8", "uint8")))
         plan = _core.TorchPlan(optimizer.state, PLAIN, dtypes, torch.Tensor.is_neg, _bump_versions, EXCHANGE)
         self._built += 1
+        self._recipes = {}
         self.fallback.places = {}
-        for g, group in enumerate(optimizer.param_groups):
+        for group in optimizer.param_groups:
             kernel = rule.kernel(group)
-            hyper = [
-                (None, -1, float(rule.defaults[key])) if key is not None and key not in group else (key, index, value)
+            hyper: list[Any] = [
+                (key, index, value if key is None or index >= 0 else float(rule.defaults[key]))
                 for key, index, value in kernel.sources
             ]
             ema = group["ema_decay"] is not None
@@ -256,42 +266,93 @@ class Engine:
                 bool(group["stochastic_rounding"]),
                 forms.explicit(group),
             )  # fmt: skip
-            for_all = group_reason(group)
-            for p in group["params"]:
-                grad = p.grad
-                reason = for_all or banned.get(p)
-                if grad is None:
-                    plan.add_param(p, _FALLBACK if reason else _IDLE)
-                    if reason:
-                        self.fallback.add(reason, g, p)
-                    continue
-                sparse = is_sparse(grad)
-                if not reason and sparse:
-                    reason = sparse_reason(plan, rule, p, grad, group)
-                elif not reason:
-                    reason = dense_reason(rule) or device_reason(rule, p) or tensor_reason(plan, p, grad, group)
-                if not reason:
-                    done, new = create_state(optimizer, rule, p, group)
-                    if new:
-                        created.append((p, new))
-                    reason = state_reason(plan, rule, p, grad, optimizer.state.get(p, {}), group)
-                if reason:
-                    plan.add_param(p, _FALLBACK)
-                    self.fallback.add(reason, g, p)
-                    continue
-                state = optimizer.state.get(p, {})
-                quantised = kernel.states != () and f"{kernel.states[0]}_codes" in state
-                arrays = [state[f"{name}_codes" if quantised else name] for name in kernel.states]
-                scales = [state[f"{name}_scale"] for name in kernel.states] if quantised else []
-                step = state["step"] if "step" in rule.scalars or "stream" in state else None
-                carry = next((state[name] for name in rule.scalars if name != "step"), None)
-                master = state["master"] if form_of(p, group).master else None
-                plan.add_param(
-                    p, _KERNEL, state or None, arrays, step, carry, done,
-                    master, state["ema"] if ema else None, scales, state.get("stream", 0), sparse,
-                )  # fmt: skip
-        plan.finish()
         return plan
+
+    def _plan_params(self, optimizer: Optimizer, plan: Any, created: Created, tries: Counter[Any]) -> None:
+        """Plans the parameters that the plan's step has found to have changed. State that is missing is created and
+        noted in ``created``; ``tries`` counts how often a parameter has been planned for this step."""
+        groups, stale, conflicts = optimizer.param_groups, plan.stale, set(plan.conflicts)
+        self._built += 1
+        if self.fallback.places:
+            self.fallback.remove([groups[g]["params"][i] for g, i in (*stale, *conflicts)])
+        reasons = [group_reason(group) for group in groups]
+        with torch.no_grad():
+            for place in sorted(conflicts.union(stale)) if conflicts else stale:
+                g, i = place
+                group = groups[g]
+                p = group["params"][i]
+                reason = reasons[g]
+                if place in conflicts:
+                    reason = "its memory overlaps that of another parameter or state"
+                elif not reason:
+                    tries[place] = tried = tries.get(place, 0) + 1
+                    reason = self._plan_param(optimizer, plan, place, group, p, created, tried > 1)
+                if reason:
+                    if id(p) in created:
+                        _remove_state(optimizer.state, {id(p): created.pop(id(p))})
+                    plan.leave_param(g, i)
+                    self.fallback.add(reason, g, p)
+
+    def _plan_param(
+        self,
+        optimizer: Optimizer,
+        plan: Any,
+        place: tuple[int, int],
+        group: dict[str, Any],
+        p: torch.Tensor,
+        created: Created,
+        careful: bool,
+    ) -> str | None:
+        """Plans one parameter for the kernels; why it cannot be done, if so.
+
+        Most parameters are plain, so their state is looked at here only if ``careful``: when the plan has refused it.
+        """
+        g, i = place
+        grad: Any = p.grad
+        rule = self.rule
+        sparse = is_sparse(grad)
+        if sparse:
+            reason = sparse_reason(plan, rule, p, grad, group)
+        else:
+            reason = dense_reason(rule)
+            if not reason and (careful or group.get("capturable") or not plan.takes(p, grad)):
+                reason = device_reason(rule, p) or tensor_reason(plan, p, grad, group)
+        if reason:
+            return reason
+        key = (g, p.dtype)
+        recipe = self._recipes.get(key)
+        if recipe is None:
+            recipe = self._recipes[key] = Recipe(optimizer, rule, p, group)
+        state, done, new = recipe.create(optimizer, p)
+        if new:
+            created[id(p)] = (p, new)
+        if careful:
+            reason = state_reason(plan, rule, p, grad, state, group)
+            if reason:
+                return reason
+        names = recipe.names
+        variant = bool(names) and f"{names[0]}_codes" in state, "stream" in state
+        layout = recipe.layouts.get(variant)
+        if layout is None:
+            layout = recipe.layouts[variant] = _add_layout(plan, recipe, *variant)
+        if plan.set_param(g, i, layout, state, done, sparse):
+            return None
+        return state_reason(plan, rule, p, grad, state, group) or "its state is not a dict of tensors"
+
+
+def _add_layout(plan: Any, recipe: Recipe, coded: bool, random: bool) -> int:
+    """The plan's number for the names under which a state holds what the kernel uses."""
+    names, scalars = recipe.names, recipe.rule.scalars
+    number: int = plan.add_layout(
+        [f"{name}_codes" if coded else name for name in names],
+        [f"{name}_scale" for name in names] if coded else [],
+        "master" if recipe.form.master else None,
+        "ema" if recipe.ema else None,
+        "step" if "step" in scalars or random else None,
+        next((name for name in scalars if name != "step"), None),
+        "stream" if random else None,
+    )
+    return number
 
 
 def _find_home(groups: list[dict[str, Any]]) -> torch.device | None:
@@ -317,7 +378,7 @@ def _norm_dtype(groups: list[dict[str, Any]]) -> torch.dtype:
 
 def _remove_state(state: Any, created: Created) -> None:
     """Removes state that no step has filled: an SGD buffer that exists counts as begun."""
-    for p, names in created:
+    for p, names in created.values():
         for name in names:
             state[p].pop(name, None)
         if not state[p]:

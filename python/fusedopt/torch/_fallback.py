@@ -54,6 +54,12 @@ class Fallback:
         """Leaves a parameter to torch's own step."""
         self.places.setdefault(reason, []).append((group, p))
 
+    def remove(self, params: list[torch.Tensor]) -> None:
+        """Forgets these parameters."""
+        gone = set(map(id, params))
+        left = {reason: [(g, p) for g, p in places if id(p) not in gone] for reason, places in self.places.items()}
+        self.places = {reason: places for reason, places in left.items() if places}
+
     def announce(self, groups: list[dict[str, Any]], max_norm: float, scaled: bool) -> None:
         """Warns of each reason why torch's own step is needed, once.
 

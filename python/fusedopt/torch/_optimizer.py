@@ -16,7 +16,7 @@ from torch.optim import optimizer as _torch_optimizer
 from .. import forms
 from .._make import compile_function, option_dict, option_signature, rule_doc
 from ..rules import RULES, SPARSE_RULES, Rule, check_max_grad_norm
-from ._engine import Engine, optimizers
+from ._engine import Engine, optimizers, remove_engine
 from ._fallback import unwrapped_step
 from ._state import DTYPES, NAMES, NEW_OPTIONS, Keep, convert_for_load, form_of, recode
 
@@ -52,6 +52,7 @@ class Fused(Optimizer):
     def _new_engine(self) -> None:
         before: Engine | None = self.__dict__.get("_engine")
         warned = before.fallback.warned if before else set()
+        remove_engine(self)
         self._engine = Engine(self._rule, type(self)._plain_step, warned)
         optimizers[self._engine.number] = self
 
@@ -89,8 +90,9 @@ class Fused(Optimizer):
                 raise ValueError("max_grad_norm: one for the optimizer, over all groups; got another for a group")
         super().add_param_group(param_group)
         group = self.param_groups[-1]
-        for p in group["params"]:
-            reason = p.dtype in NAMES and forms.refusal(self._rule.kernel(group), NAMES[p.dtype], form_of(p, group))
+        dtypes = {p.dtype: p for p in group["params"]} if forms.explicit(group) else {}  # torch's own forms all exist
+        for dtype, p in dtypes.items():
+            reason = dtype in NAMES and forms.refusal(self._rule.kernel(group), NAMES[dtype], form_of(p, group))
             if reason:
                 self.param_groups.pop()
                 raise ValueError(reason)

@@ -43,42 +43,76 @@ def flat(t: torch.Tensor) -> Any:
     return t.detach().as_strided((t.numel(),), (1,)).numpy()
 
 
-def create_state(optimizer: Optimizer, rule: Rule, p: torch.Tensor, group: dict[str, Any]) -> tuple[int, list[str]]:
-    """Creates the state of a parameter that is missing: torch's, and that of our options.
+class Recipe:
+    """How state is made and named, for the parameters of one dtype in one group.
 
-    Returns:
-        The steps done so far, where no tensor counts them, and the names of what was created.
+    Attributes:
+        form: what the group's options ask for.
+        names: the state arrays of the rule.
+        ema: whether there is a moving average of the parameter.
+        layouts: what a plan knows of the names, by (are there codes, are there random numbers).
     """
-    form, names = form_of(p, group), rule.states(group)
-    # "stream" is the name in checkpoints for the number of the tensor's random sequence.
-    beside = forms.array_names((), form, group["ema_decay"] is not None) + ("stream",) * form.random
-    state = optimizer.state[p] if names or rule.scalars or beside else {}
-    begun = any(state.get(k) is not None for n in (*names, *rule.scalars) for k in (n, f"{n}_codes"))
-    kernel = rule.kernel(group)
-    if names and form.quantised and begun and f"{names[0]}_codes" not in state:
-        recode(p, state, kernel, form)  # state_dtype was set in the middle of a run
-    missing = [] if begun else [*rule.scalars, *names]
-    created = [*rule.scalars, *forms.array_names(names, form, False)] if missing else []
-    scalar = torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
-    for name in (*rule.scalars, "step"):  # the kernels count on the device of the parameter
-        value = state.get(name)
-        if isinstance(value, torch.Tensor) and value.device != p.device:
-            state[name] = value.to(p.device)
-        elif isinstance(value, int | float):  # torch's SparseAdam counts in a number
-            state[name] = torch.full((), float(value), dtype=scalar, device=p.device)
-    with torch.no_grad():
+
+    def __init__(self, optimizer: Optimizer, rule: Rule, p: torch.Tensor, group: dict[str, Any]) -> None:
+        self.rule = rule
+        self.form = form = form_of(p, group)
+        self.names = names = rule.states(group)
+        self.ema = group["ema_decay"] is not None
+        self.layouts: dict[tuple[bool, bool], int] = {}
+        # "stream" is the name in checkpoints for the number of the tensor's random sequence.
+        self._beside = forms.array_names((), form, self.ema) + ("stream",) * form.random
+        self._kernel = rule.kernel(group)
+        copied = {name for name in names if rule.starts_as_param(name)}
+        self._first = {n: None if n in copied else rule.first(n, optimizer.defaults) for n in (*rule.scalars, *names)}
+        self._zeros = not form.quantised and not self._beside and not copied and not any(self._first.values())
+        step = ("step",) * form.random
+        self._complete = {*rule.scalars, *step, *forms.array_names(names, form, self.ema), *self._beside}
+
+    def create(self, optimizer: Optimizer, p: torch.Tensor) -> tuple[dict[str, Any], int, list[str]]:
+        """Creates the state of a parameter that is missing: torch's, and that of our options. Call it under no_grad().
+
+        Returns:
+            The state; the steps done so far, where no tensor counts them; the names of what was created.
+        """
+        if not self._complete:
+            return {}, 0, []
+        state = optimizer.state[p]
+        if not state and self._zeros:
+            for name in self.rule.scalars:
+                state[name] = self._scalar(name, 0.0, p)
+            dtype = DTYPES[self.form.state]
+            for name in self.names:
+                state[name] = torch.zeros_like(p, dtype=dtype)
+            return state, 0, list(state)
+        complete = all(state.get(name) is not None for name in self._complete)
+        if complete and not any(_misplaced(state.get(name), p) for name in (*self.rule.scalars, "step")):
+            return state, int(bool(self.names)), []
+        return self._create(optimizer, p, state)
+
+    def _create(
+        self, optimizer: Optimizer, p: torch.Tensor, state: dict[str, Any]
+    ) -> tuple[dict[str, Any], int, list[str]]:
+        form, rule, names = self.form, self.rule, self.names
+        begun = any(state.get(k) is not None for n in (*names, *rule.scalars) for k in (n, f"{n}_codes"))
+        if names and form.quantised and begun and f"{names[0]}_codes" not in state:
+            recode(p, state, self._kernel, form)  # state_dtype was set in the middle of a run
+        missing = [] if begun else [*rule.scalars, *names]
+        created = [*rule.scalars, *forms.array_names(names, form, False)] if missing else []
+        for name in (*rule.scalars, "step"):  # the kernels count on the device of the parameter
+            value: Any = state.get(name)
+            if _misplaced(value, p):
+                tensor = isinstance(value, torch.Tensor)
+                state[name] = value.to(p.device) if tensor else self._scalar(name, float(value), p)
         for name in missing:
-            if rule.starts_as_param(name):
+            first = self._first[name]
+            if first is None:  # it starts as a copy of the parameter
                 state[name] = like(p, torch.float32 if form.quantised else DTYPES[form.state]).copy_(p)
                 if form.quantised:
-                    recode(p, state, kernel, form)
-                continue
-            first = rule.first(name, optimizer.defaults)
-            if name in rule.scalars:
-                kind = torch.float64 if rule.wide and name != "step" else scalar
-                state[name] = torch.full((), first, dtype=kind, device=p.device)
+                    recode(p, state, self._kernel, form)
+            elif name in rule.scalars:
+                state[name] = self._scalar(name, first, p)
             elif form.quantised:
-                dtype = INTEGERS[kernel.code(name)]
+                dtype = INTEGERS[self._kernel.code(name)]
                 state[f"{name}_codes"] = like(p, dtype).fill_(torch.iinfo(dtype).max if first else 0)
                 blocks = (forms.blocks(p.numel()),)
                 state[f"{name}_scale"] = torch.full(blocks, first, dtype=torch.float32, device=p.device)
@@ -86,19 +120,34 @@ def create_state(optimizer: Optimizer, rule: Rule, p: torch.Tensor, group: dict[
                 state[name] = like(p, DTYPES[form.state]).fill_(first)
         if form.random and "step" not in rule.scalars and (missing or "step" not in state):
             # The step selects the random numbers, so a checkpoint has to hold it.
-            state["step"] = torch.full((), float(begun), dtype=scalar, device=p.device)
+            state["step"] = self._scalar("step", float(begun), p)
             created.append("step")
-        for name in beside:
+        for name in self._beside:
             if name in state:
                 continue
             if name == "stream":
                 order = (q for g in optimizer.param_groups for q in g["params"])
                 state[name] = next(i for i, q in enumerate(order) if q is p)
             else:
-                own = dtype_of(name, p, form, kernel)
+                own = dtype_of(name, p, form, self._kernel)
                 state[name] = like(p, own).copy_(p) if own in WIDE else like(p, own).zero_()
             created.append(name)
-    return (0 if missing or not names else 1), created
+        return state, 0 if missing or not names else 1, created
+
+    def _scalar(self, name: str, value: float, p: torch.Tensor) -> torch.Tensor:
+        wide = torch.get_default_dtype() == torch.float64 or (self.rule.wide and name != "step")
+        return torch.full((), value, dtype=torch.float64 if wide else torch.float32, device=p.device)
+
+
+def create_state(optimizer: Optimizer, rule: Rule, p: torch.Tensor, group: dict[str, Any]) -> None:
+    """Creates the state of one parameter that is missing."""
+    with torch.no_grad():
+        Recipe(optimizer, rule, p, group).create(optimizer, p)
+
+
+def _misplaced(value: Any, p: torch.Tensor) -> bool:
+    """Whether this scalar is on another device than its parameter, or a number, in which torch's SparseAdam counts."""
+    return value.device != p.device if isinstance(value, torch.Tensor) else isinstance(value, int | float)
 
 
 def recode(p: torch.Tensor, state: dict[str, Any], kernel: Kernel, form: forms.Form) -> None:
