@@ -96,15 +96,15 @@ def test_l1_shrinks_what_the_plain_step_gives(case: Case) -> None:
 
 @pytest.mark.parametrize("case", FULL, ids=str)
 def test_l1_drives_weights_without_a_gradient_to_exact_zeros(case: Case) -> None:
-    grad = data(200, case.grad, 1)
-    grad[::2] = 0
     opt = optimizer(case, np.full(200, 0.5).astype(forms.numpy_dtype(case.param)), l1=5.0)
-    for _ in range(80 if case.rule.name != "Lion" else 40):
+    for step in range(80 if case.rule.name != "Lion" else 40):
+        # The same gradient in every step would have no variance: rounded states can make it negative, and its root NaN.
+        grad = data(200, case.grad, step)
+        grad[::2] = 0
         opt.step(grad)
     (p,) = opt.param_groups[0]["params"]
     assert (p[::2] == 0).all()
-    # The same gradient in every step has no variance: rounded states can make it negative, and its root NaN.
-    assert np.isfinite(p.astype(F64)).all() or "centered" in case.variant
+    assert np.isfinite(p.astype(F64)).all()
 
 
 @pytest.mark.parametrize("case", FULL, ids=str)
