@@ -14,6 +14,7 @@ import argparse
 import ast
 import collections
 import concurrent.futures
+import gc
 import importlib.util
 import json
 import os
@@ -55,6 +56,7 @@ def serve() -> None:
     os.dup2(2, 1)  # nothing else may write there
     import torch_programs  # noqa: F401
 
+    gc.freeze()  # a collection in a child need not look at every module
     for line in sys.stdin:
         child = os.fork()
         if not child:
@@ -113,8 +115,8 @@ class Worker:
 
     def start(self) -> None:
         self.errors = tempfile.TemporaryFile()  # noqa: SIM115
-        # What is freed is overwritten: a value read from there is then a wrong one.
-        env = {**os.environ, "MALLOC_PERTURB_": "165"}
+        # What is freed is overwritten: a value read from there is then a wrong one. Threads without work sleep.
+        env = {**os.environ, "MALLOC_PERTURB_": "165", "OMP_WAIT_POLICY": "passive"}
         self.process = subprocess.Popen(
             self.command,
             stdin=subprocess.PIPE,
