@@ -33,18 +33,9 @@ template <class F>
 void in_blocks(int64_t blocks, int64_t elements, int threads, const F& run) {
   int parts = int(std::max<int64_t>(1, std::min<int64_t>({elements / kGrain, threads, blocks})));
   if (parts > 1) parts = int(std::min<int64_t>({blocks, parts * 8, kMaxParts}));
-  struct Work {
-    const F& run;
-    int64_t blocks, parts;
-  } work{run, blocks, parts};
-  parallel(
-      Team::kOurs, threads, parts,
-      [](void* arg, int part) {
-        FloatMode mode;
-        const Work& w = *static_cast<Work*>(arg);
-        for (int64_t b = w.blocks * part / w.parts; b < w.blocks * (part + 1) / w.parts; ++b) w.run(b);
-      },
-      &work);
+  parallel(Team::kOurs, threads, parts, [&](int part) {
+    for (int64_t b = blocks * part / parts; b < blocks * (part + 1) / parts; ++b) run(b);
+  });
 }
 
 // Buffers that are kept between calls, so that a step allocates nothing.

@@ -6,8 +6,6 @@
 
 #include <algorithm>
 
-#include "cpu/float_mode.h"
-#include "rules/element.h"
 #include "step/ready.h"
 
 namespace fusedopt {
@@ -198,7 +196,6 @@ struct HostStep::Work {
   void update(int part) const {
     alignas(16) char constants[kPreparedBytes];
     Ready ready;
-    ready.constants = constants;
     const Tensor* last = nullptr;
     each(part, kSplitAlign, [&](size_t r, int64_t begin, int64_t end) {
       const Tensor& tensor = step.tensors[r];
@@ -207,18 +204,11 @@ struct HostStep::Work {
       if (!last || last->group != tensor.group || !(last->kernel == tensor.kernel) || last->clock.t != tensor.clock.t ||
           last->clock.carry != tensor.clock.carry || ready.kernel->reduction) {
         if (!last || !(last->kernel == tensor.kernel)) ready.resolve(tensor.kernel);
-        const double scale = step.scale_[size_t(tensor.group)];
-        if (const Reduction* reduction = ready.kernel->reduction) {
-          reduction->prepare(ready.kernel->self, reduction->n_passes, group.hyper.data(), tensor.clock, scale,
-                             step.sums_.data() + r * kMaxSums, tensor.span.n, constants);
-        } else {
-          ready.kernel->prepare(ready.kernel->self, group.hyper.data(), tensor.clock, scale, constants);
-        }
-        ready.finish = {group.hyper[0] * group.l1, group.ema_weight};
+        const double* sums = step.sums_.empty() ? nullptr : step.sums_.data() + r * kMaxSums;
+        ready.prepare(tensor, group, step.scale_[size_t(tensor.group)], sums, constants);
         last = &tensor;
       }
-      const uint32_t key = ready.form->counts() ? noise_key(group.seed, tensor.clock.t, tensor.sequence) : 0;
-      (tensor.strided ? update_strided : update_dense)(ready, tensor, key, begin, end);
+      (tensor.strided ? update_strided : update_dense)(ready, tensor, ready.key(tensor, group), begin, end);
     });
   }
 
@@ -288,13 +278,7 @@ double HostStep::norm(Team team, int threads) {
   int64_t total = split(kNormGrain, threads, &parts);
   partial_.assign(size_t(total / kNormBlock) + tensors.size() + 1, 0.0);
   Work work{*this, nullptr, total, parts, partial_.data()};
-  parallel(
-      team, threads, parts,
-      [](void* w, int part) {
-        FloatMode inner;
-        static_cast<Work*>(w)->norm(part);
-      },
-      &work);
+  parallel(team, threads, parts, [&](int part) { work.norm(part); });
   double sum = 0;
   for (size_t r = 0; r < tensors.size(); ++r)
     sum += tree_sum(partial_.data() + work.first_block(r), (tensors[r].span.n + kNormBlock - 1) / kNormBlock);
@@ -314,21 +298,8 @@ void HostStep::reduce(const std::vector<Group>& groups, Team team, int threads) 
   partial_.assign(size_t(leaves) * kMaxSums, 0.0);
   sums_.assign(tensors.size() * kMaxSums, 0.0);
   Work work{*this, &groups, total, parts, partial_.data()};
-  struct Pass {
-    const Work& work;
-    int number;
-    int64_t leaves;
-  };
   for (int pass = 0; pass < passes; ++pass) {
-    Pass now{work, pass, leaves};
-    parallel(
-        team, threads, parts,
-        [](void* p, int part) {
-          FloatMode inner;
-          auto* of = static_cast<const Pass*>(p);
-          of->work.reduce(part, of->number, of->leaves);
-        },
-        &now);
+    parallel(team, threads, parts, [&](int part) { work.reduce(part, pass, leaves); });
     for (size_t r = 0; r < tensors.size(); ++r) {
       const Reduction* reduction = host_kernel(tensors[r].kernel).reduction;
       if (!reduction || pass >= reduction->n_passes) continue;
@@ -353,13 +324,7 @@ void HostStep::update(const std::vector<Group>& groups, double factor, Team team
   int parts;
   int64_t total = split(kStepGrain, threads, &parts);
   Work work{*this, &groups, total, parts, nullptr};
-  parallel(
-      team, threads, parts,
-      [](void* w, int part) {
-        FloatMode inner;
-        static_cast<Work*>(w)->update(part);
-      },
-      &work);
+  parallel(team, threads, parts, [&](int part) { work.update(part); });
 }
 
 }  // namespace fusedopt

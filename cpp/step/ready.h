@@ -1,5 +1,6 @@
 // What the loops over the host's tensors share: a kernel that is ready for spans, and the reduction tree of a norm.
 #pragma once
+#include "rules/element.h"
 #include "step/tensor.h"
 
 namespace fusedopt {
@@ -25,6 +26,20 @@ struct Ready {
     host_form = &fusedopt::host_form(id);
     form = &form_of(id);
     n_states = rule_of(id.rule).n_states;
+  }
+  // Computes the constants of a step into `memory`, of kPreparedBytes. `sums`: over the tensor, where the rule has any.
+  void prepare(const Tensor& tensor, const Group& group, double scale, const double* sums, void* memory) {
+    if (const Reduction* r = kernel->reduction) {
+      r->prepare(kernel->self, r->n_passes, group.hyper.data(), tensor.clock, scale, sums, tensor.span.n, memory);
+    } else {
+      kernel->prepare(kernel->self, group.hyper.data(), tensor.clock, scale, memory);
+    }
+    constants = memory;
+    finish = {group.hyper[0] * group.l1, group.ema_weight};
+  }
+  // The key of the tensor's random numbers in this step.
+  uint32_t key(const Tensor& tensor, const Group& group) const {
+    return form->counts() ? noise_key(group.seed, tensor.clock.t, tensor.sequence) : 0;
   }
   // A span of a tensor or of a tile, without pointers.
   Span span(const Tensor& tensor, uint32_t key, int64_t first, int64_t n) const {

@@ -8,8 +8,6 @@
 #include <algorithm>
 #include <utility>
 
-#include "cpu/float_mode.h"
-#include "rules/element.h"
 #include "rules/formats.h"
 #include "step/ready.h"
 
@@ -205,8 +203,7 @@ void RowStep::group(Team team, int threads) {
   Grouping work{*this, n, 0, row_bits, 0, sorted_.get(size_t(n)), other_.get(size_t(n)), nullptr, {}, {}, {}, {}};
   work.parts = int(std::max<int64_t>(1, std::min<int64_t>({n / kSortGrain, threads, kMaxParts})));
   work.leading = std::min({row_bits, kLeadingBits, std::max(0, bits_for(uint64_t(n / work.parts)) - 4)});
-  auto run = [&](void (*fn)(void*, int)) { parallel(team, threads, work.parts, fn, &work); };
-  run([](void* w, int part) { static_cast<Grouping*>(w)->count(part); });
+  parallel(team, threads, work.parts, [&](int part) { work.count(part); });
   bool ordered = true;
   for (int p = 0; p < work.parts; ++p) {
     if (work.bad[p] >= 0) {
@@ -228,8 +225,8 @@ void RowStep::group(Team team, int threads) {
   }
   bucket_[size_t(work.buckets())] = sum;
   work.bucket = bucket_.data();
-  run([](void* w, int part) { static_cast<Grouping*>(w)->divide(part); });
-  if (!ordered) run([](void* w, int part) { static_cast<Grouping*>(w)->sort_buckets(part); });
+  parallel(team, threads, work.parts, [&](int part) { work.divide(part); });
+  if (!ordered) parallel(team, threads, work.parts, [&](int part) { work.sort_buckets(part); });
 }
 
 // What the threads of a pass over the sorted lookups share.
@@ -287,13 +284,10 @@ struct RowStep::Work {
       first = work.step.base_[t];
       end = work.step.base_[t + 1];
       const Group& group = (*work.groups)[size_t(tensor->group)];
-      ready.constants = constants;
       ready.resolve(tensor->kernel);
-      ready.kernel->prepare(ready.kernel->self, group.hyper.data(), tensor->clock,
-                            group.maximize ? -work.factor : work.factor, constants);
-      ready.finish = {group.hyper[0] * group.l1, group.ema_weight};
+      ready.prepare(*tensor, group, group.maximize ? -work.factor : work.factor, nullptr, constants);
+      key = ready.key(*tensor, group);
       const Form& f = *ready.form;
-      key = f.counts() ? noise_key(group.seed, tensor->clock.t, tensor->sequence) : 0;
       numbered = (rows->width + kBlock - 1) / kBlock * kBlock;  // random numbers and scales count whole blocks
       merge = merge_of(f.grad);
       n = 0;
@@ -399,13 +393,7 @@ double RowStep::norm(Team team, int threads) {
   static_assert(sizeof(double) == sizeof(uint64_t), "leaves lie where lookups were sorted");
   auto* leaves = reinterpret_cast<double*>(other_.get(size_t(n)));
   Work work{*this, nullptr, sorted_.get(size_t(n)), n, parts, 0, leaves};
-  parallel(
-      team, threads, parts,
-      [](void* w, int part) {
-        FloatMode inner;
-        static_cast<Work*>(w)->norm(part);
-      },
-      &work);
+  parallel(team, threads, parts, [&](int part) { work.norm(part); });
   return sqrt(tree_sum(leaves, (n + kLeaf - 1) / kLeaf));
 }
 
@@ -419,13 +407,7 @@ void RowStep::update(const std::vector<Group>& groups, double factor, Team team,
   int parts;
   split(threads, &parts);
   Work work{*this, &groups, sorted_.get(size_t(n)), n, parts, factor, nullptr};
-  parallel(
-      team, threads, parts,
-      [](void* w, int part) {
-        FloatMode inner;
-        static_cast<Work*>(w)->update(part);
-      },
-      &work);
+  parallel(team, threads, parts, [&](int part) { work.update(part); });
 }
 
 }  // namespace fusedopt

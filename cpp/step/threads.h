@@ -4,6 +4,10 @@
 #pragma once
 #include <stdint.h>
 
+#include <type_traits>
+
+#include "cpu/float_mode.h"
+
 namespace fusedopt {
 
 // The default number of threads of a step: FUSEDOPT_NUM_THREADS, else OMP_NUM_THREADS, else the processors in the
@@ -17,6 +21,16 @@ enum class Team { kOurs, kTorch };
 // Calls fn(arg, part) for every part in [0, parts), parts <= kMaxParts, on up to `threads` threads, and returns when
 // all are done. Any thread may run any part. Thread-safe, and usable in a forked child.
 void parallel(Team team, int threads, int parts, void (*fn)(void* arg, int part), void* arg);
+
+// The same for body(part), in the floating-point mode of the kernels.
+template <class F>
+void parallel(Team team, int threads, int parts, F&& body) {
+  auto call = [](void* f, int part) {
+    FloatMode mode;
+    (*static_cast<std::remove_reference_t<F>*>(f))(part);
+  };
+  parallel(team, threads, parts, call, &body);
+}
 
 // "openmp" or "pool": what Team::kTorch currently uses.
 const char* torch_team();
