@@ -265,7 +265,7 @@ class Batch {
     const Form form{v[0].format,   v[1].format,  extras.quantised ? kI8 : state,
                     extras.master, extras.noisy, extras.quantised || extras.noisy_state};
     const KernelId found = find_kernel(number, form);
-    if (found.form >= 0) return found;
+    if (found.form >= 0 && !(found.wide_grad && v[0].device != kHost)) return found;
     // Name the operand that departs from what the others allow.
     std::string grads, states;
     int at;
@@ -277,6 +277,7 @@ class Batch {
         if (list.find(s) == std::string::npos) list += (list.empty() ? "" : " or ") + std::string(s);
       };
       note(grads, name_of(f.grad));
+      if (v[0].device == kHost && size_of(f.param) == 2) note(grads, name_of(kF32));
       if (f.grad == v[1].format && f.noisy_state == form.noisy_state) note(states, name_of(f.state));
     }
     bool bad_grad = states.empty();

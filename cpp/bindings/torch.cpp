@@ -833,6 +833,7 @@ class TorchPlan {
                                 {v[0].format, v[1].format, state, half ? group.master : kNoMaster, half && group.noisy,
                                  state == kI8 || (size_of(state) == 2 && (group.noisy_state || !half))});
     if (tensor.kernel.form < 0 || meet(v[0], v[1])) return false;
+    if (tensor.kernel.wide_grad && v[0].device != kHost) return false;
     if (!p.sparse) {
       lay_out(v, parts, tensor, layouts_);
     } else {

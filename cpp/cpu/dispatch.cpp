@@ -78,6 +78,19 @@ Catalogue& catalogue() {
 
 std::atomic<int> chosen{-1};
 
+// The number of a form in which a rule of the library has a kernel, or -1.
+int find_form(const KernelLibrary& l, int rule, const Form& form) {
+  for (int f = 0; f < l.n_forms; ++f) {
+    Form wanted = form;
+    if (l.rules[rule].n_states == 0) {
+      wanted.state = l.forms[f].state;
+      wanted.noisy_state = l.forms[f].noisy_state;
+    }
+    if (l.forms[f] == wanted && l.host->kernels[rule][f].update) return f;
+  }
+  return -1;
+}
+
 }  // namespace
 
 int isa_in_use() {
@@ -128,10 +141,12 @@ const Form& form_of(KernelId id) {
   int r;
   return library_of(id.rule, &r).forms[id.form];
 }
+Format grad_format(KernelId id) { return id.wide_grad ? kF32 : form_of(id).grad; }
 const HostKernel& host_kernel(KernelId id) {
   int r;
   const KernelLibrary& l = library_of(id.rule, &r);
-  return l.host->kernels[r][id.form];
+  const int form = id.wide_grad ? find_form(l, r, {kF32, kF32, kF32, kNoMaster, false, false}) : id.form;
+  return l.host->kernels[r][form];
 }
 const HostForm& host_form(KernelId id) {
   int r;
@@ -142,15 +157,11 @@ bool exists(KernelId id) { return host_kernel(id).update != nullptr; }
 KernelId find_kernel(int rule, const Form& form) {
   int r;
   const KernelLibrary& l = library_of(rule, &r);
-  for (int f = 0; f < l.n_forms; ++f) {
-    Form wanted = form;
-    if (l.rules[r].n_states == 0) {
-      wanted.state = l.forms[f].state;
-      wanted.noisy_state = l.forms[f].noisy_state;
-    }
-    if (l.forms[f] == wanted && l.host->kernels[r][f].update) return {rule, f};
-  }
-  return {rule, -1};
+  const int exact = find_form(l, r, form);
+  if (exact >= 0 || form.grad != kF32 || (form.param != kBF16 && form.param != kF16)) return {rule, exact};
+  Form narrow = form;
+  narrow.grad = form.param;
+  return {rule, find_form(l, r, narrow), true};
 }
 
 int add_library(const KernelLibrary* const* by_isa, int n, const char** why) {

@@ -9,7 +9,8 @@ namespace fusedopt {
 // Rules are numbered: the built-in ones first, then those of each added library.
 struct KernelId {
   int rule, form;
-  bool operator==(const KernelId& o) const { return rule == o.rule && form == o.form; }
+  bool wide_grad = false;  // the gradient is float32, the form's is that of its 16-bit weight; on the host only
+  bool operator==(const KernelId& o) const { return rule == o.rule && form == o.form && wide_grad == o.wide_grad; }
 };
 
 // The module's own library, for the instruction set in use.
@@ -22,11 +23,13 @@ const KernelLibrary& library_of(int rule, int* number);
 int n_rules();
 const Rule& rule_of(int rule);
 const Form& form_of(KernelId id);
+Format grad_format(KernelId id);
+// With a wide gradient: the rule's kernel for float32 throughout, which runs between the form's decoder and encoder.
 const HostKernel& host_kernel(KernelId id);
 const HostForm& host_form(KernelId id);
 bool exists(KernelId id);
 // The kernel of a rule for operands in this form; its form is -1 if there is none. A rule without states ignores the
-// form's state format.
+// form's state format. A 16-bit weight may have a float32 gradient in every form.
 KernelId find_kernel(int rule, const Form& form);
 
 // Adds a library: the same rules and forms for each instruction set, from baseline up; nullptr stands for the one

@@ -79,14 +79,10 @@ Mover scatter_of(Format f) {
 
 // The elements [from, to) of a dense tensor.
 Span dense_part(const Ready& ready, const Tensor& tensor, uint32_t key, int64_t from, int64_t to) {
-  const Form& f = *ready.form;
-  Span s = ready.span(tensor, key, from, to - from);
-  s.param = moved(tensor.span.param, from, f.param);
-  s.grad = moved(tensor.span.grad, from, f.grad);
-  for (int k = 0; k < ready.n_states; ++k) s.state[k] = moved(tensor.span.state[k], from, f.state);
-  if (tensor.span.residual) s.residual = moved(tensor.span.residual, from, residual_format(f.master));
-  if (tensor.span.ema) s.ema = moved(tensor.span.ema, from, ema_format(f.param));
-  return s;
+  Span whole = tensor.span;
+  whole.first = 0;
+  whole.key = key;
+  return ready.part(whole, from, to - from);
 }
 
 void update_dense(const Ready& ready, const Tensor& tensor, uint32_t key, int64_t begin, int64_t end) {
@@ -115,7 +111,7 @@ void walk_strided(const Ready& ready, const Tensor& tensor, uint32_t key, int64_
   struct Operand {
     void* data;
     Format format;
-  } operands[kOperands] = {{tensor.span.param, f.param}, {const_cast<void*>(tensor.span.grad), f.grad}};
+  } operands[kOperands] = {{tensor.span.param, f.param}, {const_cast<void*>(tensor.span.grad), ready.grad}};
   int n = 2;
   for (int k = 0; k < ready.n_states; ++k) operands[n++] = {tensor.span.state[k], f.state};
   if (tensor.span.residual) operands[n++] = {tensor.span.residual, residual_format(f.master)};
@@ -141,7 +137,7 @@ void update_strided(const Ready& ready, const Tensor& tensor, uint32_t key, int6
 
 // Adds the elements of one leaf to the sums of a pass.
 void add_block(const Ready& ready, const Tensor& tensor, int64_t begin, int64_t end, double* lanes) {
-  auto add = [&](const Span& s) { ready.kernel->reduction->add(ready.kernel->self, ready.constants, s, lanes); };
+  auto add = [&](const Span& s) { ready.add(s, lanes); };
   if (tensor.strided) {
     walk_strided(ready, tensor, 0, begin, end, add, false);
   } else {
@@ -157,7 +153,7 @@ double lane_sum(double* lane) {
 }
 
 double block_sum(const HostTable& t, const Tensor& tensor, int64_t begin, int64_t n) {
-  Format f = form_of(tensor.kernel).grad;
+  const Format f = grad_format(tensor.kernel);
   if (!tensor.strided) return t.square_sum[f](moved(tensor.span.grad, begin, f), n);
   alignas(64) char tile[kNormBlock * sizeof(double)];
   gather_of(f)(*tensor.strided, 1, tensor.span.grad, begin, n, tile);

@@ -289,7 +289,7 @@ struct RowStep::Work {
       key = ready.key(*tensor, group);
       const Form& f = *ready.form;
       numbered = (rows->width + kBlock - 1) / kBlock * kBlock;  // random numbers and scales count whole blocks
-      merge = merge_of(f.grad);
+      merge = merge_of(ready.grad);
       n = 0;
       add(tensor->span.param, 0, f.param, offsetof(Span, param));
       int operand = 2;
@@ -298,7 +298,7 @@ struct RowStep::Work {
       if (tensor->span.residual)
         add(tensor->span.residual, operand++, residual_format(f.master), offsetof(Span, residual));
       if (tensor->span.ema) add(tensor->span.ema, operand, ema_format(f.param), offsetof(Span, ema));
-      const auto size = int64_t(size_of(f.grad));
+      const auto size = int64_t(size_of(ready.grad));
       values = {static_cast<char*>(const_cast<void*>(tensor->span.grad)), rows->stride[1] * size, size, 0};
     }
     void add(void* data, int operand, Format f, size_t in) {
@@ -364,7 +364,7 @@ struct RowStep::Work {
       each(leaf * kLeaf, std::min(n, (leaf + 1) * kLeaf), [&](size_t t, int64_t, int64_t i, int64_t count) {
         const Tensor& tensor = step.tensors[t];
         const Lookups& l = *tensor.rows;
-        const Format f = form_of(tensor.kernel).grad;
+        const Format f = grad_format(tensor.kernel);
         for (int64_t first = 0; first < l.width; first += kTile) {
           const int64_t length = std::min(kTile, l.width - first);
           const void* g =

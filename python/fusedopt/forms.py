@@ -138,7 +138,9 @@ def refusal(kernel: Kernel, param: str, form: Form) -> str | None:
 
 
 def exists(kernel: Kernel, param: str, grad: str, form: Form) -> bool:
-    """Whether a kernel exists for this form and gradient dtype."""
+    """Whether kernels of the CPU take this form and gradient dtype: with a 16-bit weight, float32 gradients, too."""
+    if grad == "float32" and param in HALVES:
+        grad = param
     wanted = (form.state, form.master or "", form.noisy, form.noisy_state)
     return any(
         f[:2] == (param, grad) and (f[2:] == wanted if kernel.states else f[3:5] == wanted[1:3])

@@ -182,6 +182,18 @@ def test_the_norm_of_more_chunks_than_a_block_has_threads() -> None:
     assert_same_bits(snapshot(here), snapshot(there))
 
 
+@pytest.mark.skipif(not hasattr(torch.Tensor, "grad_dtype"), reason="torch gives gradients the dtype of the weight")
+def test_gradients_wider_than_their_weights_are_left_to_torch() -> None:
+    """Which refuses them."""
+    p = torch.nn.Parameter(torch.ones(70, dtype=torch.bfloat16))
+    p.grad_dtype = None
+    p.grad = torch.ones(70)
+    warns = pytest.warns(optim.FallbackWarning, match="bfloat16 parameter with a torch.float32 gradient")
+    with opened(), warns, pytest.raises(RuntimeError, match="dtype"):
+        optim.Adam([p]).step()
+    assert torch.equal(p, torch.ones_like(p))
+
+
 def test_an_infinite_norm_is_the_cpus() -> None:
     def run() -> Any:
         p = torch.nn.Parameter(torch.ones(70))

@@ -38,6 +38,7 @@ from torch_compare import (
     check_one_step,
     check_steps_round_once,
     check_within_torchs_spread,
+    count_fallbacks,
     distances,
     reference_step,
     same,
@@ -416,3 +417,43 @@ def test_the_ulp_helper_counts_what_numpy_counts() -> None:
     h = x[:4].astype(np.float16)
     assert np.array_equal(ulp(torch.from_numpy(h)).numpy(), np.spacing(np.abs(h)).astype(np.float64))
     assert float(ulp(simple().detach()[0].to(torch.bfloat16))) > 0
+
+
+# -- gradients wider than weights -----------------------------------------------------------------------------------
+
+WIDER = [{}, {"stochastic_rounding": True}, {"master": "float32", "state_dtype": "float32"}, {"max_grad_norm": 0.5}]
+WIDER += [{"master": "split16", "state_dtype": torch.bfloat16}, {"master": "split8", "state_dtype": "int8"}]
+
+
+@pytest.mark.skipif(not hasattr(torch.Tensor, "grad_dtype"), reason="torch gives gradients the dtype of the weight")
+@pytest.mark.parametrize("options", WIDER, ids=str)
+@pytest.mark.parametrize("name", ["SGD", "AdamW", "Adagrad", "NAdam", "Lion"])
+def test_float32_gradients_of_16_bit_weights(name: str, options: dict[str, Any]) -> None:
+    """torch's own step refuses them. Gradients that 16 bits can hold give the bits of 16-bit gradients."""
+    results = []
+    for dtype in (torch.bfloat16, torch.float32):
+        params = parameters(torch.bfloat16)
+        opt = ours(name, params, **options)
+        for p in params:
+            p.grad_dtype = dtype
+        for row in gradients(3, torch.bfloat16):
+            for p, g in zip(params, row, strict=True):
+                p.grad = None if g is None else g.to(dtype)
+            with count_fallbacks(False):
+                opt.step()
+        results.append(snapshot(opt, params))
+    assert_same_bits(results[1], results[0])
+
+
+@pytest.mark.skipif(not hasattr(torch.Tensor, "grad_dtype"), reason="torch gives gradients the dtype of the weight")
+def test_a_gradient_may_change_its_dtype() -> None:
+    p = torch.nn.Parameter(torch.ones(100, dtype=torch.bfloat16))
+    p.grad_dtype = None
+    opt, alike = ours("Adam", [p]), torch.nn.Parameter(p.detach().clone())
+    other = ours("Adam", [alike])
+    for dtype in (torch.bfloat16, torch.float32, torch.bfloat16):
+        grad = torch.linspace(-1, 1, 100).to(torch.bfloat16)
+        p.grad, alike.grad = grad.to(dtype), grad
+        opt.step()
+        other.step()
+    assert torch.equal(p, alike)

@@ -108,6 +108,8 @@ def state_reason(
         dtypes = {state[name].dtype for name in names}
         known = NAMES.get(next(iter(dtypes))) if len(dtypes) == 1 else None
         form = form_of(p, group, known or " and ".join(sorted(map(str, dtypes))))
+    if p.dtype not in WIDE and grad.dtype == torch.float32 and has_device_kernels(p.device):
+        return f"no kernel on {p.device.type} for a {p.dtype} parameter with a {grad.dtype} gradient"
     if not forms.exists(kernel, NAMES[p.dtype], NAMES[grad.dtype], form):
         master = f" and master={form.master!r}" if form.master else ""
         return f"no kernel for a {p.dtype} parameter with a {grad.dtype} gradient and {form.state} state{master}"
