@@ -13,6 +13,11 @@
 #include "step/step.h"
 #include "step/threads.h"
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#include <unistd.h>
+#endif
+
 namespace py = pybind11;
 
 namespace fusedopt {
@@ -61,6 +66,18 @@ py::dict all_formats(const Exists& exists) {
   return out;
 }
 
+// Asks the system for huge pages under new memory, as NumPy does for its arrays: rows scattered over a large table
+// otherwise spend much of their time in page walks.
+void use_huge_pages(uintptr_t at, size_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  const auto page = uintptr_t(sysconf(_SC_PAGESIZE));
+  const uintptr_t begin = (at + page - 1) / page * page, end = (at + bytes) / page * page;
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // a wish: may fail
+#else
+  (void)at, (void)bytes;
+#endif
+}
+
 py::tuple isas() {
   py::list out;
   for (int i = 0; const char* name = usable_isa(i); ++i) out.append(name);
@@ -99,6 +116,8 @@ PYBIND11_MODULE(_core, m) {
         return masters;
       },
       "Name of a master -> (its number, the dtype of the residual).");
+  m.def("use_huge_pages", &use_huge_pages, py::arg("at"), py::arg("bytes"),
+        "Asks for huge pages under memory at this address that nothing has touched; does nothing outside of Linux.");
   m.def("isas", &isas, "Instruction sets this processor can run, best last.");
   m.def("isa", [] { return usable_isa(isa_in_use()); }, "The instruction set in use.");
   m.def(

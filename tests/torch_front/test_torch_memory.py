@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -288,3 +289,19 @@ def test_memory_that_is_not_aligned_to_its_elements_takes_torchs_step(which: str
                     opt.state[p]["exp_avg"] = odd(opt.state[p]["exp_avg"])
         results.append(snapshot(opt, [p]))
     assert_close(*results, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="this system has no huge pages")
+def test_large_states_get_huge_pages() -> None:
+    p = torch.nn.Parameter(torch.zeros(1 << 22))
+    p.grad = torch.ones_like(p)
+    opt = ours("Adam", [p])
+    opt.step()
+    at = opt.state[p]["exp_avg"].data_ptr() + (1 << 22)
+    advised = within = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        head = re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line)
+        if head:
+            within = int(head[1], 16) <= at < int(head[2], 16)
+        advised |= within and line.startswith("VmFlags:") and " hg" in line
+    assert advised

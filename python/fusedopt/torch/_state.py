@@ -9,13 +9,14 @@ import numpy as np
 import torch
 from torch.optim import Optimizer
 
-from .. import forms
+from .. import _core, forms
 from ..rules import Kernel, Rule
 from ._device import device_refusal
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 WIDE = (torch.float32, torch.float64)
+_LARGE = 1 << 21  # elements from which a state's memory is given huge pages
 INTEGERS = {"int8": torch.int8, "uint8": torch.uint8, "int16": torch.int16, "float32": torch.float32}
 NEW_OPTIONS: dict[str, Any] = {**forms.OPTIONS, "lazy": False, "max_grad_norm": None}
 
@@ -35,7 +36,10 @@ def form_of(p: torch.Tensor, group: dict[str, Any], state: str | None = None) ->
 
 def like(p: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
     """A new tensor with the shape, strides and device of ``p``."""
-    return torch.empty_like(p, dtype=dtype, memory_format=torch.preserve_format, requires_grad=False)
+    t = torch.empty_like(p, dtype=dtype, memory_format=torch.preserve_format, requires_grad=False)
+    if t.numel() >= _LARGE and t.device.type == "cpu":
+        _core.use_huge_pages(t.data_ptr(), t.numel() * t.element_size())
+    return t
 
 
 def flat(t: torch.Tensor) -> Any:
@@ -82,7 +86,7 @@ class Recipe:
                 state[name] = self._scalar(name, 0.0, p)
             dtype = DTYPES[self.form.state]
             for name in self.names:
-                state[name] = torch.zeros_like(p, dtype=dtype)
+                state[name] = torch.zeros_like(p, dtype=dtype) if p.numel() < _LARGE else like(p, dtype).zero_()
             return state, 0, list(state)
         complete = all(state.get(name) is not None for name in self._complete)
         if complete and not any(_misplaced(state.get(name), p) for name in (*self.rule.scalars, "step")):
