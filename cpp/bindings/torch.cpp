@@ -79,6 +79,8 @@ struct TorchGroup {
   std::vector<std::pair<py::object, bool>> truths;      // options whose truth chose the kernel
   std::vector<std::pair<py::object, py::object>> same;  // options that must be the very same object
   std::vector<Param> params;
+  Form form = {kFormats, kFormats, kFormats, kNoMaster, false, false};  // of the last tensor,
+  KernelId found = {0, -1};                                             // and its kernel
 };
 
 // Memory that tensors left to torch use, as disjoint or overlapping intervals sorted by their beginnings.
@@ -775,7 +777,7 @@ class TorchPlan {
   }
 
   // Adds a parameter to the step, if it has a gradient. False if it has to be planned anew.
-  bool look(Param& p, std::pair<int, int> place, const TorchGroup& group) {
+  bool look(Param& p, std::pair<int, int> place, TorchGroup& group) {
     py::object grad = grad_of(p.tensor.ptr());
     if (grad.is_none()) return true;
     if (p.kind == kIdle || !exact(grad.ptr())) return false;
@@ -829,9 +831,17 @@ class TorchPlan {
         (parts.residual && v[2 + parts.states].format != residual_format(group.master)))
       return false;
     const Format state = layout.scales ? kI8 : parts.states ? v[2].format : v[0].format;
-    tensor.kernel = find_kernel(group.kernel,
-                                {v[0].format, v[1].format, state, half ? group.master : kNoMaster, half && group.noisy,
-                                 state == kI8 || (size_of(state) == 2 && (group.noisy_state || !half))});
+    const Form form{v[0].format,
+                    v[1].format,
+                    state,
+                    half ? group.master : kNoMaster,
+                    half && group.noisy,
+                    state == kI8 || (size_of(state) == 2 && (group.noisy_state || !half))};
+    if (!(form == group.form)) {  // tensors of a group mostly have the same
+      group.form = form;
+      group.found = find_kernel(group.kernel, form);
+    }
+    tensor.kernel = group.found;
     if (tensor.kernel.form < 0 || meet(v[0], v[1])) return false;
     if (tensor.kernel.wide_grad && v[0].device != kHost) return false;
     if (!p.sparse) {

@@ -3,8 +3,6 @@
 
 namespace fusedopt {
 
-size_t size_of(Format f) { return f == kF64 ? 8 : f == kF32 ? 4 : f == kI8 || f == kU8 ? 1 : 2; }
-
 void Tensor::advance(const Group& of) {
   if (step.at) clock.t = int64_t(step.get());
   if (carry.at) {

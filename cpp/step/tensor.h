@@ -89,7 +89,7 @@ struct Scaling {
 // The formats of a weight's residual and of its moving average.
 Format residual_format(Master master);
 Format ema_format(Format param);
-size_t size_of(Format format);
+constexpr size_t size_of(Format f) { return f == kF64 ? 8 : f == kF32 ? 4 : f == kI8 || f == kU8 ? 1 : 2; }
 const char* name_of(Format format);
 const char* name_of(Master master);  // "" for none
 
