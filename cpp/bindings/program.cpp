@@ -1,4 +1,4 @@
-// `_core.add_program`: a rule that Python has traced and lowered becomes a kernel library.
+// `_core.add_program`: registers a rule that Python has traced and lowered.
 #include <pybind11/stl.h>
 
 #include <array>
@@ -32,7 +32,7 @@ std::string kinds(int constant, int n) {
   return s;
 }
 
-// Name -> code. v and k: operands that are vectors and constants.
+// Name -> code. In a name, v is a vector operand and k a constant.
 py::dict instructions() {
   py::dict d;
   auto add = [&](int code, const std::string& name) { d[py::str(name)] = code; };

@@ -8,7 +8,7 @@
 namespace fusedopt {
 namespace {
 
-// The elements of one row, if it is contiguous; else -1.
+// The number of elements of one row, or -1 if rows are not contiguous.
 int64_t contiguous_row(const View& v) {
   int64_t n = 1;
   for (int d = v.ndim - 1; d > 0; --d) {

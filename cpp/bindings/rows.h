@@ -1,5 +1,4 @@
-// Gradients that name rows of a parameter, given as two arrays: which indices and values are taken, and how they become
-// Lookups.
+// Gradients by rows, given as an array of indices and an array of values: checks them and fills Lookups.
 #pragma once
 #include <memory>
 #include <string>
@@ -16,12 +15,12 @@ struct IndexView {
   int64_t n, step;  // step: in elements
 };
 
-// The view of an array of indices; `keep` receives what must outlive it. On failure false, `why` and `type_error` as
-// try_view's.
+// Views an array of indices; `keep` receives the objects that must outlive the view. Returns false on failure and sets
+// `why` and `type_error` as try_view does.
 bool try_indices(py::handle object, std::vector<py::object>& keep, IndexView* v, std::string* why, bool* type_error);
 
-// Fills span and rows of `tensor` from its operands, of which the gradient's values have a row for each index instead
-// of the parameter's shape. `all` owns the Lookups. Returns why not, and which operand is the reason.
+// Fills the span and the rows of `tensor` from its operands. The gradient has one row of values per index. `all` owns
+// the Lookups. Returns an empty string, or the error and the operand that caused it.
 std::string lay_out_rows(const View* operands, const Parts& parts, bool quantised, const IndexView& indices,
                          Tensor& tensor, std::vector<std::unique_ptr<Lookups>>& all, int* operand);
 

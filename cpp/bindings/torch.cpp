@@ -611,7 +611,7 @@ class TorchPlan {
     return true;
   }
 
-  // Steps are counted in integers: any other count that a tensor holds is for torch to deal with.
+  // Step counts are integers; a parameter whose count is any other number is left to torch.
   void find_odd_counts() {
     auto odd = [](const Scalar& s) {
       const double t = s.get();
@@ -667,8 +667,8 @@ class TorchPlan {
     return true;
   }
 
-  // Does a parameter's state hold, under the names of its layout, what it held in the last step? Other entries are
-  // nobody's business. What was replaced is taken, and checked with the rest; false if a name is missing.
+  // Compares a parameter's state with the last step, under the names of its layout; other entries are ignored. Replaced
+  // entries are adopted, and checked with the rest. Returns false if a name is missing.
   bool follow_entries(Param& p) {
     const int n = p.n_entries();
     if (n == 0) return true;

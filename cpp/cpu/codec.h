@@ -1,6 +1,6 @@
-// Decoding and encoding of a form apart from any rule: the operands of a span as numbers, and back with the rounding
-// and the random bits of the kernels. For rules that are data; the kernels of built-in rules have the same steps within
-// their own loops.
+// Decodes and encodes the operands of a span without a rule, with the rounding and the random bits of the kernels.
+// Programs and float32 gradients of 16-bit weights use it; the kernels of built-in rules do the same steps inside their
+// own loops.
 #pragma once
 #include "library.h"
 #include "rules/update.h"
@@ -23,10 +23,7 @@ struct Codec {
   // The random bits of the elements of a block, as Storage divides them in blocked forms, else 16 for each.
   static FUSEDOPT_HD void draw(uint32_t key, int64_t first, uint32_t* random) {
     if constexpr (St::blocked) {
-      for (int i = 0; i < St::numbers; ++i) {
-        const uint32_t number = St::block_noise(key, first / kBlock, i);
-        for (int k = 0; k < St::parts; ++k) random[i + k * St::numbers] = St::part_of(number, k);
-      }
+      St::draw(key, first, random);
     } else {
       for (int i = 0; i < kBlock / 2; ++i) {
         const uint32_t both = noise(key, uint32_t(first >> 1) + uint32_t(i));

@@ -1,6 +1,6 @@
-// Runs the rules that are data (program.h) over tiles that stay in the first cache. Compiled once for each instruction
-// set, which FUSEDOPT_ISA names. Every instruction is one loop that the compiler vectorises; nothing is contracted or
-// reordered, so that the bits are those of the same rule compiled.
+// Runs programs (program.h) over tiles that stay in the L1 cache. Compiled once for each instruction set, which
+// FUSEDOPT_ISA names. Every instruction is one loop that the compiler vectorises. No operation is contracted or
+// reordered, so the results have the bits of the same rule compiled.
 #include "cpu/program.h"
 #include "rules/element.h"
 
@@ -11,7 +11,7 @@
 namespace fusedopt {
 namespace {
 
-constexpr int64_t kCache = 24576;      // bytes that the registers of a tile may take
+constexpr int64_t kCache = 24576;      // bytes for the registers of a tile
 constexpr int64_t kLongestTile = 512;  // elements
 
 // The smaller of two; NaN if either is NaN.
@@ -20,7 +20,7 @@ FUSEDOPT_HD T minimum(T a, T b) {
   return (a < b || a != a) ? a : b;
 }
 
-// How a number is stored, for functions that take it apart.
+// The bits of a floating-point number.
 template <class T>
 struct Layout;
 template <>
@@ -41,7 +41,7 @@ struct Layout<double> {
   static constexpr int exp_terms = 15, log_terms = 12;
 };
 
-// 2^n for a whole n that a number of this type can have as exponent.
+// 2^n for an integer n within the range of the exponent.
 template <class T>
 FUSEDOPT_HD T power_of_two(T n) {
   using L = Layout<T>;
@@ -49,7 +49,7 @@ FUSEDOPT_HD T power_of_two(T n) {
   return bits<T>(typename L::Word(bits<typename L::Word>((n + bias) + L::whole) << L::digits));
 }
 
-// e^x by basic operations alone, with the same bits everywhere: x is brought near 0 by a power of two.
+// e^x by basic operations alone, with the same bits on every processor. The argument is reduced by a power of two.
 template <class T>
 FUSEDOPT_HD T exponential_of(T x) {
   using L = Layout<T>;
@@ -63,7 +63,7 @@ FUSEDOPT_HD T exponential_of(T x) {
   return x != x ? x : sum * power_of_two(half) * power_of_two(n - half);
 }
 
-// The natural logarithm likewise, by the series of artanh between 1/sqrt(2) and sqrt(2).
+// The natural logarithm likewise, by the series of artanh on [1/sqrt(2), sqrt(2)].
 template <class T>
 FUSEDOPT_HD T logarithm_of(T x) {
   using L = Layout<T>;
@@ -88,7 +88,7 @@ FUSEDOPT_HD T logarithm_of(T x) {
 
 // --- instructions ---
 
-// to, the operands' vectors, their constants and that of the result, the number of elements
+// result, vectors of the operands, their constants and the result's, number of elements
 template <class T>
 using Loop = void (*)(T* to, const T* const* from, const T* k, int64_t n);
 
@@ -311,7 +311,7 @@ double compute(const Number& n, const double* v) {
   }
 }
 
-// Computes numbers into v[n_given], v[n_given + 1], ...
+// Appends the computed numbers to v, from v[n_given] on.
 void compute_all(const Number* numbers, int n, double* v, int n_given) {
   for (int i = 0; i < n; ++i) v[n_given + i] = compute(numbers[i], v);
 }
@@ -372,7 +372,7 @@ void prepare(const void* self, const double* hyper, const Clock& clock, double s
 FUSEDOPT_HD void* moved(void* p, int64_t n, int size) { return static_cast<char*>(p) + n * size; }
 FUSEDOPT_HD const void* moved(const void* p, int64_t n, int size) { return static_cast<const char*>(p) + n * size; }
 
-// The part of a span that begins at an element, which is at a multiple of kBlock.
+// `n` elements of a span from `begin` on, a multiple of kBlock.
 Span part_of(const ProgramKernel& kernel, const Span& span, int64_t begin, int64_t n) {
   Span s = span;
   s.n = n;
@@ -394,8 +394,8 @@ struct Ready {
   T k[5];
 };
 
-// Runs the code that has been prepared over a span, a tile at a time; after each tile calls
-// then(its part of the span if that was decoded, registers, elements).
+// Runs the prepared variant over a span, one tile at a time. After each tile it calls then(part, registers, n); `part`
+// is the tile's part of the span, set only if the operands were decoded.
 template <class T, class Then>
 FUSEDOPT_HD void run(const void* self, const void* prepared, const Span& span, Then&& then) {
   const ProgramKernel& kernel = *static_cast<const ProgramKernel*>(self);
@@ -456,7 +456,7 @@ void update(const void* self, const void* prepared, const Span& span) {
   });
 }
 
-// Adds n numbers, or their squares, to lanes in double.
+// Adds n numbers or their squares to the lanes, in double.
 template <bool squares, class T>
 void add_to_lanes(const T* x, int64_t n, double* lanes) {
   auto term = [](T number) { return squares ? double(number) * double(number) : double(number); };

@@ -1,24 +1,24 @@
-// A rule as data: what a user's own rule becomes. Numbers (what depends on the options and the step alone) are computed
-// once a step, in double; instructions run over tiles of elements. One instruction is one loop, in which several
-// operations are combined. Only the layout; interpret.cpp runs it, programs.cpp checks and registers it.
+// The program of a user's rule. Its numbers depend on the options and the step alone and are computed once per step, in
+// double; its instructions run over tiles of elements. One instruction is one loop that combines several operations.
+// Declarations only: interpret.cpp runs a program, programs.cpp checks and registers it.
 #pragma once
 #include "library.h"
 
 namespace fusedopt {
 
-// An instruction reads up to four operands and writes one register. An operand is a vector, multiplied by a constant
-// (by 1 where nothing is to be multiplied, which is exact), or a constant. The result is multiplied by one, too.
+// An instruction reads up to four operands and writes one register. An operand is a constant, or a vector times a
+// constant. The result is multiplied by a constant, too. The constant 1 stands for no factor; that product is exact.
 //
-// A pair is   outer(x, k root?(inner(y, z)))   in which the operands are x, y, z in this order.
+// A pair computes   outer(x, k root?(inner(y, z)))   from the operands x, y, z, in this order.
 enum Inner : int { kSame, kAddVV, kAddVK, kMulVV, kDivVV, kDivKV, kDivVK, kInners };
-enum Root : int { kNoRoot, kRootOfFirst, kRootOfResult, kRoots };  // of the operand y, of what inner gives
-// "By" divides what inner gives by the operand.
+enum Root : int { kNoRoot, kRootOfFirst, kRootOfResult, kRoots };  // of the operand y, of the result of inner
+// "By" divides the result of inner by the operand.
 enum Outer : int { kNoOuter, kPlusV, kPlusK, kTimesV, kOverV, kOverK, kByV, kByK, kOuters };
 enum Compare : int { kLess, kLessEqual, kGreater, kGreaterEqual, kEqual, kNotEqual, kCompares };
 enum Extreme : int { kMaximum, kMinimum, kExtremes };
 enum Unary : int { kAbs, kSign, kExp, kLog, kUnaries };
 
-// Where the codes of each kind begin.
+// The first code of each kind.
 constexpr int kPairs = 0;                                   // [inner][root][outer]
 constexpr int kFmas = kPairs + kInners * kRoots * kOuters;  // [x is a root][y is constant][z is constant]
 constexpr int kLerps = kFmas + 8;                           // [the weight is constant]
@@ -27,7 +27,7 @@ constexpr int kBounds = kSelects + kCompares * 8;           // [extreme][neither
 constexpr int kUnary = kBounds + kExtremes * 3;
 constexpr int kCodes = kUnary + kUnaries;
 
-constexpr int kMaxNumbers = 192;       // hyperparameters, the clock, and what is computed from them
+constexpr int kMaxNumbers = 192;       // hyperparameters, the clock, and the results computed from them
 constexpr int kMaxInstructions = 128;  // of a code
 constexpr int kMaxRegisters = 48;
 constexpr int kMaxConditions = 4;
@@ -36,17 +36,17 @@ constexpr int kMaxConstants = 30;  // of a code, with the 1
 struct Instruction {
   int16_t code, to;
   int16_t from[4];      // registers: 0 the parameter, 1 the gradient, then the states, then temporaries
-  int16_t constant[5];  // places in the code's constants, of which 0 is 1: of each operand, then of the result
+  int16_t constant[5];  // the factor of each operand, then of the result: indices of constants; number 0 is 1
 };
 
-// What is done to the elements where the conditions have certain values.
+// The instructions for one combination of the values of the conditions.
 struct Variant {
   const Instruction* instructions;
   int n_instructions, n_registers;
-  const int16_t* constants;  // numbers; the first one stands for 1 and is not read
+  const int16_t* constants;  // indices of numbers; the first constant is 1, and its index is not read
   const int8_t* signs;       // of the constants: 1 or -1
   int n_constants;
-  int16_t results[kMaxSums];  // of a pass: the registers that are summed
+  int16_t results[kMaxSums];  // of a pass: the registers to sum
 };
 
 enum NumberOp : int {
@@ -77,26 +77,25 @@ enum NumberOp : int {
   kNumberOps
 };
 
-// One number, from those before it.
+// Computes one number from earlier ones.
 struct Number {
   int16_t op, a, b, c;
   double literal;
 };
 
-// Numbers are counted: the hyperparameters, the step, the carried number, the tensor's length, its sums, then those of
-// the list.
+// The order of the numbers: hyperparameters, step, carried number, length of the tensor, its sums, then the list's.
 constexpr int kClockNumbers = 3 + kMaxSums;
 struct Program {
   int n_hyper, n_states;
   const Number* numbers;
   int n_numbers;
-  const int16_t* conditions;  // numbers whose truth selects a code; the first is the lowest bit
+  const int16_t* conditions;  // indices of the numbers that select a variant; the first is the lowest bit
   int n_conditions;
   int n_passes;              // see Reduction
   int n_sums[kMaxSums];      // of each pass
-  int8_t squares[kMaxSums];  // whether a sum is one of squares
-  const Variant* variants;   // of each pass and of the update, one for each combination of the conditions
-  const Number* carry;       // computes the carried number, the last of these, from the one of the step before
+  int8_t squares[kMaxSums];  // whether a sum is of squares
+  const Variant* variants;   // for each pass and for the update: one per combination of the conditions
+  const Number* carry;  // computes the carried number from that of the previous step; the last of these is the result
   int n_carry;
 };
 
@@ -105,15 +104,15 @@ struct ProgramKernel {
   const Program* program;
   HostForm form;
   Format codes[kMaxStates];
-  bool direct;  // all operands are stored as the numbers that rules compute with
+  bool direct;                                           // all operands are stored in the type that rules compute with
   int size_param, size_grad, size_state, size_residual;  // bytes of an element
 };
 
 // The interpreter, compiled for one instruction set.
 struct Interpreter {
   void (*advance)(const void* program, const double* hyper, Clock& clock);
-  HostKernel wide, narrow;                     // for float64, and for all other forms; without `self`
-  Reduction wide_reduction, narrow_reduction;  // without the number of passes and sums
+  HostKernel wide, narrow;                     // for float64 and for all other forms; without `self`
+  Reduction wide_reduction, narrow_reduction;  // without the numbers of passes and sums
 };
 
 }  // namespace fusedopt

@@ -4,6 +4,7 @@
 #include <stdexcept>
 
 #include "cpu/dispatch.h"
+#include "rules/element.h"
 #include "rules/formats.h"
 
 namespace fusedopt {
@@ -14,7 +15,7 @@ const Interpreter& interpreter_avx512();
 
 namespace {
 
-// A registered program and all that it points to. Never freed.
+// A registered program with everything that it points to. Never freed.
 struct Registered {
   ProgramSource source;
   std::vector<Variant> variants;
@@ -30,12 +31,6 @@ struct Registered {
     const HostKernel* of_rule;
   } builds[3];
 };
-
-int words(const std::string& text) {
-  int n = 0;
-  for (size_t i = 0; i < text.size(); ++i) n += text[i] != ' ' && (i == 0 || text[i - 1] == ' ');
-  return n;
-}
 
 void expect(bool good, const char* what) {
   if (!good) throw std::invalid_argument(std::string("a program is out of range: ") + what);
@@ -83,7 +78,7 @@ void check(const ProgramSource& s, int n_hyper, int n_states) {
 
 int size_of(Format f) { return f == kF64 ? 8 : f == kF32 ? 4 : f == kI8 || f == kU8 ? 1 : 2; }
 
-// Does a rule with these states have this form? As the compiled ones do: see Update.
+// Whether a rule with these states has this form; the same condition as Update::exists.
 bool has_form(const Rule& rule, const Form& form) {
   if (rule.n_states == 0) return !form.noisy_state;
   return form.state != kI8 || quantisable(rule.codes, rule.n_states);
@@ -128,9 +123,9 @@ void fill(Registered::Build& build, const Registered& all, const Interpreter& in
 }  // namespace
 
 int add_program(ProgramSource source) {
-  const int n_hyper = words(source.hyper), n_states = words(source.states);
+  const int n_hyper = words(source.hyper.c_str()), n_states = words(source.states.c_str());
   check(source, n_hyper, n_states);
-  auto* const all = new Registered;  // kept for the life of the process, as the catalogue asks
+  auto* const all = new Registered;  // never freed: the catalogue keeps pointers to it
   all->source = std::move(source);
   const ProgramSource& s = all->source;
   for (const CodeSource& v : s.variants) {

@@ -149,7 +149,7 @@ struct Blocks {
       for (int k = 0; Fast && k < N; ++k)
         if (!normal_scale(size[k])) return false;
     }
-    if (P::noisy || S::noisy) draw(key, first, random);
+    if (P::noisy || S::noisy) U::draw(key, first, random);
     FUSEDOPT_INDEPENDENT
     for (int i = 0; i < kBlock; ++i) {
       typename P::Word w;
@@ -162,13 +162,6 @@ struct Blocks {
     for (int i = 0; quantised && i < kBlock; ++i) shift[i] = U::shift_of(random[i]);
     store<Fast>(o, s, random, shift, size);
     return true;
-  }
-
-  static FUSEDOPT_HD void draw(uint32_t key, int64_t first, uint32_t* random) {
-    for (int i = 0; i < U::numbers; ++i) {
-      const uint32_t number = U::block_noise(key, first / kBlock, i);
-      for (int k = 0; k < U::parts; ++k) random[i + k * U::numbers] = U::part_of(number, k);
-    }
   }
 
   // Decodes one state after the other: each has its own type of code.

@@ -64,6 +64,12 @@ struct Storage {
     return noise(key, uint32_t(block) * numbers + uint32_t(i));
   }
   static FUSEDOPT_HD uint32_t part_of(uint32_t number, int k) { return number << (32 - bits_each * (k + 1)); }
+  static FUSEDOPT_HD void draw(uint32_t key, int64_t first, uint32_t* random) {
+    for (int i = 0; i < numbers; ++i) {
+      const uint32_t number = block_noise(key, first / kBlock, i);
+      for (int k = 0; k < parts; ++k) random[i + k * numbers] = part_of(number, k);
+    }
+  }
   static FUSEDOPT_HD uint32_t bits_of(uint32_t part) { return part >> 16; }
   // For a code: the lower 8 of the 16 bits, since the upper ones decide how the weight is rounded.
   static FUSEDOPT_HD float shift_of(uint32_t part) { return code_shift(bits_each == 16 ? part << 8 : part); }

@@ -14,17 +14,17 @@
 namespace fusedopt {
 namespace {
 
-constexpr int kLeadingBits = 11;        // of a row, by which lookups are divided first
-constexpr int kDigitBits = 8;           // and then sorted
-constexpr int64_t kSortGrain = 8192;    // lookups worth another thread: to sort,
+constexpr int kLeadingBits = 11;        // of the row number: the first pass of the sort
+constexpr int kDigitBits = 8;           // of each further pass
+constexpr int64_t kSortGrain = 8192;    // lookups per additional thread: to sort,
 constexpr int64_t kRowGrain = 32768;    // elements: to update
-constexpr int64_t kLookupCost = 64;     // what reaching a row costs, in elements
-constexpr int64_t kInsertion = 48;      // lookups up to which insertion sorts fastest
-constexpr int64_t kLeaf = 256;          // sorted lookups under one leaf of the norm's tree
-constexpr int64_t kTile = 512;          // elements of a row that are merged at a time
+constexpr int64_t kLookupCost = 64;     // cost of accessing a row, in elements
+constexpr int64_t kInsertion = 48;      // lookups up to which insertion sort is fastest
+constexpr int64_t kLeaf = 256;          // sorted lookups per leaf of the norm's reduction tree
+constexpr int64_t kTile = 512;          // elements of a row merged at a time
 constexpr int64_t kAhead = 16;          // lookups between a row's prefetch and its update
-constexpr int64_t kPrefetched = 512;    // bytes of a row; the processor itself prefetches what follows
-constexpr int64_t kManyParts = 262144;  // elements of a part when there are more parts than threads
+constexpr int64_t kPrefetched = 512;    // bytes of a row; the hardware prefetcher fetches the rest
+constexpr int64_t kManyParts = 262144;  // elements per part if there are more parts than threads
 
 int bits_for(uint64_t n) {
   int bits = 0;
@@ -32,16 +32,16 @@ int bits_for(uint64_t n) {
   return bits;
 }
 
-// The part of `n` that begins at which position.
+// The first position of a part of `n`.
 int64_t bound(int64_t n, int part, int parts) { return part == parts ? n : int64_t(double(n) * part / parts); }
 
-// What is added up of a format, and how.
+// Sums of rows stored in one format.
 template <class F>
 struct Sum {
   using Stored = typename F::Stored;
   using Number = typename F::Number;
 
-  // The elements [first, first + n) of one lookup's values; `copy` receives them if they are not contiguous.
+  // Elements [first, first + n) of the values of one lookup; copied to `copy` if they are not contiguous.
   static const Stored* values(const Lookups& l, const void* all, int64_t position, int64_t first, int64_t n,
                               Stored* copy) {
     const Stored* row = static_cast<const Stored*>(all) + position * l.stride[1];
@@ -55,7 +55,7 @@ struct Sum {
     return copy;
   }
 
-  // The sum over `count` lookups, at `words`, of these elements: 16-bit values are added in float32 and rounded once.
+  // Sums these elements over `count` lookups, at `words`. 16-bit values are summed in float32 and rounded once.
   static const void* of(const Lookups& l, const void* all, const uint64_t* words, int64_t count, uint64_t mask,
                         int64_t before, int64_t first, int64_t n, void* out) {
     Stored copy[kTile];
@@ -80,7 +80,7 @@ Merge merge_of(Format f) {
   return f == kF64 ? Sum<F64>::of : f == kF32 ? Sum<F32>::of : f == kBF16 ? Sum<BF16>::of : Sum<F16>::of;
 }
 
-// Sorts words by the `bits` above `shift`, stably; words that agree in these stand in the order of the bits below.
+// Sorts words by the `bits` above `shift`. Stable: words that agree there keep the order of their lower bits.
 void sort(uint64_t* x, uint64_t* other, int64_t n, int shift, int bits) {
   if (n <= kInsertion) {
     for (int64_t i = 1; i < n; ++i) {
@@ -107,8 +107,8 @@ void sort(uint64_t* x, uint64_t* other, int64_t n, int shift, int bits) {
 
 }  // namespace
 
-// What the threads that sort share. Lookups are first counted and divided by the leading bits of their row, a chunk for
-// each part; then each bucket is sorted in the cache.
+// Shared by the threads that sort. Each part counts its lookups by the leading bits of the row and moves them to their
+// buckets; then each bucket is sorted in the cache.
 struct RowStep::Grouping {
   const RowStep& step;
   int64_t n;
@@ -122,7 +122,7 @@ struct RowStep::Grouping {
   int drop() const { return row_bits - leading; }
   int64_t buckets() const { return int64_t(1) << leading; }
 
-  // Calls body(row among all, position among all) for the lookups of a part; false from it ends the walk.
+  // Calls body(index, table, position) for the lookups of a part, until it returns false. Positions count all tables.
   template <class F>
   void each(int part, F&& body) const {
     const int64_t from = bound(n, part, parts), to = bound(n, part + 1, parts);
@@ -229,7 +229,7 @@ void RowStep::group(Team team, int threads) {
   if (!ordered) parallel(team, threads, work.parts, [&](int part) { work.sort_buckets(part); });
 }
 
-// What the threads of a pass over the sorted lookups share.
+// Shared by the threads of a pass over the sorted lookups.
 struct RowStep::Work {
   RowStep& step;
   const std::vector<Group>* groups;
@@ -259,12 +259,12 @@ struct RowStep::Work {
     }
   }
 
-  // The kernel of a table, with the constants of the step, and where the rows of its operands lie.
+  // The kernel of a table with the constants of the step, and the addresses of the rows of its operands.
   struct Table {
     struct Operand {
       char* data;
       int64_t row, element;  // bytes
-      size_t in;             // where a span has it
+      size_t in;             // offset of its pointer in a span
     };
     alignas(16) char constants[kPreparedBytes];
     Ready ready;
@@ -288,7 +288,7 @@ struct RowStep::Work {
       ready.prepare(*tensor, group, group.maximize ? -work.factor : work.factor, nullptr, constants);
       key = ready.key(*tensor, group);
       const Form& f = *ready.form;
-      numbered = (rows->width + kBlock - 1) / kBlock * kBlock;  // random numbers and scales count whole blocks
+      numbered = (rows->width + kBlock - 1) / kBlock * kBlock;  // random numbers and scales belong to whole blocks
       merge = merge_of(ready.grad);
       n = 0;
       add(tensor->span.param, 0, f.param, offsetof(Span, param));
@@ -311,13 +311,13 @@ struct RowStep::Work {
     void prefetch_values(int64_t lookup) const {
       fetch(values.data + lookup * values.row, rows->width * values.element);
     }
-    // Into the second cache: the first has room for too few lines that are under way.
+    // Prefetches into the L2 cache: L1 tracks too few outstanding lines.
     static void fetch(const char* at, int64_t bytes) {
       const char* const last = at + std::min(bytes, kPrefetched) - 1;
       for (; at < last; at += 64) prefetch_far(at);
       prefetch_far(last);
     }
-    // `grad`: of the row's elements from `from` on.
+    // `grad`: the gradient of the row's elements from `from` on.
     void update(int64_t row, int64_t from, int64_t length, const void* grad) {
       Span span = ready.span(*tensor, key, row * numbered + from, length);
       for (int k = 0; k < n; ++k) {
@@ -355,7 +355,7 @@ struct RowStep::Work {
     });
   }
 
-  // Leaves are counted by sorted lookups; a row belongs to the leaf in which its first stands.
+  // Leaves are ranges of sorted lookups. A row belongs to the leaf of its first lookup.
   void norm(int part) const {
     alignas(64) char tile[kTile * sizeof(double)];
     const int64_t n_leaves = (n + kLeaf - 1) / kLeaf;
@@ -390,7 +390,7 @@ double RowStep::norm(Team team, int threads) {
   if (n == 0) return 0;
   int parts;
   split(threads, &parts);
-  static_assert(sizeof(double) == sizeof(uint64_t), "leaves lie where lookups were sorted");
+  static_assert(sizeof(double) == sizeof(uint64_t), "the leaves reuse the memory of the sort");
   auto* leaves = reinterpret_cast<double*>(other_.get(size_t(n)));
   Work work{*this, nullptr, sorted_.get(size_t(n)), n, parts, 0, leaves};
   parallel(team, threads, parts, [&](int part) { work.norm(part); });

@@ -1,5 +1,5 @@
-// Tables whose gradient names rows: indices, and a row of values for each. Lookups of all tables are sorted by row,
-// then the kernels run over the rows that occur, each row once; rows without a gradient are not read.
+// The step over tables with sparse gradients: an index and a row of values per lookup. The lookups of all tables are
+// sorted by row; then the kernels update each row that occurs, once. Other rows are not accessed.
 #pragma once
 #include <memory>
 #include <stdexcept>
@@ -10,14 +10,14 @@
 
 namespace fusedopt {
 
-// An index that is no row of its table.
+// An index out of the range of its table.
 struct BadIndex : std::out_of_range {
   size_t table;  // as counted by Step::add
   int64_t position, index;
   BadIndex(size_t t, int64_t p, int64_t i) : std::out_of_range("an index is no row"), table(t), position(p), index(i) {}
 };
 
-// A stretch of memory that is kept and grows to what is asked for; its contents are not.
+// A buffer that grows on demand and is kept between steps. Growing discards the contents.
 class Scratch {
  public:
   uint64_t* get(size_t words) {
@@ -38,10 +38,10 @@ class RowStep {
  public:
   std::vector<Tensor> tensors;  // each with `rows`
 
-  // Sorts the lookups by row, those of one row in the order in which they stand. Throws BadIndex for the first that is
-  // out of range, and length_error for more lookups than 64 bits tell apart. To be called before the others.
+  // Sorts the lookups by row; the sort is stable. Throws BadIndex for the first index out of range, and length_error if
+  // row and position do not fit in 64 bits. Call it before the other functions.
   void group(Team team, int threads);
-  // As HostStep's. The gradient of a row is the sum of its values, added up in their order.
+  // As in HostStep. The gradient of a row is the sum of its values, in the order of the lookups.
   void advance(const std::vector<Group>& groups);
   double norm(Team team, int threads);
   void update(const std::vector<Group>& groups, double factor, Team team, int threads);
@@ -51,10 +51,10 @@ class RowStep {
   struct Work;
   void split(int threads, int* parts) const;
 
-  std::vector<int64_t> first_;   // of each table its first lookup among all; and their number
-  std::vector<uint64_t> base_;   // of each table its first row among all; and their number
-  std::vector<int64_t> bucket_;  // where lookups of equal leading bits begin
-  Scratch sorted_, other_;       // row << position_bits_ | position; 16 bytes a lookup
+  std::vector<int64_t> first_;   // the first lookup of each table; then the number of lookups
+  std::vector<uint64_t> base_;   // the first row of each table, counted over all tables; then the number of rows
+  std::vector<int64_t> bucket_;  // the first lookup of each bucket of equal leading bits
+  Scratch sorted_, other_;       // words: row << position_bits_ | position; 16 bytes per lookup
   int position_bits_ = 0;
 };
 

@@ -1,5 +1,5 @@
-"""Sparse gradients (COO, one sparse dimension): which of them the kernels take. The update by rows is in
-cpp/step/rows.h; what is refused here takes torch's own step, or is refused by it."""
+"""Decides which sparse gradients (COO, one sparse dimension) the kernels take. Parameters that are refused here take
+torch's own step, which may refuse them, too. The update by rows is in cpp/step/rows.h."""
 
 from __future__ import annotations
 
