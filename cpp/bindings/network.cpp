@@ -1,7 +1,5 @@
 // Losses and layers of a network over C-contiguous float64 or float32 arrays. Everything is checked before the first
 // write; friendlier arguments (copies of odd layouts, reductions) are python/fusedopt/losses.py's.
-#include "network/network.h"
-
 #include <pybind11/numpy.h>
 #include <pybind11/stl.h>
 
@@ -10,6 +8,7 @@
 
 #include "bindings/arrays.h"
 #include "bindings/bind.h"
+#include "network/linear.h"
 #include "rules/element.h"
 
 namespace fusedopt {
@@ -281,6 +280,58 @@ void batch_norm_backward(py::object delta, py::object normal, py::object rate, p
   run_layer(t.normal_back[a.format], a.format, s, 0, threads);
 }
 
+// One epoch of a linear model: (loss times weight, weight, steps, the last batch's loss, its gradient's norm or None).
+py::tuple linear_epoch(py::object batch, py::object x, py::object y, py::object weight, py::object order,
+                       py::object params, py::object grads, int64_t batch_size, int loss, double parameter,
+                       double divisor, bool intercepts, double l1, double l2, bool per_row, double proximal,
+                       const std::vector<double>& rates, double max_norm, py::object mean,
+                       const std::vector<double>& follow) {
+  const NetworkTable& t = network_table();
+  if (loss < 0 || loss >= t.n_losses) throw py::index_error("loss: no such loss");
+  if (batch_size < 1) throw py::value_error("batch_size: expected an integer >= 1");
+  Arrays a;
+  const View in = a.matrix(x, "x"), target = a.matrix(y, "y");
+  if (!in.data || !target.data) throw py::type_error("x, y: expected arrays, got None");
+  const int64_t n = in.shape[0], features = in.shape[1], outputs = target.shape[1];
+  if (target.shape[0] != n) throw py::value_error("y: expected one row for each row of x");
+  const View w = a.vector(weight, "weight", n);
+  const View p = a.vector(params, "params", (features + 1) * outputs, true);
+  const View g = a.vector(grads, "grads", (features + 1) * outputs, true);
+  const View m = a.vector(mean, "mean", (features + 1) * outputs, true);
+  if (!p.data || !g.data) throw py::type_error("params, grads: expected arrays, got None");
+  const int64_t* rows = nullptr;
+  if (!order.is_none()) {
+    auto array = py::reinterpret_borrow<py::array>(order);
+    if (!py::isinstance<py::array>(order) || !array.dtype().is(py::dtype::of<int64_t>()) ||
+        !(array.flags() & py::array::c_style) || array.ndim() != 1 || array.shape(0) != n)
+      throw py::value_error("order: expected contiguous int64 of shape (" + std::to_string(n) + ",)");
+    rows = static_cast<const int64_t*>(array.data());
+    for (int64_t i = 0; i < n; ++i)
+      if (rows[i] < 0 || rows[i] >= n) throw py::value_error("order: expected rows in [0, " + std::to_string(n) + ")");
+  }
+  const size_t batches = size_t((n + batch_size - 1) / batch_size);
+  if (rates.size() < batches || (m.data && follow.size() < batches))
+    throw py::value_error("rates, follow: expected a number for each batch");
+  Step& step = checked_step(batch);
+  const std::vector<Tensor>& tensors = step.host();
+  if (step.groups.size() != 1 || tensors.size() != 1 || step.on_devices() || tensors[0].span.param != p.data ||
+      tensors[0].span.grad != g.data || tensors[0].span.n != p.size() || tensors[0].strided)
+    throw py::value_error("batch: expected one tensor, params with grads");
+  const LinearEpoch epoch{in.data, target.data, w.data,       rows,     n,         features,     outputs, batch_size,
+                          p.data,  g.data,      intercepts,   loss,     parameter, divisor,      l1,      l2,
+                          per_row, proximal,    rates.data(), max_norm, m.data,    follow.data()};
+  EpochResult r;
+  int64_t wrong;
+  {
+    py::gil_scoped_release nogil;
+    wrong = count_unfit(a.format, target.data, target.size(), t.losses[loss].targets, 1);
+    if (!wrong) r = run_linear_epoch(a.format, epoch, step);
+  }
+  if (wrong) throw py::value_error("y: expected targets that the loss allows");
+  return py::make_tuple(r.loss, r.weight, r.steps, r.last_loss,
+                        r.norm < 0 ? py::object(py::none()) : py::float_(r.norm));
+}
+
 }  // namespace
 
 void bind_losses(py::module_& m) {
@@ -303,6 +354,10 @@ void bind_losses(py::module_& m) {
         "normal"_a, "out"_a, "eps"_a, "threads"_a, "Normalises the columns over the rows.");
   m.def("batch_norm_backward", &batch_norm_backward, "delta"_a, "normal"_a, "rate"_a, "gain"_a, "gain_grad"_a,
         "shift_grad"_a, "threads"_a, "The way back of batch_norm_forward.");
+  m.def("linear_epoch", &linear_epoch, "batch"_a, "x"_a, "y"_a, "weight"_a, "order"_a, "params"_a, "grads"_a,
+        "batch_size"_a, "loss"_a, "parameter"_a, "divisor"_a, "intercepts"_a, "l1"_a, "l2"_a, "per_row"_a, "proximal"_a,
+        "rates"_a, "max_norm"_a, "mean"_a, "follow"_a,
+        "One epoch of a linear model; returns loss times weight, weight, steps, the last batch's loss and norm.");
 }
 
 }  // namespace fusedopt
