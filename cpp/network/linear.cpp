@@ -59,11 +59,25 @@ class Epoch {
     double weight = 0;
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t row = e_.order ? e_.order[begin + r] : begin + r;
-      std::copy_n(x + row * e_.features, e_.features, x_.data() + r * width_);
+      T* to = x_.data() + r * width_;
+      if (!e_.columns)
+        std::copy_n(x + row * e_.features, e_.features, to);
+      else if (e_.wide)
+        scatter<int64_t>(row, to);
+      else
+        scatter<int32_t>(row, to);
       std::copy_n(y + row * e_.outputs, e_.outputs, y_.data() + r * e_.outputs);
       if (w) weight += double(weight_[size_t(r)] = w[row]);
     }
     return w ? weight : double(rows);
+  }
+
+  template <class I>
+  void scatter(int64_t row, T* to) const {
+    auto* x = static_cast<const T*>(e_.x);
+    auto *columns = static_cast<const I*>(e_.columns), *begins = static_cast<const I*>(e_.begins);
+    std::fill_n(to, e_.features, T(0));
+    for (I i = begins[row]; i < begins[row + 1]; ++i) to[columns[i]] += x[i];
   }
 
   // The batch's loss with penalties; writes the gradient.

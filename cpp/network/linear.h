@@ -7,8 +7,12 @@
 namespace fusedopt {
 
 struct LinearEpoch {
-  const void *x, *y, *weight;  // n rows by features, n rows by outputs, n or nullptr
-  const int64_t* order;        // the rows in the order of training, or nullptr
+  const void *x, *y, *weight;  // n rows by features (if sparse, the values), n rows by outputs, n or nullptr
+  // nullptr: x is dense. Else row i has the values from begins[i] to begins[i + 1] in these columns; values of one
+  // element are added. Both are int64 if `wide`, else int32.
+  const void *columns, *begins;
+  bool wide;
+  const int64_t* order;  // the rows in the order of training, or nullptr
   int64_t n, features, outputs, batch;
   void *params, *grads;  // features by outputs weights, then the intercepts
   bool intercepts;       // whether they are trained

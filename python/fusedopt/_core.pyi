@@ -177,6 +177,9 @@ def batch_norm_backward(
 def linear_epoch(
     batch: Batch,
     x: Any,
+    indices: Any,
+    indptr: Any,
+    features: int,
     y: Any,
     weight: Any,
     order: Any,

@@ -26,6 +26,7 @@ from helpers import engine
 
 pytest.importorskip("sklearn")
 
+import scipy.sparse
 import threadpoolctl
 from sklearn.base import clone
 from sklearn.datasets import load_breast_cancer, load_diabetes, load_digits, load_wine
@@ -695,6 +696,18 @@ def test_an_epoch_in_the_core_trains_as_one_step_after_another(
         ours, theirs = (m._fitted.opt.state_dict() for m in (core, stepwise))
         assert ours.keys() == theirs.keys()
         assert ours["state.0.step"] == theirs["state.0.step"] > 0
+        monkeypatch.setattr("fusedopt.estimators._fit.SMALL_BATCH", 10**9)
+        for index in (np.int32, np.int64):
+            rows = scipy.sparse.csr_array(np.where(np.abs(x) < 0.5, 0, x))
+            rows.indices, rows.indptr = rows.indices.astype(index), rows.indptr.astype(index)
+            sparse, dense = (
+                make(random_state=0, max_iter=3, tol=None, **settings).fit(part, y, sample_weight=sample_weight)
+                for part in (rows, rows.toarray())
+            )
+            for ours, theirs in zip(
+                params(sparse), params(dense), strict=True
+            ):  # the initial rates are not the same bits
+                np.testing.assert_allclose(ours, theirs, rtol=1e-9, atol=1e-12)
 
 
 def test_an_epoch_in_the_core_is_what_small_linear_models_use(monkeypatch: pytest.MonkeyPatch) -> None:

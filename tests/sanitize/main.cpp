@@ -589,7 +589,13 @@ std::vector<char> linear_epochs(Format f, int64_t rows, int64_t features, int64_
   epoch.divisor = 2, epoch.l1 = 0.1, epoch.l2 = 0.01, epoch.proximal = 10;
   epoch.rates = rates.data(), epoch.follow = follow.data();
   std::vector<char> result;
+  std::vector<int32_t> columns, begins{0};
+  for (int64_t i = 0; i < rows; ++i) {
+    for (int64_t c = features - 1; c >= 0; --c) columns.push_back(int32_t(c));
+    begins.push_back(int32_t(columns.size()));
+  }
   for (bool second : {false, true}) {
+    if (second) epoch.columns = columns.data(), epoch.begins = begins.data();
     if (second) epoch.order = order.data(), epoch.weight = weight.data(), epoch.mean = mean.data(), epoch.max_norm = 1;
     const EpochResult got = run_linear_epoch(f, epoch, step);
     for (double number : {got.loss, got.weight, got.last_loss, got.norm, double(got.steps)}) {

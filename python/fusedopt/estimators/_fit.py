@@ -253,9 +253,8 @@ class Fit:
             len(net.widths) == 2
             and isinstance(task.loss, ElementLoss)
             and task.augment is None
-            and isinstance(x, np.ndarray)
             and x.dtype == net.dtype
-            and x.flags.c_contiguous
+            and (x.flags.c_contiguous if isinstance(x, np.ndarray) else x.format == "csr")
             and min(task.batch_size, x.shape[0]) * net.n_weights < SMALL_BATCH
             and type(opt).step is Optimizer.step
             and not opt._has_timed_options()
@@ -277,10 +276,10 @@ class Fit:
 
     def _epoch_in_core(self, task: Task, data: Data, order: Array | None) -> float:
         """:meth:`_epoch` in one call of the core."""
-        net, opt, loss = self.net, self.opt, task.loss
+        net, opt, loss, x = self.net, self.opt, task.loss, data.x
         assert isinstance(loss, ElementLoss)
         assert self._opened is not None
-        rates = self.rate.rates(opt, self.step, -(-data.x.shape[0] // task.batch_size))
+        rates = self.rate.rates(opt, self.step, -(-x.shape[0] // task.batch_size))
         for rate in rates:
             if not 0 <= rate < math.inf:
                 opt._check({**opt.param_groups[0], "lr": rate}, self.step)  # raises
@@ -288,7 +287,8 @@ class Fit:
         mean = np.zeros_like(net.params) if task.averages and self.mean is None else self.mean
         total, weights, done, last, opt.last_grad_norm = _core.linear_epoch(
             opt._batch,
-            data.x,
+            *((x, None, None) if isinstance(x, np.ndarray) else (x.data, x.indices, x.indptr)),
+            x.shape[1],
             data.y,
             data.weight,
             order,
