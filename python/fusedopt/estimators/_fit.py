@@ -248,7 +248,8 @@ class Fit:
 
     def _in_core(self, task: Task, data: Data) -> bool:
         """Whether the core's loop for linear models applies to a whole epoch."""
-        net, opt, x = self.net, self.opt, data.x
+        net, x = self.net, data.x
+        opt: Any = self.opt
         return (
             len(net.widths) == 2
             and isinstance(task.loss, ElementLoss)
@@ -267,16 +268,18 @@ class Fit:
             yield
             return
         self.rate.apply(self.opt, self.step)
-        self._opened = self.opt._open(self.net.grads)
+        opt: Any = self.opt
+        self._opened = opt._open(self.net.grads)
         try:
             yield
         finally:
             self._opened = None
-            self.opt._close()
+            opt._close()
 
     def _epoch_in_core(self, task: Task, data: Data, order: Array | None) -> float:
         """:meth:`_epoch` in one call of the core."""
-        net, opt, loss, x = self.net, self.opt, task.loss, data.x
+        net, loss, x = self.net, task.loss, data.x
+        opt: Any = self.opt
         assert isinstance(loss, ElementLoss)
         assert self._opened is not None
         rates = self.rate.rates(opt, self.step, -(-x.shape[0] // task.batch_size))
@@ -285,9 +288,12 @@ class Fit:
                 opt._check({**opt.param_groups[0], "lr": rate}, self.step)  # raises
         parts = self._parts(task, len(rates)) if task.averages else []
         mean = np.zeros_like(net.params) if task.averages and self.mean is None else self.mean
+        values, indices, indptr = (x, None, None) if isinstance(x, np.ndarray) else (x.data, x.indices, x.indptr)
         total, weights, done, last, opt.last_grad_norm = _core.linear_epoch(
             opt._batch,
-            *((x, None, None) if isinstance(x, np.ndarray) else (x.data, x.indices, x.indptr)),
+            values,
+            indices,
+            indptr,
             x.shape[1],
             data.y,
             data.weight,
