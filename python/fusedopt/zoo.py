@@ -31,6 +31,24 @@ from .rule import (
 __all__ = ["ASGD", "LAMB", "LARS", "MARS", "Adan", "CautiousAdamW", "CautiousLion", "Rprop", "StableAdamW"]
 
 
+def adam_moments(exp_avg: Any, exp_avg_sq: Any, g: Any, betas: Any) -> Any:
+    """Adam's moving averages of the gradient and of its square."""
+    b1, b2 = betas
+    return lerp(exp_avg, g, 1 - b1), fma((1 - b2) * g, g, b2 * exp_avg_sq)
+
+
+def adam_update(exp_avg: Any, exp_avg_sq: Any, t: Any, lr: Any, betas: Any, eps: Any) -> Any:
+    """Adam's update from its averages, corrected for their start at 0, times the learning rate."""
+    b1, b2 = betas
+    return (lr / (1 - b1**t) * exp_avg) / fma(sqrt(exp_avg_sq), 1 / sqrt(1 - b2**t), eps)
+
+
+def cautious(update: Any, direction: Any, g: Any) -> Any:
+    """The update where ``direction`` has the gradient's sign, else 0; and the share of such elements, at least 1e-3."""
+    agrees = direction * g > 0
+    return where(agrees, update, 0.0), maximum(tensor_mean(agrees), 1e-3)
+
+
 @rule(lr=1e-3, betas=(0.98, 0.92, 0.99), eps=1e-8, weight_decay=0.0)
 def Adan(
     p: Any,
@@ -143,14 +161,9 @@ def CautiousAdamW(
 
     The mean is over the tensor. Liang, Chen, Liu, Liu: Cautious Optimizers, arXiv 2411.16085.
     """
-    b1, b2 = betas
-    exp_avg = lerp(exp_avg, g, 1 - b1)
-    exp_avg_sq = fma((1 - b2) * g, g, b2 * exp_avg_sq)
-    agrees = exp_avg * g > 0
-    step = (lr / (1 - b1**t) * exp_avg) / fma(sqrt(exp_avg_sq), 1 / sqrt(1 - b2**t), eps)
-    kept = where(agrees, step, 0.0)
-    p = p * (1 - lr * weight_decay) - kept * (1 / maximum(tensor_mean(agrees), 1e-3))
-    return p, exp_avg, exp_avg_sq
+    exp_avg, exp_avg_sq = adam_moments(exp_avg, exp_avg_sq, g, betas)
+    kept, share = cautious(adam_update(exp_avg, exp_avg_sq, t, lr, betas, eps), exp_avg, g)
+    return p * (1 - lr * weight_decay) - kept * (1 / share), exp_avg, exp_avg_sq
 
 
 @rule(lr=1e-4, betas=(0.9, 0.99), weight_decay=0.0)
@@ -164,11 +177,9 @@ def CautiousLion(p: Any, g: Any, exp_avg: Any = state(), *, lr: Any, betas: Any,
 
     Liang, Chen, Liu, Liu: Cautious Optimizers, arXiv 2411.16085.
     """
-    step = sign(lerp(exp_avg, g, 1 - betas[0]))
-    agrees = step * g > 0
-    kept = where(agrees, step, 0.0)
-    p = p * (1 - lr * weight_decay) - lr / maximum(tensor_mean(agrees), 1e-3) * kept
-    return p, lerp(exp_avg, g, 1 - betas[1])
+    update = sign(lerp(exp_avg, g, 1 - betas[0]))
+    kept, share = cautious(update, update, g)
+    return p * (1 - lr * weight_decay) - lr / share * kept, lerp(exp_avg, g, 1 - betas[1])
 
 
 @rule(lr=3e-3, betas=(0.95, 0.99), eps=1e-8, weight_decay=0.0, gamma=0.025, max_norm=1.0)
@@ -199,13 +210,12 @@ def MARS(
     The norm is that of the tensor. Yuan, Liu, Wu, Zhou, Gu: MARS, arXiv 2411.10438, in its approximate form, which
     takes the last step's gradient as it was.
     """
-    b1, b2 = betas
+    b1 = betas[0]
     c = where(t == 1, g, g + gamma * b1 / (1 - b1) * (g - previous_grad))
     c = c * (1 / maximum(1.0, tensor_norm(c) / max_norm))
-    exp_avg = lerp(exp_avg, c, 1 - b1)
-    exp_avg_sq = fma((1 - b2) * c, c, b2 * exp_avg_sq)
-    step = (lr / (1 - b1**t) * exp_avg) / fma(sqrt(exp_avg_sq), 1 / sqrt(1 - b2**t), eps)
-    return p * (1 - lr * weight_decay) - step, exp_avg, exp_avg_sq, g
+    exp_avg, exp_avg_sq = adam_moments(exp_avg, exp_avg_sq, c, betas)
+    update = adam_update(exp_avg, exp_avg_sq, t, lr, betas, eps)
+    return p * (1 - lr * weight_decay) - update, exp_avg, exp_avg_sq, g
 
 
 @rule(lr=1e-3, betas=(0.9, 0.999), eps=1e-6, weight_decay=0.0)
@@ -230,10 +240,8 @@ def LAMB(
     The ratio is 1 where one of the norms is 0. You et al.: Large Batch Optimization for Deep Learning, arXiv
     1904.00962.
     """
-    b1, b2 = betas
-    exp_avg = lerp(exp_avg, g, 1 - b1)
-    exp_avg_sq = fma((1 - b2) * g, g, b2 * exp_avg_sq)
-    u = (1 / (1 - b1**t) * exp_avg) / fma(sqrt(exp_avg_sq), 1 / sqrt(1 - b2**t), eps) + weight_decay * p
+    exp_avg, exp_avg_sq = adam_moments(exp_avg, exp_avg_sq, g, betas)
+    u = adam_update(exp_avg, exp_avg_sq, t, 1, betas, eps) + weight_decay * p
     weight, update = tensor_norm(p), tensor_norm(u)
     ratio = where((weight > 0) & (update > 0), weight / update, 1.0)
     return p - lr * ratio * u, exp_avg, exp_avg_sq
@@ -293,9 +301,8 @@ def StableAdamW(
     The mean is over the tensor. Wortsman et al.: Stable and low-precision training for large-scale vision-language
     models, arXiv 2304.13013.
     """
-    b1, b2 = (b * (1 - b ** (t - 1)) / (1 - b**t) for b in betas)
-    exp_avg = lerp(exp_avg, g, 1 - b1)
-    exp_avg_sq = fma((1 - b2) * g, g, b2 * exp_avg_sq)
+    corrected = [b * (1 - b ** (t - 1)) / (1 - b**t) for b in betas]
+    exp_avg, exp_avg_sq = adam_moments(exp_avg, exp_avg_sq, g, corrected)
     rms = sqrt(tensor_mean(g * g / maximum(exp_avg_sq, eps**2)))
     rate = lr / maximum(1.0, rms)
     return p * (1 - rate * weight_decay) - (rate * exp_avg) / (sqrt(exp_avg_sq) + eps), exp_avg, exp_avg_sq
