@@ -90,6 +90,8 @@ $(VENV)/.%: $(SOURCES) | $(PY)
 	@$(PY) -m pip install --quiet -c constraints.txt $(BUILD_TOOLS)
 	@$(PY) -m pip install --quiet -c constraints.txt --no-build-isolation --editable '.[$*]' -C build-dir=build/dev \
 	  -C cmake.define.FUSEDOPT_WERROR=$(strict) -C cmake.define.FUSEDOPT_SIMULATED=$(strict)
+	@# The optimizers of timm need none of its dependencies, and the index's torchvision does not fit a torch for the CPU.
+	@$(if $(filter integrations,$*),$(PY) -m pip install --quiet -c constraints.txt --no-deps timm)
 	@touch $@
 
 $(KIT)/.made: $(SOURCES) $(shell find tests bench -name '*.py') tests/gpu/kit.sh

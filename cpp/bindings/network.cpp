@@ -1,7 +1,5 @@
 // Losses and layers of a network over C-contiguous float64 or float32 arrays. Everything is checked before the first
 // write; friendlier arguments (copies of odd layouts, reductions) are python/fusedopt/losses.py's.
-#include "network/network.h"
-
 #include <pybind11/numpy.h>
 #include <pybind11/stl.h>
 
@@ -10,6 +8,7 @@
 
 #include "bindings/arrays.h"
 #include "bindings/bind.h"
+#include "network/linear.h"
 #include "rules/element.h"
 
 namespace fusedopt {
@@ -281,6 +280,94 @@ void batch_norm_backward(py::object delta, py::object normal, py::object rate, p
   run_layer(t.normal_back[a.format], a.format, s, 0, threads);
 }
 
+// A contiguous vector of int64, or of int32 where `wide` says whether; nullptr for None.
+const void* integers(py::handle object, const char* name, int64_t n, bool* wide) {
+  if (object.is_none()) return nullptr;
+  auto array = py::reinterpret_borrow<py::array>(object);
+  const bool is = py::isinstance<py::array>(object), long_ = is && array.dtype().is(py::dtype::of<int64_t>());
+  const bool short_ = is && wide && array.dtype().is(py::dtype::of<int32_t>());
+  if (!(long_ || short_) || !(array.flags() & py::array::c_style) || array.ndim() != 1 || array.shape(0) != n)
+    throw py::value_error(std::string(name) + ": expected contiguous int64" + (wide ? " or int32" : "") +
+                          " of shape (" + std::to_string(n) + ",)");
+  if (wide) *wide = long_;
+  return array.data();
+}
+
+// Raises ValueError unless n integers are in [0, limit), and do not decrease if `ascending`.
+template <class I>
+void expect_within(const void* integers, const char* name, int64_t n, int64_t limit, bool ascending = false) {
+  auto* x = static_cast<const I*>(integers);
+  for (int64_t i = 0; i < n; ++i)
+    if (x[i] < 0 || x[i] >= limit || (ascending && i && x[i] < x[i - 1]))
+      throw py::value_error(std::string(name) + ": expected integers in [0, " + std::to_string(limit) + ")" +
+                            (ascending ? " that do not decrease" : "") + ", got " + std::to_string(x[i]) +
+                            " at index " + std::to_string(i));
+}
+
+// One epoch of a linear model: (loss times weight, weight, steps, the last batch's loss, its gradient's norm or None).
+// x is a matrix; or the values of a CSR matrix of `features` columns, with its indices and indptr.
+py::tuple linear_epoch(py::object batch, py::object x, py::object indices, py::object indptr, int64_t features,
+                       py::object y, py::object weight, py::object order, py::object params, py::object grads,
+                       int64_t batch_size, int loss, double parameter, double divisor, bool intercepts, double l1,
+                       double l2, bool per_row, double proximal, const std::vector<double>& rates, double max_norm,
+                       py::object mean, const std::vector<double>& follow) {
+  const NetworkTable& t = network_table();
+  if (loss < 0 || loss >= t.n_losses) throw py::index_error("loss: no such loss");
+  if (batch_size < 1) throw py::value_error("batch_size: expected an integer >= 1");
+  Arrays a;
+  const View target = a.matrix(y, "y");
+  if (!target.data) throw py::type_error("y: expected an array, got None");
+  const int64_t n = target.shape[0], outputs = target.shape[1];
+  const bool sparse = !indptr.is_none();
+  const View in = a.take(x, "x", false);
+  if (!in.data || (sparse ? in.ndim != 1 : in.ndim != 2 || in.shape[0] != n || in.shape[1] != features))
+    throw py::value_error("x: expected one row of features for each row of y");
+  const void *columns = nullptr, *begins = nullptr;
+  bool wide = false;
+  if (sparse) {
+    bool both = false;
+    columns = integers(indices, "indices", in.size(), &wide);
+    begins = integers(indptr, "indptr", n + 1, &both);
+    if (!columns || both != wide) throw py::type_error("indices, indptr: expected arrays of one dtype");
+    (wide ? expect_within<int64_t> : expect_within<int32_t>)(columns, "indices", in.size(), features, false);
+    (wide ? expect_within<int64_t> : expect_within<int32_t>)(begins, "indptr", n + 1, in.size() + 1, true);
+  }
+  const View w = a.vector(weight, "weight", n);
+  const View p = a.vector(params, "params", (features + 1) * outputs, true);
+  const View g = a.vector(grads, "grads", (features + 1) * outputs, true);
+  const View m = a.vector(mean, "mean", (features + 1) * outputs, true);
+  if (!p.data || !g.data) throw py::type_error("params, grads: expected arrays, got None");
+  auto* rows = static_cast<const int64_t*>(integers(order, "order", n, nullptr));
+  if (rows) expect_within<int64_t>(rows, "order", n, n);
+  const size_t batches = size_t((n + batch_size - 1) / batch_size);
+  if (rates.size() < batches || (m.data && follow.size() < batches))
+    throw py::value_error("rates, follow: expected a number for each batch");
+  Step& step = checked_step(batch);
+  const std::vector<Tensor>& tensors = step.host();
+  if (step.groups.size() != 1 || tensors.size() != 1 || step.on_devices() || tensors[0].span.param != p.data ||
+      tensors[0].span.grad != g.data || tensors[0].span.n != p.size() || tensors[0].strided)
+    throw py::value_error("batch: expected one tensor, params with grads");
+  LinearEpoch epoch{};
+  epoch.x = in.data, epoch.y = target.data, epoch.weight = w.data;
+  epoch.columns = columns, epoch.begins = begins, epoch.wide = wide;
+  epoch.order = rows;
+  epoch.n = n, epoch.features = features, epoch.outputs = outputs, epoch.batch = batch_size;
+  epoch.params = p.data, epoch.grads = g.data, epoch.intercepts = intercepts;
+  epoch.loss = loss, epoch.parameter = parameter, epoch.divisor = divisor;
+  epoch.l1 = l1, epoch.l2 = l2, epoch.per_row = per_row, epoch.proximal = proximal;
+  epoch.rates = rates.data(), epoch.max_norm = max_norm, epoch.mean = m.data, epoch.follow = follow.data();
+  EpochResult r;
+  int64_t wrong;
+  {
+    py::gil_scoped_release nogil;
+    wrong = count_unfit(a.format, target.data, target.size(), t.losses[loss].targets, 1);
+    if (!wrong) r = run_linear_epoch(a.format, epoch, step);
+  }
+  if (wrong) throw py::value_error("y: expected targets that the loss allows");
+  return py::make_tuple(r.loss, r.weight, r.steps, r.last_loss,
+                        r.norm < 0 ? py::object(py::none()) : py::float_(r.norm));
+}
+
 }  // namespace
 
 void bind_losses(py::module_& m) {
@@ -303,6 +390,10 @@ void bind_losses(py::module_& m) {
         "normal"_a, "out"_a, "eps"_a, "threads"_a, "Normalises the columns over the rows.");
   m.def("batch_norm_backward", &batch_norm_backward, "delta"_a, "normal"_a, "rate"_a, "gain"_a, "gain_grad"_a,
         "shift_grad"_a, "threads"_a, "The way back of batch_norm_forward.");
+  m.def("linear_epoch", &linear_epoch, "batch"_a, "x"_a, "indices"_a, "indptr"_a, "features"_a, "y"_a, "weight"_a,
+        "order"_a, "params"_a, "grads"_a, "batch_size"_a, "loss"_a, "parameter"_a, "divisor"_a, "intercepts"_a, "l1"_a,
+        "l2"_a, "per_row"_a, "proximal"_a, "rates"_a, "max_norm"_a, "mean"_a, "follow"_a,
+        "One epoch of a linear model; returns loss times weight, weight, steps, the last batch's loss and norm.");
 }
 
 }  // namespace fusedopt

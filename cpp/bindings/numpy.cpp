@@ -165,6 +165,11 @@ class Batch {
     checked_ = layout_;
   }
 
+  Step& checked_step() {
+    check(true);
+    return step_;
+  }
+
   // One step over all that was added; the global gradient norm if max_norm > 0, else None.
   py::object run(double max_norm, int threads) {
     check(true);
@@ -355,6 +360,8 @@ void update(int kernel, std::vector<double> hyper, bool maximize, py::tuple name
 }
 
 }  // namespace
+
+Step& checked_step(py::handle batch) { return batch.cast<Batch&>().checked_step(); }
 
 void bind_batch(py::module_& m) {
   py::class_<Extras>(m, "Extras", "What a group has beyond its rule's own arrays, and how it rounds.")

@@ -17,7 +17,9 @@ constexpr NetworkTable network = {element_losses,
                                   FUSEDOPT_BOTH(column_squares),
                                   FUSEDOPT_BOTH(normalize),
                                   FUSEDOPT_BOTH(normal_sums),
-                                  FUSEDOPT_BOTH(normal_back)};
+                                  FUSEDOPT_BOTH(normal_back),
+                                  FUSEDOPT_BOTH(products),
+                                  FUSEDOPT_BOTH(products_back)};
 
 }  // namespace
 

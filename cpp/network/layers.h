@@ -1,5 +1,6 @@
 // The loops of a network's layers between the matrix products: bias and activation, their gradients, dropout, batch
-// normalisation. Each call handles some rows; network.cpp splits the rows and adds the sums.
+// normalisation. Each call handles some rows; network.cpp splits the rows and adds the sums. Also the matrix products
+// of linear models with few weights; all others are BLAS's.
 #pragma once
 #include "network/functions.h"
 #include "network/network.h"
@@ -169,6 +170,36 @@ void normal_back(const LayerSpan& s) {
     auto* out = static_cast<T*>(s.out) + r * s.columns;
     FUSEDOPT_INDEPENDENT
     for (int64_t c = 0; c < s.columns; ++c) out[c] = rate[c] * (delta[c] - mean[c] - normal[c] * slope[c]);
+  }
+}
+
+template <class T>
+void products(const ProductSpan& s, const void* weights, void* to) {
+  auto *x = static_cast<const T*>(s.x), *w = static_cast<const T*>(weights);
+  auto* out = static_cast<T*>(to);
+  for (int64_t r = 0; r < s.rows; ++r)
+    for (int64_t o = 0; o < s.outputs; ++o) {
+      const T *a = x + r * s.width, *b = w + o * s.width;
+      T part[kProductLanes] = {};
+      for (int64_t c = 0; c < s.width; c += kProductLanes)
+        for (int k = 0; k < kProductLanes; ++k) part[k] += a[c + k] * b[c + k];
+      out[r * s.outputs + o] =
+          ((part[0] + part[4]) + (part[2] + part[6])) + ((part[1] + part[5]) + (part[3] + part[7]));
+    }
+}
+
+template <class T>
+void products_back(const ProductSpan& s, const void* deltas, void* to) {
+  auto *x = static_cast<const T*>(s.x), *delta = static_cast<const T*>(deltas);
+  for (int64_t o = 0; o < s.outputs; ++o) {
+    T* out = static_cast<T*>(to) + o * s.width;
+    for (int64_t c = 0; c < s.width; ++c) out[c] = T(0);
+    for (int64_t r = 0; r < s.rows; ++r) {
+      const T d = delta[r * s.outputs + o];
+      const T* row = x + r * s.width;
+      FUSEDOPT_INDEPENDENT
+      for (int64_t c = 0; c < s.width; ++c) out[c] += d * row[c];
+    }
   }
 }
 

@@ -12,6 +12,7 @@ constexpr int kNumbers = 2;            // kF64, kF32
 constexpr int64_t kLossBlock = 4096;   // elements per partial sum of losses
 constexpr int64_t kColumnBlock = 256;  // rows per partial sum of columns
 constexpr int64_t kLossTile = 512;
+constexpr int64_t kProductLanes = 8;  // partial sums of a product
 
 // The values that targets may have.
 enum Targets : int { kAnyTarget, kZeroToOne, kPlusMinusOne, kNotNegative };
@@ -63,6 +64,13 @@ struct LayerSpan {
   int64_t rows, columns;
 };
 
+// Products of the rows of a small batch with few weights. Rows of x and of w have `width` elements, a multiple of
+// kProductLanes: the last may be padding, zeros in both.
+struct ProductSpan {
+  const void* x;
+  int64_t rows, width, outputs;
+};
+
 struct NetworkTable {
   const ElementLoss* losses;
   int n_losses;
@@ -79,6 +87,10 @@ struct NetworkTable {
   void (*normalize[kNumbers])(const LayerSpan&);       // more = (in - a) b, out = more c + d
   void (*normal_sums[kNumbers])(const LayerSpan&);     // of in, then of in * other
   void (*normal_back[kNumbers])(const LayerSpan&);     // out = a (in - b - other c)
+  // out[row, output] = sum over columns of x[row, column] w[output, column]
+  void (*products[kNumbers])(const ProductSpan&, const void* w, void* out);
+  // out[output, column] = sum over rows of x[row, column] delta[row, output]
+  void (*products_back[kNumbers])(const ProductSpan&, const void* delta, void* out);
 };
 
 // The table of the instruction set in use.

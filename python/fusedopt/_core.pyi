@@ -174,6 +174,33 @@ def batch_norm_backward(
 ) -> None:
     """The way back of batch_norm_forward."""
 
+def linear_epoch(
+    batch: Batch,
+    x: Any,
+    indices: Any,
+    indptr: Any,
+    features: int,
+    y: Any,
+    weight: Any,
+    order: Any,
+    params: Any,
+    grads: Any,
+    batch_size: int,
+    loss: int,
+    parameter: float,
+    divisor: float,
+    intercepts: bool,
+    l1: float,
+    l2: float,
+    per_row: bool,
+    proximal: float,
+    rates: Sequence[float],
+    max_norm: float,
+    mean: Any,
+    follow: Sequence[float],
+) -> tuple[float, float, int, float, float | None]:
+    """One epoch of a linear model; returns loss times weight, weight, steps, the last batch's loss and norm."""
+
 class Batch:
     """Tensors to be updated together, given as arrays."""
 

@@ -362,19 +362,34 @@ class Optimizer:
             TypeError, ValueError, IndexError: as the in-place functions, before anything is written.
             RuntimeError: another thread is running this optimizer's step.
         """
-        if not self._free.acquire(blocking=False):
-            raise RuntimeError("step() of this optimizer is already running in another thread")
+        states = self._open(grads)
         try:
-            max_norm = check_max_grad_norm(self.max_grad_norm) or 0.0
-            self._batch.clear()
-            advanced: list[dict[str, Any]] = []
-            self._add_all(self._flat(grads), advanced)
-            self.last_grad_norm = self._batch.run(max_norm, get_num_threads())
-            for state in advanced:
+            self.last_grad_norm = self._batch.run(check_max_grad_norm(self.max_grad_norm) or 0.0, get_num_threads())
+            for state in states:
                 state["step"] += 1
         finally:
+            self._close()
+
+    def _open(self, grads: Any) -> list[dict[str, Any]]:
+        """Fills the batch, for one step or several, until :meth:`_close`. Returns the states that the steps update."""
+        if not self._free.acquire(blocking=False):
+            raise RuntimeError("step() of this optimizer is already running in another thread")
+        states: list[dict[str, Any]] = []
+        try:
             self._batch.clear()
-            self._free.release()
+            self._add_all(self._flat(grads), states)
+        except BaseException:
+            self._close()
+            raise
+        return states
+
+    def _close(self) -> None:
+        self._batch.clear()
+        self._free.release()
+
+    def _has_timed_options(self) -> bool:
+        """Whether an option other than the learning rate is a function of the step."""
+        return any(_is_timed(group[name]) for group in self.param_groups for name in self._timed if name != "lr")
 
     def _add_all(self, grads: list[Any], advanced: list[dict[str, Any]]) -> None:
         start = 0

@@ -1,4 +1,4 @@
-"""Update rules beyond the built-in ones, each written with :mod:`fusedopt.rule` in a few lines.
+"""Update rules written with :mod:`fusedopt.rule`, in addition to the built-in ones.
 
     >>> import numpy as np
     >>> from fusedopt.zoo import Adan
@@ -6,7 +6,7 @@
     >>> opt = Adan.numpy(w, lr=0.1)
     >>> opt.step(np.ones(3, np.float32))
 
-``Adan.torch`` is the class for torch. Read the source for examples of rules.
+``Adan.torch`` is the class for torch. The source serves as an example of rules.
 """
 
 from __future__ import annotations
@@ -29,6 +29,24 @@ from .rule import (
 )
 
 __all__ = ["ASGD", "LAMB", "LARS", "MARS", "Adan", "CautiousAdamW", "CautiousLion", "Rprop", "StableAdamW"]
+
+
+def adam_moments(exp_avg: Any, exp_avg_sq: Any, g: Any, betas: Any) -> Any:
+    """Adam's moving averages of the gradient and of its square."""
+    b1, b2 = betas
+    return lerp(exp_avg, g, 1 - b1), fma((1 - b2) * g, g, b2 * exp_avg_sq)
+
+
+def adam_update(exp_avg: Any, exp_avg_sq: Any, t: Any, lr: Any, betas: Any, eps: Any) -> Any:
+    """Adam's update with bias correction, times the learning rate."""
+    b1, b2 = betas
+    return (lr / (1 - b1**t) * exp_avg) / fma(sqrt(exp_avg_sq), 1 / sqrt(1 - b2**t), eps)
+
+
+def cautious(update: Any, direction: Any, g: Any) -> Any:
+    """The update where ``direction`` has the gradient's sign, else 0; and the share of such elements, at least 1e-3."""
+    agrees = direction * g > 0
+    return where(agrees, update, 0.0), maximum(tensor_mean(agrees), 1e-3)
 
 
 @rule(lr=1e-3, betas=(0.98, 0.92, 0.99), eps=1e-8, weight_decay=0.0)
@@ -55,8 +73,8 @@ def Adan(
         \theta_t &= \frac{1}{1 + \gamma \lambda} \left(\theta_{t-1} - \gamma
             \frac{\hat m_t + \beta_2 \hat v_t}{\sqrt{\hat n_t} + \epsilon}\right)
 
-    Xie, Zhou, Li, Lin, Yan: Adan, arXiv 2208.06677. The betas are those of the authors' code, one minus the paper's,
-    and as there the averages are corrected for their start at 0.
+    Xie, Zhou, Li, Lin, Yan: Adan, arXiv 2208.06677. The betas are those of the authors' code: one minus the paper's.
+    As in that code, bias correction is applied to the averages.
     """
     b1, b2, b3 = betas
     diff = where(t == 1, 0.0, g - previous_grad)
@@ -82,7 +100,7 @@ def ASGD(
     t0: Any,
     weight_decay: Any,
 ) -> Any:
-    r"""Averaged stochastic gradient descent. The average of the parameters, from step t0 on, is the state ``ax``.
+    r"""Averaged stochastic gradient descent. The state ``ax`` is the average of the parameters from step t0 on.
 
     .. math::
         \gamma_t &= \gamma / (1 + \lambda \gamma (t - 1))^\alpha, \qquad \mu_t = 1 / \max(1, t - 1 - t_0) \\
@@ -90,7 +108,7 @@ def ASGD(
             a_t = a_{t-1} + \mu_t (\theta_t - a_{t-1})
 
     Polyak, Juditsky: Acceleration of stochastic approximation by averaging, SIAM J. Control Optim. 30 (1992). The
-    options are those of ``torch.optim.ASGD``; weight_decay is added to the gradient.
+    options are those of ``torch.optim.ASGD``. weight_decay is an L2 penalty: it is added to the gradient.
     """
     g = where(weight_decay != 0, g + weight_decay * p, g)
     rate = lr / (1 + lambd * lr * (t - 1)) ** alpha
@@ -109,10 +127,10 @@ def Rprop(
     etas: Any,
     step_sizes: Any,
 ) -> Any:
-    """Rprop: steps of a size that grows while the gradient's sign stays, and shrinks when it turns.
+    """Rprop: the step size of an element grows while its gradient keeps its sign, and shrinks when the sign changes.
 
     Riedmiller, Braun: A direct adaptive method for faster backpropagation learning (ICNN 1993). The options are
-    those of ``torch.optim.Rprop``; ``lr`` is the first size of a step. For gradients of the whole data set, not of
+    those of ``torch.optim.Rprop``; ``lr`` is the initial step size. Use it with gradients of the whole data set, not of
     mini-batches.
     """
     turned = g * prev
@@ -135,7 +153,7 @@ def CautiousAdamW(
     eps: Any,
     weight_decay: Any,
 ) -> Any:
-    r"""AdamW that moves only where the step agrees with the gradient's sign.
+    r"""AdamW that updates only the elements whose update has the sign of the gradient.
 
     .. math::
         u_t &= \hat m_t / (\sqrt{\hat v_t} + \epsilon), \qquad c_t = [u_t g_t > 0] \\
@@ -143,19 +161,14 @@ def CautiousAdamW(
 
     The mean is over the tensor. Liang, Chen, Liu, Liu: Cautious Optimizers, arXiv 2411.16085.
     """
-    b1, b2 = betas
-    exp_avg = lerp(exp_avg, g, 1 - b1)
-    exp_avg_sq = fma((1 - b2) * g, g, b2 * exp_avg_sq)
-    agrees = exp_avg * g > 0
-    step = (lr / (1 - b1**t) * exp_avg) / fma(sqrt(exp_avg_sq), 1 / sqrt(1 - b2**t), eps)
-    kept = where(agrees, step, 0.0)
-    p = p * (1 - lr * weight_decay) - kept * (1 / maximum(tensor_mean(agrees), 1e-3))
-    return p, exp_avg, exp_avg_sq
+    exp_avg, exp_avg_sq = adam_moments(exp_avg, exp_avg_sq, g, betas)
+    kept, share = cautious(adam_update(exp_avg, exp_avg_sq, t, lr, betas, eps), exp_avg, g)
+    return p * (1 - lr * weight_decay) - kept * (1 / share), exp_avg, exp_avg_sq
 
 
 @rule(lr=1e-4, betas=(0.9, 0.99), weight_decay=0.0)
 def CautiousLion(p: Any, g: Any, exp_avg: Any = state(), *, lr: Any, betas: Any, weight_decay: Any) -> Any:
-    r"""Lion that moves only where the step agrees with the gradient's sign; see :data:`CautiousAdamW`.
+    r"""Lion that updates only the elements whose update has the sign of the gradient; see :data:`CautiousAdamW`.
 
     .. math::
         u_t &= \operatorname{sign}(\beta_1 m_{t-1} + (1 - \beta_1) g_t), \qquad c_t = [u_t g_t > 0] \\
@@ -164,11 +177,9 @@ def CautiousLion(p: Any, g: Any, exp_avg: Any = state(), *, lr: Any, betas: Any,
 
     Liang, Chen, Liu, Liu: Cautious Optimizers, arXiv 2411.16085.
     """
-    step = sign(lerp(exp_avg, g, 1 - betas[0]))
-    agrees = step * g > 0
-    kept = where(agrees, step, 0.0)
-    p = p * (1 - lr * weight_decay) - lr / maximum(tensor_mean(agrees), 1e-3) * kept
-    return p, lerp(exp_avg, g, 1 - betas[1])
+    update = sign(lerp(exp_avg, g, 1 - betas[0]))
+    kept, share = cautious(update, update, g)
+    return p * (1 - lr * weight_decay) - lr / share * kept, lerp(exp_avg, g, 1 - betas[1])
 
 
 @rule(lr=3e-3, betas=(0.95, 0.99), eps=1e-8, weight_decay=0.0, gamma=0.025, max_norm=1.0)
@@ -187,7 +198,7 @@ def MARS(
     gamma: Any,
     max_norm: Any,
 ) -> Any:
-    r"""MARS-AdamW: AdamW on a gradient whose variance is reduced by its difference from the one before.
+    r"""MARS-AdamW: AdamW with variance reduction by the difference from the previous gradient.
 
     .. math::
         c_t &= g_t + \gamma \frac{\beta_1}{1 - \beta_1} (g_t - g_{t-1}), \qquad
@@ -196,16 +207,15 @@ def MARS(
             v_t = \beta_2 v_{t-1} + (1 - \beta_2) \tilde c_t^2 \\
         \theta_t &= (1 - \eta \lambda) \theta_{t-1} - \eta \hat m_t / (\sqrt{\hat v_t} + \epsilon)
 
-    The norm is that of the tensor. Yuan, Liu, Wu, Zhou, Gu: MARS, arXiv 2411.10438, in its approximate form, which
-    takes the last step's gradient as it was.
+    The norm is that of the tensor. Yuan, Liu, Wu, Zhou, Gu: MARS, arXiv 2411.10438, in the approximate form, which
+    uses the gradient of the previous step as computed then.
     """
-    b1, b2 = betas
+    b1 = betas[0]
     c = where(t == 1, g, g + gamma * b1 / (1 - b1) * (g - previous_grad))
     c = c * (1 / maximum(1.0, tensor_norm(c) / max_norm))
-    exp_avg = lerp(exp_avg, c, 1 - b1)
-    exp_avg_sq = fma((1 - b2) * c, c, b2 * exp_avg_sq)
-    step = (lr / (1 - b1**t) * exp_avg) / fma(sqrt(exp_avg_sq), 1 / sqrt(1 - b2**t), eps)
-    return p * (1 - lr * weight_decay) - step, exp_avg, exp_avg_sq, g
+    exp_avg, exp_avg_sq = adam_moments(exp_avg, exp_avg_sq, c, betas)
+    update = adam_update(exp_avg, exp_avg_sq, t, lr, betas, eps)
+    return p * (1 - lr * weight_decay) - update, exp_avg, exp_avg_sq, g
 
 
 @rule(lr=1e-3, betas=(0.9, 0.999), eps=1e-6, weight_decay=0.0)
@@ -221,19 +231,17 @@ def LAMB(
     eps: Any,
     weight_decay: Any,
 ) -> Any:
-    r"""LAMB: Adam whose step is as long as the tensor of parameters, times the learning rate.
+    r"""LAMB: Adam with an update whose norm is that of the parameter tensor, times the learning rate.
 
     .. math::
         u_t &= \hat m_t / (\sqrt{\hat v_t} + \epsilon) + \lambda \theta_{t-1} \\
         \theta_t &= \theta_{t-1} - \gamma \frac{\|\theta_{t-1}\|}{\|u_t\|} u_t
 
-    The ratio is 1 where one of the norms is 0. You et al.: Large Batch Optimization for Deep Learning, arXiv
+    The ratio is 1 if one of the norms is 0. You et al.: Large Batch Optimization for Deep Learning, arXiv
     1904.00962.
     """
-    b1, b2 = betas
-    exp_avg = lerp(exp_avg, g, 1 - b1)
-    exp_avg_sq = fma((1 - b2) * g, g, b2 * exp_avg_sq)
-    u = (1 / (1 - b1**t) * exp_avg) / fma(sqrt(exp_avg_sq), 1 / sqrt(1 - b2**t), eps) + weight_decay * p
+    exp_avg, exp_avg_sq = adam_moments(exp_avg, exp_avg_sq, g, betas)
+    u = adam_update(exp_avg, exp_avg_sq, t, 1, betas, eps) + weight_decay * p
     weight, update = tensor_norm(p), tensor_norm(u)
     ratio = where((weight > 0) & (update > 0), weight / update, 1.0)
     return p - lr * ratio * u, exp_avg, exp_avg_sq
@@ -251,13 +259,13 @@ def LARS(
     trust_coefficient: Any,
     eps: Any,
 ) -> Any:
-    r"""LARS: momentum with a learning rate for each tensor, by the ratio of its norm to its gradient's.
+    r"""LARS: momentum with a learning rate per tensor, proportional to the ratio of its norm to that of its gradient.
 
     .. math::
         r_t &= \eta \frac{\|\theta_{t-1}\|}{\|g_t\| + \lambda \|\theta_{t-1}\| + \epsilon} \\
         b_t &= \mu b_{t-1} + \gamma r_t (g_t + \lambda \theta_{t-1}), \qquad \theta_t = \theta_{t-1} - b_t
 
-    r is 1 where one of the norms is 0. You, Gitman, Ginsburg: Large Batch Training of Convolutional Networks, arXiv
+    r is 1 if one of the norms is 0. You, Gitman, Ginsburg: Large Batch Training of Convolutional Networks, arXiv
     1708.03888.
     """
     weight, grad = tensor_norm(p), tensor_norm(g)
@@ -280,7 +288,7 @@ def StableAdamW(
     eps: Any,
     weight_decay: Any,
 ) -> Any:
-    r"""StableAdamW: AdamW with AdaFactor's update clipping: steps that are large for their tensor are shortened.
+    r"""StableAdamW: AdamW with AdaFactor's update clipping, which limits the RMS of a tensor's update.
 
     .. math::
         \beta_{i,t} &= \beta_i (1 - \beta_i^{t-1}) / (1 - \beta_i^t) \\
@@ -293,9 +301,8 @@ def StableAdamW(
     The mean is over the tensor. Wortsman et al.: Stable and low-precision training for large-scale vision-language
     models, arXiv 2304.13013.
     """
-    b1, b2 = (b * (1 - b ** (t - 1)) / (1 - b**t) for b in betas)
-    exp_avg = lerp(exp_avg, g, 1 - b1)
-    exp_avg_sq = fma((1 - b2) * g, g, b2 * exp_avg_sq)
+    corrected = [b * (1 - b ** (t - 1)) / (1 - b**t) for b in betas]
+    exp_avg, exp_avg_sq = adam_moments(exp_avg, exp_avg_sq, g, corrected)
     rms = sqrt(tensor_mean(g * g / maximum(exp_avg_sq, eps**2)))
     rate = lr / maximum(1.0, rms)
     return p * (1 - rate * weight_decay) - (rate * exp_avg) / (sqrt(exp_avg_sq) + eps), exp_avg, exp_avg_sq

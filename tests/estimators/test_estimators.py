@@ -24,7 +24,7 @@ from sklearn.utils.estimator_checks import estimator_checks_generator
 
 from fusedopt import estimators
 from fusedopt.estimators import LinearClassifier, LinearRegressor, MLPClassifier, MLPRegressor
-from fusedopt.estimators._network import Network, element_loss, softmax_loss
+from fusedopt.estimators._network import ElementLoss, Network, softmax_loss
 from fusedopt.rules import RULES
 
 Array = np.ndarray[Any, Any]
@@ -263,7 +263,7 @@ def test_running_statistics_follow_the_batch_as_torchs_do() -> None:
     net = Network([4, 3, 1], "relu", np.float64, batch_norm=True)
     net.initialize(np.random.RandomState(0))
     z = x @ net.weights[0]
-    net.loss_and_gradient(x, np.zeros((6, 1)), None, element_loss("mse"), 1.0)
+    net.loss_and_gradient(x, np.zeros((6, 1)), None, ElementLoss("mse"), 1.0)
     np.testing.assert_allclose(net.means[0], 0.1 * z.mean(0))
     np.testing.assert_allclose(net.variances[0], 0.9 + 0.1 * z.var(0, ddof=1))
 
@@ -653,7 +653,7 @@ def test_a_network_of_a_loss_by_name_is_that_loss() -> None:
     p, y = rng.standard_normal((9, 2)), rng.standard_normal((9, 2))
     gradient = np.empty_like(p)
     for name, parameter in itertools.product(("mse", "huber"), (0.5,)):
-        value = element_loss(name, parameter)(p, y, None, gradient, 1.0)
+        value = ElementLoss(name, parameter)(p, y, None, gradient, 1.0)
         extra = {"delta": parameter} if name == "huber" else {}
         want = getattr(losses, name)(p, y, reduction="sum", **extra)
         assert value == want[0]

@@ -26,9 +26,10 @@ from helpers import engine
 
 pytest.importorskip("sklearn")
 
+import scipy.sparse
 import threadpoolctl
 from sklearn.base import clone
-from sklearn.datasets import load_breast_cancer, load_diabetes, load_digits
+from sklearn.datasets import load_breast_cancer, load_diabetes, load_digits, load_wine
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.preprocessing import StandardScaler
@@ -85,7 +86,7 @@ def test_tol_stops_when_the_loss_no_longer_falls(make: Any, digits: tuple[Array,
     model = make(tol=1e3, n_iter_no_change=4, random_state=0, momentum=0.9 if mlp else 0.0).fit(*digits)
     assert model.n_iter_ == 4 + 1 + mlp  # the first epoch is better than none; scikit-learn's networks wait one more
     if not mlp:  # oscillations of momentum are tolerated: 100 steps, 9 per epoch
-        assert make(tol=1e3, n_iter_no_change=4, random_state=0).fit(*digits).n_iter_ == 12 + 1
+        assert make(tol=1e3, n_iter_no_change=4, random_state=0, batch_size=200).fit(*digits).n_iter_ == 12 + 1
     never = make(tol=None, max_iter=30, random_state=0).fit(*digits)
     assert never.n_iter_ == 30
 
@@ -362,7 +363,7 @@ def test_an_interrupted_fit_goes_on_to_the_same_bits(
 KILLED = """
 import sys, warnings, numpy as np
 warnings.simplefilter("ignore")
-from sklearn.datasets import load_breast_cancer, load_diabetes, load_digits
+from sklearn.datasets import load_breast_cancer, load_diabetes, load_digits, load_wine
 from fusedopt.estimators import MLPClassifier
 x, y = load_digits(return_X_y=True)
 model = MLPClassifier((64,), max_iter=60, batch_size=32, tol=None, dropout=0.2, random_state=3,
@@ -650,3 +651,118 @@ def test_later_batches_may_have_another_dtype(make: Any, first: Any, later: Any,
     assert_same(model, same)
     warm = make(random_state=0, warm_start=True, max_iter=2, tol=None).fit(x.astype(first), y)
     assert warm.fit(x.astype(later), y)._fitted.net.dtype == first
+
+
+LINEAR_SETTINGS: list[dict[str, Any]] = [
+    {},
+    {"batch_size": 50, "penalty": "elasticnet", "alpha": 0.01},
+    {"batch_size": 7, "shuffle": False, "momentum": 0.0, "penalty": None},
+    {"batch_size": 33, "average": True},
+    {"batch_size": 33, "average": 40, "fit_intercept": False},
+    {"batch_size": 64, "ema_decay": 0.9, "max_grad_norm": 0.1},
+    {"batch_size": 64, "solver": "nadam", "learning_rate": lambda step: 0.01 / (1 + step)},
+    {"batch_size": 64, "solver": "adamw", "learning_rate": "adaptive", "l1": 0.01},
+    {"batch_size": 64, "solver": lambda params: fusedopt.Adam(params, lr=lambda step: 0.1 / (1 + step))},
+    {"batch_size": "full", "early_stopping": True},
+]
+
+
+@pytest.mark.parametrize("settings", LINEAR_SETTINGS, ids=lambda settings: ",".join(settings) or "defaults")
+@pytest.mark.parametrize("make", [LinearClassifier, LinearRegressor])
+def test_an_epoch_in_the_core_trains_as_one_step_after_another(
+    make: Any, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their products are rounded differently, so the last bits are not the same."""
+    x, y = load_wine(return_X_y=True) if make is LinearClassifier else load_diabetes(return_X_y=True)
+    x = StandardScaler().fit_transform(x)
+    if callable(settings.get("solver")):
+        settings = {**settings, "learning_rate": "constant"}
+    weight = np.where(np.arange(len(x)) % 3, 1.0, 2.5)
+    weight[:7] = 0
+    for sample_weight in (None, weight):
+        fits = {}
+        for small in (0, 10**9):
+            monkeypatch.setattr("fusedopt.estimators._fit.SMALL_BATCH", small)
+            model = make(random_state=0, max_iter=7, tol=None, **settings).fit(x, y, sample_weight=sample_weight)
+            if not model.early_stopping:
+                model.partial_fit(x[:90], y[:90])
+            fits[small] = model
+        stepwise, core = fits.values()
+        np.testing.assert_allclose(core.coef_, stepwise.coef_, rtol=1e-7, atol=1e-9)
+        np.testing.assert_allclose(core.intercept_, stepwise.intercept_, rtol=1e-7, atol=1e-9)
+        assert core.history_.keys() == stepwise.history_.keys()
+        for name in core.history_.keys() - {"seconds"}:
+            np.testing.assert_allclose(core.history_[name], stepwise.history_[name], rtol=1e-7)
+        ours, theirs = (m._fitted.opt.state_dict() for m in (core, stepwise))
+        assert ours.keys() == theirs.keys()
+        assert ours["state.0.step"] == theirs["state.0.step"] > 0
+        monkeypatch.setattr("fusedopt.estimators._fit.SMALL_BATCH", 10**9)
+        for index in (np.int32, np.int64):
+            rows = scipy.sparse.csr_array(np.where(np.abs(x) < 0.5, 0, x))
+            rows.indices, rows.indptr = rows.indices.astype(index), rows.indptr.astype(index)
+            sparse, dense = (
+                make(random_state=0, max_iter=3, tol=None, **settings).fit(part, y, sample_weight=sample_weight)
+                for part in (rows, rows.toarray())
+            )
+            for ours, theirs in zip(
+                params(sparse), params(dense), strict=True
+            ):  # the initial rates are not the same bits
+                np.testing.assert_allclose(ours, theirs, rtol=1e-9, atol=1e-12)
+
+
+def test_an_epoch_in_the_core_is_what_small_linear_models_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: Any) -> None:
+        raise AssertionError("a step from Python")
+
+    monkeypatch.setattr("fusedopt.estimators._fit.Fit._one_step", refuse)
+    x, y = load_breast_cancer(return_X_y=True)
+    x = StandardScaler().fit_transform(x)
+    for settings in LINEAR_SETTINGS[:7]:
+        LinearClassifier(max_iter=2, **settings).fit(x, y)
+        LinearRegressor(max_iter=2, **settings).fit(x.astype(np.float32), y)
+    with pytest.raises(AssertionError, match="a step from Python"):
+        LinearClassifier(max_iter=2, augment=Noise(0.1)).fit(x, y)
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.float32])
+def test_small_linear_models_have_the_same_bits_on_every_processor(dtype: Any) -> None:
+    x, y = load_wine(return_X_y=True)
+    x = StandardScaler().fit_transform(x).astype(dtype)
+
+    def fitted() -> list[bytes]:
+        model = LinearClassifier("log_loss", penalty="elasticnet", random_state=0, max_iter=5, average=True).fit(x, y)
+        return [model.coef_.tobytes(), model.intercept_.tobytes(), model.history_["loss"].tobytes()]
+
+    with engine("baseline", 1):
+        want = fitted()
+    for isa in fusedopt.isas():
+        for threads in (1, 3):
+            with engine(isa, threads):
+                assert fitted() == want
+
+
+@pytest.mark.parametrize("batch_size", ["auto", 20])
+def test_a_linear_fit_that_diverges_says_at_which_step(batch_size: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    x, y = load_diabetes(return_X_y=True)
+    messages = []
+    for small in (0, 10**9):
+        monkeypatch.setattr("fusedopt.estimators._fit.SMALL_BATCH", small)
+        model = LinearRegressor(learning_rate=lambda step: 1.0 if step < 30 else 1e200, batch_size=batch_size)
+        with pytest.raises(
+            ValueError, match=r"the loss is (inf|nan) at step 3\d \(epoch \d\): the fit diverges"
+        ) as error:
+            model.fit(x, y)
+        messages.append(str(error.value))
+    assert messages[0] == messages[1]
+
+
+def test_a_schedule_that_returns_no_learning_rate_is_refused(digits: tuple[Array, Array]) -> None:
+    for rate in (-1.0, float("nan")):
+        with pytest.raises(ValueError, match="lr"):
+            LinearClassifier(learning_rate=lambda step, rate=rate: rate).fit(digits[0][:, :20].copy(), digits[1] > 4)
+
+
+def test_small_tables_are_trained_in_small_batches() -> None:
+    for n, size in ((10, 10), (64, 64), (65, 16), (640, 20), (6400, 200), (10**6, 200)):
+        assert LinearRegressor()._batch_size(n) == LinearClassifier()._batch_size(n) == size
+    assert LinearClassifier("perceptron")._batch_size(640) == 200

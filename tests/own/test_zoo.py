@@ -1,5 +1,6 @@
 """The rules of `fusedopt.zoo`: against other implementations, and in a small training."""
 
+import importlib.util
 from typing import Any
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 
 import fusedopt
 from fusedopt import zoo
+from fusedopt.bench.peers import ZOO, module_alone
 from fusedopt.rule import OwnRule, RuleError, rule, scalar, state, tensor_mean, tensor_norm, tensor_sum, where
 from helpers import engine, label
 
@@ -64,26 +66,29 @@ def test_torch_has_the_same_rule(name: str, options: dict[str, Any], dtype: str)
             torch.testing.assert_close(a.state[p][key], b.state[q][key], rtol=1e-5, atol=1e-6)
 
 
-# Rule -> a package, its class, the options of the rule, and those of the class that differ.
+# Rule, module and class of another implementation, options of both, and those of the class alone.
 THEIRS: list[tuple[str, str, str, dict[str, Any], dict[str, Any]]] = [
-    ("Adan", "timm.optim", "Adan", {}, {}),
-    ("Adan", "timm.optim", "Adan", {"weight_decay": 0.1}, {}),
-    ("CautiousAdamW", "timm.optim", "AdamWLegacy", {"weight_decay": 0.1}, {"caution": True}),
-    ("CautiousLion", "timm.optim", "Lion", {"weight_decay": 0.1}, {"caution": True}),
-    ("LAMB", "timm.optim", "Lamb", {"weight_decay": 0.1}, {"max_grad_norm": None}),
-    ("LARS", "timm.optim", "Lars", {"weight_decay": 0.1, "momentum": 0.9}, {}),
-    ("MARS", "timm.optim", "Mars", {"weight_decay": 0.1, "betas": (0.95, 0.99)}, {}),
-    ("StableAdamW", "optimi", "StableAdamW", {"weight_decay": 0.1}, {}),
+    *((name, *one) for name, one in ZOO.items() if one[0] != "torch.optim"),
+    ("Adan", "timm.optim.adan", "Adan", {}, {}),
     ("StableAdamW", "pytorch_optimizer", "StableAdamW", {"weight_decay": 0.1, "eps": 1e-8}, {}),
 ]
 
 
+@pytest.mark.integration(
+    "`fusedopt.zoo`",
+    "the parameters after ten steps of other implementations",
+    "timm",
+    "pytorch_optimizer",
+    "torch-optimi",
+)
 @pytest.mark.parametrize(("name", "package", "theirs", "options", "more"), THEIRS, ids=label)
 def test_another_implementation_gives_the_same(
     name: str, package: str, theirs: str, options: dict[str, Any], more: dict[str, Any]
 ) -> None:
     torch: Any = pytest.importorskip("torch")
-    module: Any = pytest.importorskip(package)
+    if importlib.util.find_spec(package.split(".")[0]) is None:
+        pytest.skip(f"needs {package}")
+    module = module_alone(package)
     torch.manual_seed(0)
     ours = [torch.randn(s, dtype=torch.float64, requires_grad=True) for s in ((7, 6), (9, 20))]
     others = [p.detach().clone().requires_grad_() for p in ours]

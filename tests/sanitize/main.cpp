@@ -19,7 +19,7 @@
 
 #include "cpu/dispatch.h"
 #include "cpu/programs.h"
-#include "network/network.h"
+#include "network/linear.h"
 #include "rules/update.h"
 #include "step/step.h"
 #include "step/threads.h"
@@ -562,6 +562,64 @@ std::vector<char> losses_and_layers(Format f, int64_t rows, int64_t columns, int
   return result;
 }
 
+// Two epochs of a linear model: its parameters, their average and the results.
+std::vector<char> linear_epochs(Format f, int64_t rows, int64_t features, int64_t outputs, int64_t batch) {
+  Random r{11};
+  const int64_t n = (features + 1) * outputs;
+  Block x(f, rows * features, 0, r), y(f, rows * outputs, 0, r), weight(f, rows, 0, r);
+  Block params(f, n, 0, r), grads(f, n, 0, r), mean(f, n, 0, r), velocity(f, n, 0, r);
+  int rule = 0;
+  while (rule_of(rule).n_states != 1 || find_kernel(rule, {f, f, f, kNoMaster, false, false}).form < 0) ++rule;
+  Tensor tensor{};
+  tensor.kernel = find_kernel(rule, {f, f, f, kNoMaster, false, false});
+  tensor.span.param = params.data();
+  tensor.span.grad = grads.data();
+  tensor.span.state[0] = velocity.data();
+  tensor.span.n = n;
+  Step step;
+  step.groups = {group_of(rule_of(rule), false)};
+  step.add(tensor);
+  std::vector<int64_t> order(static_cast<size_t>(rows));
+  for (size_t i = 0; i < order.size(); ++i) order[i] = int64_t(order.size() - 1 - i);
+  const std::vector<double> rates(order.size(), 0.01), follow(order.size(), 0.5);
+  LinearEpoch epoch{};
+  epoch.x = x.data(), epoch.y = y.data(), epoch.params = params.data(), epoch.grads = grads.data();
+  epoch.n = rows, epoch.features = features, epoch.outputs = outputs, epoch.batch = batch;
+  epoch.intercepts = true;
+  epoch.divisor = 2, epoch.l1 = 0.1, epoch.l2 = 0.01, epoch.proximal = 10;
+  epoch.rates = rates.data(), epoch.follow = follow.data();
+  std::vector<char> result;
+  std::vector<int32_t> columns, begins{0};
+  for (int64_t i = 0; i < rows; ++i) {
+    for (int64_t c = features - 1; c >= 0; --c) columns.push_back(int32_t(c));
+    begins.push_back(int32_t(columns.size()));
+  }
+  for (bool second : {false, true}) {
+    if (second) epoch.columns = columns.data(), epoch.begins = begins.data();
+    if (second) epoch.order = order.data(), epoch.weight = weight.data(), epoch.mean = mean.data(), epoch.max_norm = 1;
+    const EpochResult got = run_linear_epoch(f, epoch, step);
+    for (double number : {got.loss, got.weight, got.last_loss, got.norm, double(got.steps)}) {
+      auto* bytes = reinterpret_cast<const char*>(&number);
+      result.insert(result.end(), bytes, bytes + sizeof(number));
+    }
+    for (Block* block : {&params, &mean}) result.insert(result.end(), block->data(), block->data() + block->bytes);
+  }
+  return result;
+}
+
+void linear_epochs_every_way() {
+  const int64_t shapes[][4] = {{1, 1, 1, 1}, {50, 7, 3, 16}, {50, 8, 1, 50}, {33, 17, 4, 7}, {5, 0, 2, 2}};
+  for (Format f : {kF64, kF32})
+    for (auto [rows, features, outputs, batch] : shapes) {
+      use_isa("baseline");
+      const auto want = linear_epochs(f, rows, features, outputs, batch);
+      for (int i = 0; const char* isa = usable_isa(i); ++i) {
+        use_isa(isa);
+        expect(linear_epochs(f, rows, features, outputs, batch) == want, std::string("linear epochs, ") + isa);
+      }
+    }
+}
+
 const std::pair<int64_t, int64_t> kShapes[] = {{1, 1}, {3, 10}, {700, 3}, {33, 70}, {5, 1000}, {300, 260}};
 
 void losses_and_layers_every_way() {
@@ -624,6 +682,7 @@ int main(int argc, char** argv) {
   every_form_apart_from_its_rule();
   many_small_tensors();
   losses_and_layers_every_way();
+  linear_epochs_every_way();
   several_threads_at_once();
   added_libraries();
   programs();

@@ -17,7 +17,7 @@ case "$PYTHON" in
 esac
 common="-std=c++17 -g1 -fno-omit-frame-pointer -ffp-contract=off -fno-math-errno -Wall -Wextra -pthread -I$cpp"
 common="$common -fno-sanitize-recover=all -DFUSEDOPT_ISA=baseline -DFUSEDOPT_VERSION=\"sanitized\""
-core="cpu/cpu cpu/forms cpu/interpret cpu/dispatch cpu/programs network/kernels network/network step/step step/host
+core="cpu/cpu cpu/forms cpu/interpret cpu/dispatch cpu/programs network/kernels network/network network/linear step/step step/host
   step/rows step/device step/tensor step/threads"
 module="bindings/module bindings/numpy bindings/network bindings/program"
 torch="bindings/torch bindings/torch_tensor bindings/arrays bindings/rows"

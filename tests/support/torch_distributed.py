@@ -6,6 +6,7 @@ its result, or the text of its exception, from each.
 
 from __future__ import annotations
 
+import importlib
 import os
 import tempfile
 import traceback
@@ -136,11 +137,17 @@ def everything(opt: Any, params: Any) -> dict[str, torch.Tensor]:
 def train_alone(name: str, options: Options, steps: int) -> dict[str, torch.Tensor]:
     """One process, the whole batch."""
     model = net()
-    opt = getattr(optim, name)(model.parameters(), **options)
+    opt = class_of(name)(model.parameters(), **options)
     for step in range(steps):
         backward(model, opt, None, step)
         opt.step()
     return everything(opt, model.parameters())
+
+
+def class_of(name: str) -> Any:
+    """A class of fusedopt.torch; or of a rule written in Python, such as ``fusedopt.zoo.Adan``."""
+    module, _, rule = name.rpartition(".")
+    return getattr(importlib.import_module(module), rule).torch if module else getattr(optim, name)
 
 
 class Twin:
@@ -148,7 +155,7 @@ class Twin:
 
     def __init__(self, name: str, options: Options, params: list[torch.Tensor]) -> None:
         self.params = [torch.nn.Parameter(full(p)) for p in params]
-        self.opt = getattr(optim, name)(self.params, **options)
+        self.opt = class_of(name)(self.params, **options)
 
     def step(self, params: list[torch.Tensor]) -> None:
         for mine, p in zip(self.params, params, strict=True):
@@ -168,7 +175,7 @@ class Twin:
 def ddp(name: str, options: Options) -> dict[str, torch.Tensor]:
     model = DistributedDataParallel(net())
     params = list(model.parameters())
-    opt = getattr(optim, name)(params, **options)
+    opt = class_of(name)(params, **options)
     twin = Twin(name, options, params)
     for step in range(4):
         backward(model, opt, dist.get_rank(), step)
@@ -178,13 +185,28 @@ def ddp(name: str, options: Options) -> dict[str, torch.Tensor]:
     return everything(opt, params)
 
 
+def fsdp_refused(name: str) -> tuple[str, bool]:
+    """The error of a step, and whether it has changed nothing."""
+    model = net()
+    fully_shard(model)
+    params = list(model.parameters())
+    opt = class_of(name)(params, lr=0.01)
+    backward(model, opt, dist.get_rank(), 0)
+    before = [full(p) for p in params]
+    try:
+        opt.step()
+    except RuntimeError as error:
+        return str(error), not opt.state and all(torch.equal(full(p), q) for p, q in zip(params, before, strict=True))
+    return "", False
+
+
 def fsdp(name: str, options: Options, rtol: float) -> dict[str, torch.Tensor]:
     model = net()
     fully_shard(model.up)
     fully_shard(model)
     params = list(model.parameters())
     assert all(isinstance(p, DTensor) for p in params)
-    opt = getattr(optim, name)(params, **options)
+    opt = class_of(name)(params, **options)
     twin = Twin(name, options, params)
     for step in range(4):
         backward(model, opt, dist.get_rank(), step)
@@ -226,7 +248,7 @@ def fsdp_scaler(name: str) -> None:
     """GradScaler with DTensors: one step is skipped on both processes, though only one overflows."""
     model = net()
     fully_shard(model)
-    opt = getattr(optim, name)(model.parameters(), lr=0.01)
+    opt = class_of(name)(model.parameters(), lr=0.01)
     scaler = torch.amp.GradScaler("cpu", init_scale=256.0)
     for step in range(4):
         opt.zero_grad()
@@ -248,7 +270,7 @@ def zero(name: str, options: Options) -> dict[str, torch.Tensor]:
 
     model = DistributedDataParallel(net())
     params = list(model.parameters())
-    opt = ZeroRedundancyOptimizer(params, optimizer_class=getattr(optim, name), **options)
+    opt = ZeroRedundancyOptimizer(params, optimizer_class=class_of(name), **options)
     twin = Twin(name, options, params)
     rates = torch.optim.lr_scheduler.StepLR(opt, 2, 0.5)
     other = torch.optim.lr_scheduler.StepLR(twin.opt, 2, 0.5)
@@ -260,7 +282,7 @@ def zero(name: str, options: Options) -> dict[str, torch.Tensor]:
         other.step()
     for mine, p in zip(twin.params, params, strict=True):
         assert torch.equal(mine, p)
-    assert type(opt.optim) is getattr(optim, name)
+    assert type(opt.optim) is class_of(name)
     assert 0 < len(opt.optim.state) < len(params), "the state is not divided"
     opt.consolidate_state_dict(to=0)
     return {str(k): v["exp_avg"] for k, v in opt.state_dict()["state"].items()} if dist.get_rank() == 0 else {}
@@ -274,7 +296,7 @@ def tensor_parallel(name: str, options: Options, rtol: float) -> dict[str, torch
         torch.nn.init.normal_(p)
     parallelize_module(model, mesh, {"0": ColwiseParallel(), "2": RowwiseParallel()})
     params = list(model.parameters())
-    opt = getattr(optim, name)(params, **options)
+    opt = class_of(name)(params, **options)
     twin = Twin(name, options, params)
     for step in range(4):
         backward(model, opt, None, step)
@@ -292,7 +314,7 @@ def checkpoint(name: str, source: str | None, target: str, steps: int) -> dict[s
     model = net()
     if not alone:
         fully_shard(model)
-    opt = getattr(optim, name)(model.parameters(), lr=0.01)
+    opt = class_of(name)(model.parameters(), lr=0.01)
     if source is not None:
         model_state, opt_state = get_state_dict(model, opt)
         before = everything(opt, model.parameters())

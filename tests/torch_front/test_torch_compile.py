@@ -12,6 +12,8 @@ import torch
 
 import fusedopt.torch as optim
 import torch_cases
+from fusedopt import zoo
+from fusedopt.bench.own import OwnAdam, OwnNAdam, PlainSGD
 from fusedopt.torch._engine import engine_of
 from torch_cases import NAMES, ours, some_cases
 from torch_compare import assert_same_bits, snapshot
@@ -93,6 +95,32 @@ def test_a_step_is_one_graph(name: str, options: Options, backend: str) -> None:
     want_losses, want = trained(name, options, iteration)
     assert all(torch.equal(a, b) for a, b in zip(losses, want_losses, strict=True))
     assert_same_bits(got, want)
+
+
+@pytest.mark.parametrize(
+    "made", [OwnAdam, OwnNAdam, PlainSGD, zoo.Adan, zoo.LAMB, zoo.ASGD], ids=lambda made: made.name
+)
+def test_the_step_of_a_rule_written_in_python(made: Any) -> None:
+    """Its state is created while the graph is traced; options are read when the step runs."""
+
+    def trained(run: Any) -> Any:
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.Tanh(), torch.nn.Linear(16, 1))
+        opt, x = made.torch(model.parameters(), lr=0.01), torch.randn(4, 8)
+        for i in range(4):
+            opt.param_groups[0]["lr"] = 0.01 / (1 + i)
+            run(model, opt, x)
+        return snapshot(opt, list(model.parameters()))
+
+    want = trained(iteration)
+    for fullgraph in (True, False):
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        compiled = torch.compile(lambda opt: opt.step(), backend="aot_eager", fullgraph=fullgraph)
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            assert_same_bits(trained(with_step(compiled)), want)
+        if fullgraph:
+            assert (graphs(), breaks()) == (1, [])
 
 
 WHOLE = """

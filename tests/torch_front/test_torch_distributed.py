@@ -55,6 +55,25 @@ def test_ddp(cluster: cases.Cluster, name: str) -> None:
         assert_near(got, cases.train_alone(name, options, 4))
 
 
+# Rules written in Python: with momenta, with a carried scalar, with the step before the first, without state.
+OWN = ["fusedopt.bench.own.OwnAdam", "fusedopt.bench.own.OwnNAdam", "fusedopt.zoo.Adan", "fusedopt.bench.own.PlainSGD"]
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_rules_written_in_python_on_shards(cluster: cases.Cluster, name: str) -> None:
+    assert_ranks_agree(cluster.run(cases.ddp, name, {"lr": 0.01}))
+    assert_ranks_agree(cluster.run(cases.fsdp, name, {"lr": 0.01}, 0.0))
+    assert_ranks_agree(cluster.run(cases.fsdp, name, {"lr": 0.01, "max_grad_norm": 0.01}, 1e-5))
+
+
+@pytest.mark.parametrize("name", ["LAMB", "CautiousAdamW"])
+def test_a_sum_over_a_tensor_is_refused_on_shards(cluster: cases.Cluster, name: str) -> None:
+    assert_ranks_agree(cluster.run(cases.ddp, f"fusedopt.zoo.{name}", {"lr": 0.01}))
+    for message, unchanged in cluster.run(cases.fsdp_refused, f"fusedopt.zoo.{name}"):
+        assert message == f"{name} needs sums over whole tensors, and of a DTensor this process has only a part"
+        assert unchanged
+
+
 @pytest.mark.integration("FSDP2 `fully_shard`", "every class: the bits of one process; uneven and empty shards")
 @pytest.mark.parametrize("name", NAMES)
 def test_fsdp2(cluster: cases.Cluster, name: str) -> None:

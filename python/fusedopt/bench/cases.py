@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from fusedopt import zoo
 from fusedopt.bench.shapes import BYTES, F32, Format, Shapes, count, distinct
 from fusedopt.rules import RULES, SPARSE_RULES
 
@@ -14,6 +15,8 @@ LARGE = 32 << 20
 CEILING = "ceiling"
 COMPILED = "compiled"
 BUILT_IN = "built-in"  # the compiled rule, beside the same one written in Python
+EXTRA = "built-in, extra ns a tensor"  # a bar: the most that a step may take longer than the built-in's, by tensor
+REFERENCE = "reference"  # another implementation of a rule of the zoo
 FUSED_F32 = "fused f32"  # torch's fused step with everything in float32, whatever our form
 FUSED_LERP = "fused + lerp"  # the same, then torch._foreach_lerp_ into the moving average
 DENSE = "fused, dense"  # torch's fused step with a dense gradient, where ours has a sparse one
@@ -48,7 +51,8 @@ class Case:
     graph: bool = False  # the step is captured in a CUDA graph, whose replays are timed
     ours: Mapping[str, Any] = field(default_factory=dict)  # options of fusedopt alone
     max_grad_norm: float | None = None  # clip to this global norm; torch's side calls clip_grad_norm_
-    bars: Mapping[str, float] = field(default_factory=dict)  # contender (or ceiling) -> minimum ratio (or share)
+    # contender (or ceiling) -> minimum ratio (or share); EXTRA -> maximum
+    bars: Mapping[str, float] = field(default_factory=dict)
 
     def __str__(self) -> str:
         return self.label
@@ -62,7 +66,7 @@ class Case:
         """Minimum memory traffic of a step; None if more than a step is timed."""
         if self.kind in ("training", "estimators", "compiled", "ddp", "fsdp"):
             return None
-        rule = {**RULES, **SPARSE_RULES}[self.rule]
+        rule: Any = getattr(zoo, self.rule) if self.kind == "zoo" else {**RULES, **SPARSE_RULES}[self.rule]
         states = len(rule.states({**rule.defaults, **self.options}))
         if self.kind == "sparse":
             rows, width = self.shapes[0]

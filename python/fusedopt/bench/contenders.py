@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fusedopt import zoo
 from fusedopt.bench import estimators, gpu, numpy_best, own, peers, sparse
 from fusedopt.bench.cases import BUILT_IN, CEILING, COMPILED, FUSED_F32, FUSED_LERP, LARGE, NUMPY, Case
 from fusedopt.bench.timing import Contender
@@ -33,7 +34,7 @@ def builder(case: Case) -> Builder:
     """Creates the shared data of a case; returns a function from a contender's name to the contender."""
     builders = {"torch": _torch, "denormals": _torch, "training": _training, "compiled": _training, "numpy": _numpy}
     builders |= {"estimators": estimators.builder, "ddp": _pair, "fsdp": _pair, "gpu": _torch, "sparse": _sparse}
-    builders |= {"own": _torch}
+    builders |= {"own": _torch, "zoo": _torch}
     return builders[case.kind](case)
 
 
@@ -89,9 +90,12 @@ def optimizer(name: str, case: Case, params: Any) -> torch.optim.Optimizer | Non
             options["state_dtype"] = _dtype(form.state)
         if case.max_grad_norm is not None:
             options["max_grad_norm"] = case.max_grad_norm
+        if case.kind == "zoo":
+            made: torch.optim.Optimizer = getattr(zoo, case.rule).torch(params, **options)
+            return made
         if name == OURS and case.kind == "own":
-            made, options = own.own_rule(RULES[case.rule], options)
-            written: torch.optim.Optimizer = made.torch(params, **options)
+            rule, options = own.own_rule(RULES[case.rule], options)
+            written: torch.optim.Optimizer = rule.torch(params, **options)
             return written
         ours: torch.optim.Optimizer = getattr(fusedopt.torch, case.rule)(params, **options)
         return ours

@@ -6,6 +6,7 @@ from __future__ import annotations
 from typing import Any
 
 from fusedopt.rule import OwnRule, exp, fma, lerp, maximum, option, rule, scalar, sign, sqrt, state, where
+from fusedopt.zoo import adam_moments, adam_update
 
 LOG_096 = -0.040821994520255166
 
@@ -95,12 +96,11 @@ def OwnRMSprop(
 
 
 def moments(p: Any, g: Any, m: Any, v: Any, lr: Any, betas: Any, weight_decay: Any, decoupled: bool) -> Any:
-    b1, b2 = betas
     if decoupled:
         p = p * (1 - lr * weight_decay)
     else:
         g = decayed(g, p, weight_decay)
-    return p, g, lerp(m, g, 1 - b1), fma((1 - b2) * g, g, b2 * v)
+    return p, g, *adam_moments(m, v, g, betas)
 
 
 @rule(lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, amsgrad=False, decoupled_weight_decay=False)
@@ -123,8 +123,7 @@ def OwnAdam(
     v = exp_avg_sq
     if amsgrad:
         v = max_exp_avg_sq = maximum(max_exp_avg_sq, exp_avg_sq)
-    d = fma(sqrt(v), 1 / sqrt(1 - betas[1] ** t), eps)
-    return p - (lr / (1 - betas[0] ** t) * exp_avg) / d, exp_avg, exp_avg_sq, max_exp_avg_sq
+    return p - adam_update(exp_avg, v, t, lr, betas, eps), exp_avg, exp_avg_sq, max_exp_avg_sq
 
 
 @rule(lr=2e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, momentum_decay=4e-3, decoupled_weight_decay=False)

@@ -6,13 +6,17 @@ A factory raises ImportError if its project is missing, and returns None if the 
 
 from __future__ import annotations
 
+import importlib.util
+import os
+import sys
+import types
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from typing import Any
 
 import numpy as np
 
-from fusedopt.bench.cases import Case
+from fusedopt.bench.cases import REFERENCE, Case
 
 Step = Callable[[], object]
 Arrays = Sequence[np.ndarray[Any, Any]]
@@ -124,6 +128,49 @@ def optax(row: str, params: Arrays, grads: Arrays) -> Step | None:
     return step
 
 
+# Rule of fusedopt.zoo -> module and class of another implementation, options of both, and those of the class alone.
+ZOO: dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]] = {
+    "Adan": ("timm.optim.adan", "Adan", {"weight_decay": 0.1}, {}),
+    "ASGD": ("torch.optim", "ASGD", {"weight_decay": 0.1}, {}),
+    "Rprop": ("torch.optim", "Rprop", {}, {}),
+    "CautiousAdamW": ("timm.optim.adamw", "AdamWLegacy", {"weight_decay": 0.1}, {"caution": True}),
+    "CautiousLion": ("timm.optim.lion", "Lion", {"weight_decay": 0.1}, {"caution": True}),
+    "LAMB": ("timm.optim.lamb", "Lamb", {"weight_decay": 0.1}, {"max_grad_norm": None}),
+    "LARS": ("timm.optim.lars", "Lars", {"weight_decay": 0.1, "momentum": 0.9}, {}),
+    "MARS": ("timm.optim.mars", "Mars", {"weight_decay": 0.1, "betas": (0.95, 0.99)}, {}),
+    "StableAdamW": ("optimi", "StableAdamW", {"weight_decay": 0.1}, {}),
+}
+
+
+def module_alone(name: str) -> Any:
+    """A module, imported without the packages that contain it: timm's import its models, which need torchvision.
+
+    Raises:
+        ImportError: it is not installed.
+    """
+    package, *inner = name.split(".")
+    if package != "timm":
+        return import_module(name)
+    found = importlib.util.find_spec(package)
+    if found is None:
+        raise ImportError(f"No module named {package!r}")
+    for k in range(len(inner)):
+        made = types.ModuleType(".".join([package, *inner[:k]]))
+        made.__path__ = [os.path.join(root, *inner[:k]) for root in found.submodule_search_locations or ()]
+        sys.modules[made.__name__] = made
+    try:
+        return import_module(name)
+    finally:
+        for one in [one for one in sys.modules if one.split(".")[0] == package]:
+            del sys.modules[one]
+
+
+def reference(case: Case, params: Any) -> Any:
+    """Another implementation of a rule of the zoo, for torch."""
+    module, name, options, more = ZOO[case.rule]
+    return getattr(module_alone(module), name)(params, **{"lr": 1e-3, **options, **more})
+
+
 PEERS: dict[str, dict[str, Callable[..., Any]]] = {
     "training": {},
     "denormals": {},
@@ -142,4 +189,5 @@ PEERS: dict[str, dict[str, Callable[..., Any]]] = {
         "torchao 8-bit": torchao_8bit,
     },
     "numpy": {"numba": numba, "optax": optax},
+    "zoo": {REFERENCE: reference},
 }

@@ -8,16 +8,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from fusedopt.bench import gpu
+from fusedopt import zoo
+from fusedopt.bench import gpu, peers
 from fusedopt.bench.cases import (
     BEST_NUMPY,
     BUILT_IN,
     CEILING,
     DENSE,
+    EXTRA,
     FUSED_F32,
     FUSED_LERP,
     LARGE,
     NUMPY,
+    REFERENCE,
     TORCH,
     Case,
     rows,
@@ -202,7 +205,8 @@ def own(large: int) -> list[Case]:
     bf16, int8 = Format("bf16", "bf16", "bf16"), Format("f32", "f32", "int8")
 
     def case(label: str, rule: str, options: dict[str, Any], bars: dict[str, float], **rest: Any) -> Case:
-        return Case(f"own {label}", tuple(bars), rule, options, kind="own", bars=bars, **rest)
+        against = tuple(name for name in bars if name != EXTRA) or (BUILT_IN,)
+        return Case(f"own {label}", against, rule, options, kind="own", bars=bars, **rest)
 
     alone = {"shapes": ((large,),)}
     return [
@@ -217,7 +221,14 @@ def own(large: int) -> list[Case]:
             f"Adam bf16 + split8 + int8 states, {human(large)}", "Adam", {}, {BUILT_IN: 0.6},
             format=Format("bf16", "bf16", "int8"), ours={"master": "split8"}, **alone,
         ),
-        case("Adam, 1,000 of 64", "Adam", {}, {BUILT_IN: 0.1}, shapes=MANY),
+        case("Adam, 1,000 of 64", "Adam", {}, {EXTRA: 150}, shapes=MANY),
+        *(
+            Case(
+                f"zoo {name} f32, {human(large)}", (REFERENCE, CEILING), name, options, kind="zoo",
+                shapes=((large,),), bars={CEILING: 0.4 if getattr(zoo, name).reduces else 0.6, REFERENCE: 1.0},
+            )
+            for name, (_, _, options, _) in peers.ZOO.items()
+        ),
     ]  # fmt: skip
 
 

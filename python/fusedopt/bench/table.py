@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from fusedopt.bench import gpu
-from fusedopt.bench.cases import CEILING
+from fusedopt.bench.cases import CEILING, EXTRA
 from fusedopt.bench.contenders import OURS, ceiling_name
 from fusedopt.bench.results import Result
 
@@ -100,9 +100,11 @@ def _bars(results: Sequence[Result]) -> str:
     lines = []
     for r in results:
         for bar in r.bars:
-            what = f"share of {ceiling_name(r.case)} (GB/s)" if bar.against == CEILING else f"{bar.against} / ours"
+            what = {CEILING: f"share of {ceiling_name(r.case)} (GB/s)", EXTRA: EXTRA}.get(
+                bar.against, f"{bar.against} / ours"
+            )
             verdict = "ok" if bar.ok else "missed" if bar.measured is not None else "-"
-            lines.append([r.case.label, what, f"{bar.least:.2f}", str(bar), verdict, duration(r.seconds())])
+            lines.append([r.case.label, what, bar.limit, str(bar), verdict, duration(r.seconds())])
     return _grid(["case", "", "at least", "measured", "", "ours"], lines)
 
 

@@ -5,6 +5,7 @@ No code for particular models here: the settings in which they differ are in a T
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import math
 import sys
@@ -22,7 +23,7 @@ from .. import _core
 from ..config import get_num_threads
 from ..numpy import Optimizer
 from . import _checkpoint
-from ._network import Array, LossFunction, Network, blas_threads
+from ._network import SMALL_BATCH, Array, ElementLoss, LossFunction, Network, blas_threads
 from ._rates import Rate
 
 Augment = Callable[[Array, np.random.RandomState], Array]
@@ -72,6 +73,10 @@ class Task:
     verbose: bool | int = False
     advice: str = "learning_rate_init"  # setting that the error of a diverging fit names
 
+    @property
+    def averages(self) -> bool:
+        return self.ema_decay is not None or self.average > 0
+
 
 _COLUMNS = ("loss", "lr", "score", "grad_norm", "seconds")
 
@@ -98,7 +103,7 @@ class Progress:
         return {"epoch": self.epoch} | {name: getattr(self, name)[-1] for name in _COLUMNS if getattr(self, name)}
 
 
-_NOT_PICKLED = ("_gathered", "_spare", "_threads", "_weights", "_grads")  # created again by _revive
+_NOT_PICKLED = ("_gathered", "_spare", "_opened", "_threads", "_weights", "_grads")  # created again by _revive
 
 
 class Fit:
@@ -117,6 +122,7 @@ class Fit:
     def _revive(self) -> None:
         self._gathered: dict[tuple[str, int], Array] = {}
         self._spare: Array | None = None
+        self._opened: list[dict[str, Any]] | None = None  # states of the optimizer, prepared for the core's epochs
         self._threads = get_num_threads()
         self._weights, self._grads = (flat[: self.net.n_weights] for flat in (self.net.params, self.net.grads))
 
@@ -183,11 +189,11 @@ class Fit:
         if not math.isfinite(loss):
             raise self._diverged(task, f"the loss is {loss}")
         self.opt.step(net.grads)
-        self.step += 1
         if task.proximal and task.l1:
             self._shrink(lr * task.l1 * factor * task.proximal)
-        if task.ema_decay is not None or task.average:
-            self._follow(task)
+        if task.averages:
+            self._follow(self._parts(task, 1)[0])
+        self.step += 1
         return loss, weight
 
     def _diverged(self, task: Task, what: str) -> ValueError:
@@ -206,14 +212,19 @@ class Fit:
             self._spare = np.empty_like(self.net.params)
         return self._spare
 
-    def _follow(self, task: Task) -> None:
+    def _parts(self, task: Task, steps: int) -> list[float]:
+        """The share of the parameters in their average after each of the next steps; 0 before the average begins."""
+        after = range(self.step + 1, self.step + steps + 1)
         if task.ema_decay is not None:  # less decay at first, so that the average forgets the initial weights
-            part = 1 - min(task.ema_decay, self.step / (self.step + 9))
-        elif self.step < task.average:
+            parts = [1 - min(task.ema_decay, step / (step + 9)) for step in after]
+            return parts if self.mean is not None else [1.0, *parts[1:]]
+        before = self.averaged + 1 - max(task.average, self.step + 1)
+        return [0.0 if step < task.average else 1.0 / (before + step) for step in after]
+
+    def _follow(self, part: float) -> None:
+        if part == 0:
             return
-        else:
-            self.averaged += 1
-            part = 1.0 / self.averaged
+        self.averaged += 1
         if self.mean is None:
             self.mean = self.net.params.copy()
             return
@@ -223,12 +234,97 @@ class Fit:
         self.mean += spare
 
     def _epoch(self, task: Task, data: Data, order: Array | None) -> float:
+        if self._opened is not None:
+            return self._epoch_in_core(task, data, order)
         total = weights = 0.0
         with np.errstate(all="ignore"):  # a loss that is not finite raises an error below
             for batch in self._batches(data, order, task.batch_size):
                 loss, weight = self._one_step(task, batch)
                 total += loss * weight
                 weights += weight
+        if weights == 0:
+            raise ValueError("sample_weight: expected a positive sum")
+        return total / weights
+
+    def _in_core(self, task: Task, data: Data) -> bool:
+        """Whether the core's loop for linear models applies to a whole epoch."""
+        net, x = self.net, data.x
+        opt: Any = self.opt
+        return (
+            len(net.widths) == 2
+            and isinstance(task.loss, ElementLoss)
+            and task.augment is None
+            and x.dtype == net.dtype
+            and (x.flags.c_contiguous if isinstance(x, np.ndarray) else x.format == "csr")
+            and min(task.batch_size, x.shape[0]) * net.n_weights < SMALL_BATCH
+            and type(opt).step is Optimizer.step
+            and not opt._has_timed_options()
+        )
+
+    @contextlib.contextmanager
+    def _epochs_in_core(self, task: Task, data: Data) -> Iterator[None]:
+        """A context in which the optimizer is prepared for :meth:`_epoch_in_core`, if that applies."""
+        if not self._in_core(task, data):
+            yield
+            return
+        self.rate.apply(self.opt, self.step)
+        opt: Any = self.opt
+        self._opened = opt._open(self.net.grads)
+        try:
+            yield
+        finally:
+            self._opened = None
+            opt._close()
+
+    def _epoch_in_core(self, task: Task, data: Data, order: Array | None) -> float:
+        """:meth:`_epoch` in one call of the core."""
+        net, loss, x = self.net, task.loss, data.x
+        opt: Any = self.opt
+        assert isinstance(loss, ElementLoss)
+        assert self._opened is not None
+        rates = self.rate.rates(opt, self.step, -(-x.shape[0] // task.batch_size))
+        for rate in rates:
+            if not 0 <= rate < math.inf:
+                opt._check({**opt.param_groups[0], "lr": rate}, self.step)  # raises
+        parts = self._parts(task, len(rates)) if task.averages else []
+        mean = np.zeros_like(net.params) if task.averages and self.mean is None else self.mean
+        values, indices, indptr = (x, None, None) if isinstance(x, np.ndarray) else (x.data, x.indices, x.indptr)
+        total, weights, done, last, opt.last_grad_norm = _core.linear_epoch(
+            opt._batch,
+            values,
+            indices,
+            indptr,
+            x.shape[1],
+            data.y,
+            data.weight,
+            order,
+            net.params,
+            net.grads,
+            task.batch_size,
+            loss.index,
+            loss.parameter,
+            task.outputs,
+            net.intercepts,
+            task.l1,
+            task.l2,
+            task.per_row,
+            task.proximal,
+            rates,
+            opt.max_grad_norm or 0.0,
+            mean if parts else None,
+            parts,
+        )
+        for state in self._opened:
+            state["step"] += done
+        failed = not math.isfinite(last)
+        if done or failed:
+            self.last_lr = self.rate.apply(opt, self.step + done - (not failed))
+        self.step += done
+        if averaged := sum(part > 0 for part in parts[:done]):
+            self.averaged += averaged
+            self.mean = mean
+        if failed:
+            raise self._diverged(task, f"the loss is {last}")
         if weights == 0:
             raise ValueError("sample_weight: expected a positive sum")
         return total / weights
@@ -250,34 +346,35 @@ class Fit:
             p = self.progress
         bar = _bar(task)
         try:
-            while not p.finished and (once or p.epoch < task.max_iter):
-                start = time.perf_counter()
-                if order is not None:
-                    permutation = np.arange(n)
-                    self.random.shuffle(permutation)
-                    order = order[permutation]
-                before = self.net.params.copy() if task.tol_params is not None else None
-                p.loss.append(self._epoch(task, data, order))
-                p.epoch += 1
-                self.samples += n
-                best = self._check_stop(task, best)
-                self.rate.count(self.samples + 1)
-                if before is not None and task.tol_params is not None and not p.finished:
-                    moved = float(np.linalg.norm(self.net.params - before))
-                    if moved <= task.tol_params * float(np.linalg.norm(before)):
-                        p.finished = "tol_params"
-                p.lr.append(self.last_lr)
-                if self.opt.last_grad_norm is not None:
-                    p.grad_norm.append(self.opt.last_grad_norm)
-                p.seconds.append(time.perf_counter() - start)
-                row = p.last_row()
-                if [True for callback in task.callbacks if callback(row) is True]:
-                    p.finished = "callback"
-                if task.checkpoint is not None:
-                    self._save(task, order, best, split)
-                self._report(task, bar)
-                if once:
-                    break
+            with self._epochs_in_core(task, data):
+                while not p.finished and (once or p.epoch < task.max_iter):
+                    start = time.perf_counter()
+                    if order is not None:
+                        permutation = np.arange(n)
+                        self.random.shuffle(permutation)
+                        order = order[permutation]
+                    before = self.net.params.copy() if task.tol_params is not None else None
+                    p.loss.append(self._epoch(task, data, order))
+                    p.epoch += 1
+                    self.samples += n
+                    best = self._check_stop(task, best)
+                    self.rate.count(self.samples + 1)
+                    if before is not None and task.tol_params is not None and not p.finished:
+                        moved = float(np.linalg.norm(self.net.params - before))
+                        if moved <= task.tol_params * float(np.linalg.norm(before)):
+                            p.finished = "tol_params"
+                    p.lr.append(self.last_lr)
+                    if self.opt.last_grad_norm is not None:
+                        p.grad_norm.append(self.opt.last_grad_norm)
+                    p.seconds.append(time.perf_counter() - start)
+                    row = p.last_row()
+                    if [True for callback in task.callbacks if callback(row) is True]:
+                        p.finished = "callback"
+                    if task.checkpoint is not None:
+                        self._save(task, order, best, split)
+                    self._report(task, bar)
+                    if once:
+                        break
         except KeyboardInterrupt:
             self.interrupted = True
             warnings.warn("Training interrupted by user.", stacklevel=2)

@@ -40,7 +40,8 @@ class LinearClassifier(ClassifierMixin, Linear):
         solver: the name of any rule of fusedopt, or a function of the parameters that returns an optimizer. ``"sgd"``
             applies the L1 penalty by soft thresholding after the step, which sets weights to exactly zero; other
             solvers use its subgradient.
-        batch_size: from 1 to ``"full"``, which is plain gradient descent; ``"auto"`` is at most 200.
+        batch_size: from 1 to ``"full"``, which is plain gradient descent. ``"auto"`` is a 32nd of the rows, at least 16
+            and at most 200; all rows of a table of up to 64. The limit of the initial rate is proportional to it.
         momentum, nesterovs_momentum: for SGD.
         n_iter_no_change: the fit stops after this many epochs without improvement; with momentum not before
             10 / (1 - momentum) steps without improvement.
@@ -168,7 +169,7 @@ class LinearClassifier(ClassifierMixin, Linear):
         X = self._in_fit_dtype(X, first)
         check_classification_targets(y)
         weight = self._weights(sample_weight, X)
-        found = unique_labels(y)
+        found, index = np.unique(y, return_inverse=True)
         if not incremental:
             if len(found) < 2:
                 raise ValueError(f"y: expected at least two classes, got one class only: {found.tolist()}")
@@ -177,7 +178,7 @@ class LinearClassifier(ClassifierMixin, Linear):
             self.classes_ = found
         elif len(np.setdiff1d(found, self.classes_)):
             raise ValueError(f"y: expected the classes of the first call, {self.classes_}, got {found}")
-        index = np.searchsorted(self.classes_, y)
+        index = np.searchsorted(self.classes_, found)[index]
         if incremental and self.class_weight == "balanced":
             raise ValueError("class_weight='balanced' needs all rows: pass a dict of weights for partial_fit")
         if self.class_weight is not None:

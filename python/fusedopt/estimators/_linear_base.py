@@ -12,9 +12,10 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 
 from ._base import FLOATS, NOT_NEGATIVE, POSITIVE, UNIT, Estimator, Watch, check_choice, check_flag, check_number
 from ._fit import Data, Fit, Task
-from ._network import Array, LossFunction, Network, element_loss, predict
+from ._network import Array, ElementLoss, LossFunction, Network, predict
 from ._rates import Rate, first_optimal_rate, highest_rate
 
+_LARGEST_BATCH = 200  # of batch_size="auto"
 _SMALL, _LARGE = 0.5, 100.0  # for the largest absolute value; standardised, one-hot and [0, 1] features are within
 
 
@@ -50,9 +51,17 @@ class Linear(Estimator):
         # With momentum and full batches the loss oscillates as it decreases: that must not stop the fit.
         return 10 / (1 - float(s.momentum)) if s.solver == "sgd" and 0 < s.momentum < 1 else 0.0
 
+    def _batch_size(self, n: int) -> int:
+        s: Any = self
+        if s.batch_size != "auto":
+            return super()._batch_size(n)
+        # At least 32 steps per epoch of a small table, which otherwise needs many epochs. A few rows are one batch: a
+        # weight of 2 is then a row given twice. Of the perceptron the rate only scales the weights, not the noise.
+        return min(_LARGEST_BATCH, n if n <= 64 or s.loss == "perceptron" else max(16, n // 32))
+
     def _loss(self) -> LossFunction:
         s: Any = self
-        return element_loss(self._LOSSES[s.loss], float(s.epsilon))
+        return ElementLoss(self._LOSSES[s.loss], float(s.epsilon))
 
     def _penalties(self) -> tuple[float, float]:
         """The strengths of the L1 and L2 penalties."""
@@ -68,7 +77,11 @@ class Linear(Estimator):
         squares = row_norms(data.x, squared=True)
         mean = float(np.average(squares, weights=data.weight)) + float(s.fit_intercept)
         first = first_optimal_rate(s.loss, float(s.alpha)) if s.learning_rate == "optimal" else float(s.eta0)
-        return min(first, highest_rate(s.loss, mean))
+        highest = highest_rate(s.loss, mean)
+        if s.batch_size == "auto":  # the noise of a small batch grows with the rate
+            n = data.x.shape[0]
+            highest *= self._batch_size(n) / min(n, _LARGEST_BATCH)
+        return min(first, highest)
 
     def _warn_of_scale(self, x: Any) -> None:
         """Warns of features far from unit scale, on which the default rates need many more epochs than max_iter."""

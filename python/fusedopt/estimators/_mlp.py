@@ -20,7 +20,7 @@ from ..config import get_num_threads
 from ._base import FLOATS, POSITIVE, check_choice, check_number, targets_like
 from ._fit import Data
 from ._mlp_base import MLP
-from ._network import ACTIVATIONS, Array, element_loss, predict, softmax_loss
+from ._network import ACTIVATIONS, Array, ElementLoss, predict, softmax_loss
 
 
 class MLPClassifier(ClassifierMixin, MLP):
@@ -198,7 +198,7 @@ class MLPClassifier(ClassifierMixin, MLP):
         if multiclass:
             loss, outputs = softmax_loss(), len(self.classes_)
         else:
-            loss, outputs = element_loss("binary_cross_entropy"), coded.shape[1]
+            loss, outputs = ElementLoss("binary_cross_entropy"), coded.shape[1]
         watch = self._watch(validation_data, callbacks, self._encoded_validation, X.dtype)
         stratify = coded if outputs == 1 else None  # as in scikit-learn
         # As in scikit-learn, the reported loss is summed over outputs.
@@ -403,7 +403,7 @@ class MLPRegressor(RegressorMixin, MLP):
         weight = self._weights(sample_weight, X)
         target = np.ascontiguousarray(y.reshape(len(y), -1), X.dtype)
         self.out_activation_ = "exp" if self.loss == "poisson" else "identity"
-        loss = element_loss(self._LOSSES[self.loss], float(self.delta))
+        loss = ElementLoss(self._LOSSES[self.loss], float(self.delta))
         watch = self._watch(validation_data, callbacks, lambda y, X: targets_like(target, y), X.dtype)
         outputs = target.shape[1]
         self._learn_network(X, target, weight, loss, outputs, outputs, incremental, None, watch)

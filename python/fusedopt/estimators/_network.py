@@ -29,18 +29,24 @@ _LOSSES: dict[str, int] = _core.element_losses()
 # on two idle cores, and 4 to 5 times faster if a core is busy, since BLAS threads wait for each other.
 SMALL_PRODUCT = 100_000_000
 
+# A batch of a linear model with fewer multiply-adds than this in a product is trained by the core's loop over the whole
+# epoch. Above, BLAS is faster than the core's products by more than a step called from Python costs.
+SMALL_BATCH = 150_000
+
 # (output, targets, weights, array for the gradient, scale) -> sum of the rows' losses
 LossFunction = Callable[[Array, Array, Array | None, Array, float], float]
 
 
-def element_loss(name: str, parameter: float = 0.0) -> LossFunction:
+class ElementLoss:
     """The elementwise loss with this name in fusedopt.losses."""
-    index, threads = _LOSSES[name], get_num_threads()
 
-    def run(output: Array, target: Array, weight: Array | None, gradient: Array, scale: float) -> float:
-        return _core.element_loss(index, output, target, weight, None, gradient, parameter, scale, threads)
+    def __init__(self, name: str, parameter: float = 0.0) -> None:
+        self.index, self.parameter, self.threads = _LOSSES[name], parameter, get_num_threads()
 
-    return run
+    def __call__(self, output: Array, target: Array, weight: Array | None, gradient: Array, scale: float) -> float:
+        return _core.element_loss(
+            self.index, output, target, weight, None, gradient, self.parameter, scale, self.threads
+        )
 
 
 def softmax_loss() -> LossFunction:

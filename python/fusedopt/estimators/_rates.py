@@ -77,21 +77,27 @@ class Rate:
         self.first, self.power_t, self.alpha, self.per_step = first, power_t, alpha, per_step
         self._keep = follows_solver and how == "constant"  # an optimizer returned by a function keeps its own rate
 
+    def rates(self, opt: Optimizer, first: int, steps: int) -> list[float]:
+        """The learning rates of some steps, from ``first``."""
+        count = range(first, first + steps)
+        how: Any = opt.param_groups[0]["lr"] if self._keep else self.how
+        if callable(how):
+            return [float(how(step)) for step in count]
+        if self._keep:
+            return [float(how)] * steps
+        if how == "optimal":
+            alpha, start = self.alpha, 1.0 / (self.alpha * self.first)
+            return [1.0 / (alpha * (start + step)) for step in count]
+        if how == "invscaling" and self.per_step:
+            rate, power = self.first, self.power_t
+            return [float(rate / (step + 1) ** power) for step in count]
+        return [self.current] * steps
+
     def apply(self, opt: Optimizer, step: int) -> float:
         """Sets the optimizer's learning rate for this step, and returns it."""
-        if self._keep:
-            own = opt.param_groups[0]["lr"]
-            return float(own(step)) if callable(own) else float(own)
-        lr: float
-        if callable(self.how):
-            lr = float(self.how(step))
-        elif self.how == "optimal":
-            lr = 1.0 / (self.alpha * (1.0 / (self.alpha * self.first) + step))
-        elif self.how == "invscaling" and self.per_step:
-            lr = self.first / (step + 1) ** self.power_t
-        else:
-            lr = self.current
-        opt.param_groups[0]["lr"] = lr
+        (lr,) = self.rates(opt, step, 1)
+        if not self._keep:
+            opt.param_groups[0]["lr"] = lr
         return lr
 
     def count(self, samples: int) -> None:

@@ -1,4 +1,4 @@
-"""Your own update rule: one function of symbols becomes a fused step for NumPy and torch, without a compiler.
+"""User-defined update rules: a Python function becomes a fused step for NumPy and torch, without a compiler.
 
     >>> from fusedopt.rule import lerp, rule, sqrt, state
     >>> @rule(lr=1e-3, betas=(0.9, 0.999), eps=1e-8)
@@ -9,17 +9,18 @@
     ...     p = p - lr / (1 - b1**t) * exp_avg / (sqrt(exp_avg_sq) / sqrt(1 - b2**t) + eps)
     ...     return p, exp_avg, exp_avg_sq
 
-``MyAdam.numpy`` and ``MyAdam.torch`` are optimizer classes with every option of the built-in ones, ``MyAdam.update_``
-is the in-place function, ``MyAdam.reference`` the function on float64 arrays; ``repr(MyAdam)`` shows the program.
+``MyAdam.numpy`` and ``MyAdam.torch`` are optimizer classes with all options of the built-in ones. ``MyAdam.update_`` is
+the in-place function, and ``MyAdam.reference`` evaluates the function on float64 arrays. ``repr(MyAdam)`` shows the
+program.
 
-The function is called with symbols when it is defined, once for every combination of its options that are True or
-False, and never again by a step. It gets the parameter ``p``, the gradient ``g`` (unscaled, clipped and signed), its
-states and scalars, and by keyword ``t`` (the number of the step, from 1) and the options. It returns the new parameter,
-states and scalars in the order of its parameters. What is computed from options, ``t`` and scalars alone is computed
-once a step, in float64, in the order written; all else for each element, in float32 (float64 for float64 parameters),
-likewise.
+The decorator traces the function: it calls it with symbols, once for every combination of the boolean options. Steps do
+not call it. Its arguments are the parameter ``p``, the gradient ``g`` (unscaled, clipped and signed), the states and
+scalars, and by keyword the step number ``t``, counted from 1, and the options. It returns the new parameter, states and
+scalars in the order of its arguments. Expressions of options, ``t`` and scalars only are evaluated once per step, in
+float64. All others are evaluated for each element, in float32, or in float64 for float64 parameters. The order of
+operations is that of the function.
 
-Operators: ``+ - * /``, ``**``, comparisons, ``& | ~`` of conditions, ``abs``. Functions: below.
+Operators: ``+ - * /``, ``**``, comparisons, ``& | ~`` of conditions, ``abs``. The functions are listed below.
 """
 
 from ._define import OwnRule, option, rule, scalar, state

@@ -1,5 +1,5 @@
-"""The decorator :func:`rule`: reads a function's signature, traces it, and makes a rule that the front ends take as one
-of their own."""
+"""The decorator :func:`rule`. It checks the signature of a function, traces the function, and creates a rule that both
+front ends use like a built-in one."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from ._symbols import RuleError, Symbol, Trace, place
 
 __all__ = ["Option", "OwnRule", "Scalar", "StateArray", "option", "rule", "scalar", "state"]
 
-_front: Any = importlib.import_module("fusedopt.numpy")  # typed by a stub of its public names
+_front: Any = importlib.import_module("fusedopt.numpy")  # the stub types public names only
 _RESERVED = {
     *("p", "g", "t", "self", "param", "params", "grad", "step", "maximize", "differentiable", "max_grad_norm"),
     *("master", "ema", "stream", "closure", "fused", "foreach", "capturable"),
@@ -35,7 +35,7 @@ _lock = threading.Lock()
 
 @dataclass(frozen=True)
 class StateArray:
-    """What :func:`state` returns."""
+    """The declaration of a state array; see :func:`state`."""
 
     initial: float | str
     non_negative: bool
@@ -43,20 +43,20 @@ class StateArray:
 
     @property
     def code(self) -> str:
-        """The dtype of its codes in int8 forms."""
+        """The dtype of the codes in int8 forms; empty if the state is not quantised."""
         return "" if not self.quantise else "uint8" if self.non_negative else "int8"
 
 
 @dataclass(frozen=True)
 class Scalar:
-    """What :func:`scalar` returns."""
+    """The declaration of a carried scalar; see :func:`scalar`."""
 
     initial: float | str
 
 
 @dataclass(frozen=True)
 class Option:
-    """What :func:`option` returns."""
+    """The declaration of an option with a range; see :func:`option`."""
 
     default: Any
     low: float
@@ -68,10 +68,10 @@ def state(initial: float | str = 0.0, *, non_negative: bool = False, quantise: b
     """Declares a state array, as the default of a parameter of the rule's function.
 
     Args:
-        initial: its first value: a number, the name of an option, or ``"param"`` for a copy of the parameter.
-        non_negative: it is never below zero, such as a second moment; int8 codes then need no sign.
-        quantise: whether int8 forms may store it in 8 bits. A state in which small differences count, such as a copy of
-            the parameter, should not be: the rule then has no int8 forms.
+        initial: the initial value: a number, the name of an option, or ``"param"`` for a copy of the parameter.
+        non_negative: whether the state is never below zero, as a second moment is. Its int8 codes are then unsigned.
+        quantise: whether int8 forms may store the state in 8 bits. Use False if small differences matter, as in a copy
+            of the parameter. The rule then has no int8 forms.
     """
     return StateArray(initial if isinstance(initial, str) else float(initial), bool(non_negative), bool(quantise))
 
@@ -79,34 +79,35 @@ def state(initial: float | str = 0.0, *, non_negative: bool = False, quantise: b
 def scalar(initial: float | str = 0.0) -> Any:
     """Declares a number that every tensor carries from step to step in float64, such as a product of momenta.
 
-    It may depend on options, the step and itself, not on elements. What is computed from it uses its new value.
+    The new value may depend on options, the step and the old value, but not on elements. Other expressions use the new
+    value.
 
     Args:
-        initial: its first value: a number or the name of an option.
+        initial: the initial value: a number or the name of an option.
     """
     return Scalar(initial if isinstance(initial, str) else float(initial))
 
 
 def option(default: Any, low: float = 0.0, high: float = math.inf, *, include_high: bool = False) -> Any:
-    """Declares an option with a range other than that of most, which is [0, inf), or [0, 1) for ``betas``.
+    """Declares an option with its own range. The default range is [0, inf), and [0, 1) for ``betas``.
 
     Args:
         default: a number or a tuple of numbers.
-        low, high: the smallest value, and the one that all values are below.
-        include_high: whether ``high`` itself is allowed.
+        low, high: the range is [low, high).
+        include_high: whether the range includes ``high``.
     """
     return Option(default, float(max(low, -sys.float_info.max)), float(high), bool(include_high))
 
 
 def rule(**options: Any) -> Callable[[Callable[..., Any]], OwnRule]:
-    """Makes an update rule from a function of symbols; see :mod:`fusedopt.rule`.
+    """Creates an update rule from a function of symbols; see :mod:`fusedopt.rule`.
 
     Args:
-        options: every option with its default: a number, a tuple of numbers, True or False, or :func:`option`. ``lr``
-            is among them.
+        options: all options with their defaults: a number, a tuple of numbers, True, False, or :func:`option`. ``lr``
+            is required.
 
     Raises:
-        RuleError: the function does what a rule cannot do. The message has the line.
+        RuleError: the function uses an operation that a rule does not support. The message quotes the line.
     """
 
     def define(function: Callable[..., Any]) -> OwnRule:
@@ -118,7 +119,7 @@ def rule(**options: Any) -> Callable[[Callable[..., Any]], OwnRule]:
 
 
 class _Signature:
-    """The parameters of a rule's function, checked."""
+    """The checked parameters of a rule's function."""
 
     def __init__(self, function: Any, options: Mapping[str, Any]) -> None:
         self.function, self.options = function, options
@@ -180,7 +181,7 @@ class _Signature:
             self.refuse(f"a rule has at most {_MAX_FLAGS} options that are True or False")
 
     def initial(self) -> list[tuple[str, float | str]]:
-        """The first value of every state and scalar."""
+        """The initial value of every state and scalar."""
         return [(k, v.initial) for k, v in self.states.items()] + [(k, v.initial) for k, v in self.scalars.items()]
 
     def refuse(self, message: str) -> NoReturn:
@@ -189,7 +190,7 @@ class _Signature:
 
 
 class _Variant:
-    """One trace of the function, for one combination of its options that are True or False."""
+    """A trace of the function for one combination of its boolean options."""
 
     def __init__(self, signature: _Signature, flags: dict[str, bool]) -> None:
         self.signature = signature
@@ -242,7 +243,7 @@ class _Variant:
                 self.after[name] = self.trace.symbol("fill", (value,), element=True)
 
     def program(self, states: tuple[str, ...], hyper: list[tuple[str, int]]) -> Program:
-        """What the core runs."""
+        """The program that the core runs."""
         given = {}
         for i, (name, item) in enumerate(hyper):
             value = self.options[name]
@@ -260,10 +261,10 @@ class _Variant:
 
 
 class OwnRule(Rule):
-    """An update rule made by :func:`rule`.
+    """An update rule created by :func:`rule`.
 
-    ``numpy`` and ``torch`` are its optimizer classes, ``update_`` its in-place function, ``reference`` the function on
-    float64 arrays. ``repr`` shows the program.
+    ``numpy`` and ``torch`` are its optimizer classes, ``update_`` is its in-place function, and ``reference`` evaluates
+    the function on float64 arrays. ``repr`` shows the program.
     """
 
     own = True
@@ -275,7 +276,7 @@ class OwnRule(Rule):
         self._kernels: dict[tuple[bool, ...], Kernel] = {}
         self._made: dict[str, Any] = {}
 
-    # --- as the front ends see a rule ---
+    # --- the interface of rules for the front ends ---
 
     @property
     def once(self) -> tuple[str, ...]:
@@ -289,7 +290,7 @@ class OwnRule(Rule):
         return tuple([bool(options.get(flag)) for flag in self._signature.flags])
 
     def kernel(self, options: Options) -> Kernel:
-        """The kernel for these options; it is made when it is first asked for."""
+        """The kernel for these options, created at first use."""
         key = self._key(options)
         found = self._kernels.get(key)
         if found is None:
@@ -302,7 +303,7 @@ class OwnRule(Rule):
 
     @property
     def _hyper(self) -> list[tuple[str, int]]:
-        """Every number among the options: name and place in a tuple, or -1; ``lr`` first, as the core expects."""
+        """All numeric options as (name, index in a tuple or -1), with ``lr`` first, as the core expects."""
         found: list[tuple[str, int]] = []
         for name, default in self._signature.defaults.items():
             if isinstance(default, tuple):
@@ -337,7 +338,7 @@ class OwnRule(Rule):
         operands = ("param", "grad", *states, *self.carried)
         return Kernel(self.name, _registered[what], states, operands, sources, values_of(sources), codes)
 
-    # --- what users call ---
+    # --- the public interface ---
 
     @property
     def numpy(self) -> Any:
@@ -373,7 +374,7 @@ class OwnRule(Rule):
     def call(
         self, p: Any, g: Any, held: Mapping[str, Any], t: Any, options: Options, number: Any = float
     ) -> dict[str, Any]:
-        """The function's results for arrays or tensors: "" is the parameter. What is not among ``held`` is None."""
+        """The function's results for arrays or tensors; "" is the parameter. Names not in ``held`` get None."""
         signature = self._signature
         values: dict[str, Any] = {"t": t} if signature.uses_t else {}
         for name, default in signature.defaults.items():
@@ -448,6 +449,6 @@ def _define(function: Any, options: dict[str, Any]) -> OwnRule:
         "_traces": traces,
     }
     made: Any = type(name, (OwnRule,), names)
-    made.function = f"{name}.update_"  # set here: a class that is made with it counts as built in
+    made.function = f"{name}.update_"  # not in the class body: a class that defines it is registered as built-in
     defined: OwnRule = made()
     return defined

@@ -1,5 +1,5 @@
-"""The fallback of a user's rule: its function on torch tensors, one operation at a time, for parameters that the
-kernels do not take. Imported with torch only."""
+"""The fallback of a user's rule, for parameters without a kernel: evaluates the function on torch tensors, one
+operation at a time. This module requires torch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["plain_step"]
 
 
 def plain_step(rule: Any) -> Callable[[Any], None]:
-    """What updates the parameters of an optimizer of an ``OwnRule`` that have gradients, without hooks."""
+    """A function that updates all parameters with gradients of an optimizer of an ``OwnRule``. It calls no hooks."""
 
     def step(optimizer: Any) -> None:
         for group in optimizer.param_groups:
@@ -61,7 +61,7 @@ def _initial(rule: Rule, name: str, p: torch.Tensor, defaults: dict[str, Any]) -
 
 
 def _written(old: torch.Tensor, new: Any, group: dict[str, Any]) -> torch.Tensor:
-    """The new value of a state, in the old tensor unless autograd has to remember it."""
+    """The new value of a state: the old tensor, updated in place, or a new one if autograd needs the old value."""
     if group.get("differentiable"):
         made: torch.Tensor = new if isinstance(new, torch.Tensor) else torch.full_like(old, new)
         return made

@@ -1,7 +1,7 @@
-"""From a traced rule to the program that the core runs: numbers, computed once a step, and instructions, each of which
-combines several operations into one loop over a tile. cpp/cpu/program.h has the meaning of every part.
+"""Lowers a traced rule to a program for the core. The program contains numbers, which are computed once per step, and
+instructions, each of which combines several operations in one loop over a tile. cpp/cpu/program.h documents the format.
 
-Combining changes no bit: an operation is never reordered, and a factor of 1 or -1 is exact.
+Combining operations does not change results: no operation is reordered, and factors of 1 and -1 are exact.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ NumberTuple = tuple[str, int, int, int, float]
 _codes = cache(_core.instructions)
 _MIRRORED = {"lt": "gt", "le": "ge", "eq": "eq", "ne": "ne"}
 _REDUCTIONS = ("tensor_sum", "tensor_square_sum")
-_ONE = 0  # the place of the constant 1
+_ONE = 0  # index of the constant 1
 
 
 @dataclass
 class _Operand:
-    """A vector times a constant, or a constant: the sign times the product of nothing or of one number."""
+    """A vector times a constant, or a constant. A constant is a sign times at most one number."""
 
     vector: Symbol | None
     number: Symbol | None = None
     sign: int = 1
-    root: bool = False  # of the vector times the constant
+    root: bool = False  # take the square root of the vector times the constant
 
     @property
     def constant(self) -> bool:
@@ -41,7 +41,7 @@ class _Operand:
 
 @dataclass
 class _Step:
-    """An instruction before registers are chosen."""
+    """An instruction before register allocation."""
 
     name: str
     result: Symbol
@@ -53,26 +53,26 @@ class _Step:
 
 @dataclass
 class Program:
-    """What :func:`_core.add_program` takes, and a text of it."""
+    """The arguments of :func:`_core.add_program`, and the program as text."""
 
     numbers: list[NumberTuple]
     carry: list[NumberTuple]
     conditions: list[int]
     passes: list[list[bool]]
-    """Of each pass over the tensor before the update, whether each of its sums is one of squares."""
+    """For each pass before the update: for each of its sums, whether it is a sum of squares."""
     variants: list[Any]
     text: str
 
     def key(self) -> Any:
-        """Equal for equal programs."""
+        """A key that is equal for equal programs."""
         return repr((self.numbers, self.carry, self.conditions, self.passes, self.variants))
 
 
 class _Numbers:
-    """The numbers of a program, each computed from those before it."""
+    """The numbers of a program; each is computed from earlier ones."""
 
     def __init__(self, given: dict[int, int], begin: int) -> None:
-        self.index = dict(given)  # id of a symbol -> place
+        self.index = dict(given)  # id of a symbol -> index of its number
         self.list: list[NumberTuple] = []
         self.begin = begin
 
@@ -101,21 +101,21 @@ def lower(
     carried: tuple[Symbol, Symbol] | None,
     names: Sequence[str],
 ) -> Program:
-    """The program of one trace.
+    """Lowers one trace to a program.
 
     Args:
-        outputs: register and new value, of the parameter and of each state.
-        inputs: id of a symbol -> register, of the parameter, the gradient and each state.
-        given: id of a symbol -> place among the numbers: options, the step, the carried scalar.
-        begin: how many places these have.
-        carried: the carried scalar before the step, and after it.
-        names: of the registers of the inputs.
+        outputs: (register, new value) of the parameter and of each state.
+        inputs: id of a symbol -> register, for the parameter, the gradient and each state.
+        given: id of a symbol -> index of its number, for options, the step and the carried scalar.
+        begin: the number of these indices.
+        carried: the carried scalar before and after the step.
+        names: the names of the input registers.
     """
     carry: list[NumberTuple] = []
     if carried is not None:
         old, new = carried
         before = _Numbers(given, begin)
-        if before.place(new) < begin:  # it becomes another number as it is
+        if before.place(new) < begin:  # the new value is an input number: copy it by negating twice
             before.list = [("neg", before.place(new), 0, 0, 0.0), ("neg", begin, 0, 0, 0.0)]
         carry = before.list
         given = {**{k: v for k, v in given.items() if k != id(old)}, id(new): given[id(old)]}
@@ -146,7 +146,7 @@ def lower(
 
 
 def sums_of(values: Sequence[Symbol]) -> list[Symbol]:
-    """The sums over a tensor that the values depend on, in the order in which they can be computed."""
+    """The sums over a tensor on which the values depend, in a valid order of computation."""
     found: dict[int, Symbol] = {}
     seen: set[int] = set()
     stack = list(values)
@@ -161,7 +161,7 @@ def sums_of(values: Sequence[Symbol]) -> list[Symbol]:
 
 
 def _stage(s: Symbol) -> int:
-    """How many passes over the tensor its value needs."""
+    """The number of passes over the tensor that this value requires."""
     stages: dict[int, int] = {}
     for x in s.trace.symbols[: s.number + 1]:  # arguments come first
         below = max((stages[id(a)] for a in x.args), default=0)
@@ -170,7 +170,7 @@ def _stage(s: Symbol) -> int:
 
 
 def _conditions(values: Sequence[Symbol]) -> Iterator[Symbol]:
-    """The conditions on numbers alone that choose between elements."""
+    """The conditions on numbers only that select elements in ``where``."""
     seen: set[int] = set()
     stack = list(values)[::-1]
     while stack:
@@ -186,7 +186,7 @@ def _conditions(values: Sequence[Symbol]) -> Iterator[Symbol]:
 
 
 class _Code:
-    """The instructions where the conditions have given values."""
+    """The instructions for given values of the conditions."""
 
     def __init__(
         self,
@@ -203,7 +203,7 @@ class _Code:
         self.wanted = [_element(self.resolved(v)) for v in wanted]
         self.uses = self._count_uses()
         self.constants: list[tuple[int, int]] = [(-1, 1)]
-        self.symbols: list[Symbol | None] = [None]  # of the constants, for the text
+        self.symbols: list[Symbol | None] = [None]  # the constants' symbols, for the text
         self.done: dict[int, _Step] = {}
         self.steps: list[_Step] = []
         for value in (*(v for _, v in self.outputs), *self.wanted):
@@ -213,7 +213,7 @@ class _Code:
         self._allocate()
 
     def resolved(self, s: Symbol) -> Symbol:
-        """What a symbol is where the conditions have their values; a number where only numbers are left."""
+        """The symbol after substitution of the conditions; a number if no element remains in it."""
         found = self.known.get(id(s), s) if s.element else s
         if not s.element or id(s) in self.known:
             return found
@@ -246,13 +246,13 @@ class _Code:
         return uses
 
     def single(self, s: Symbol) -> bool:
-        """Whether its one use is here, so that it need not be stored."""
+        """Whether the symbol is used once and is not an input, so that it need not be stored."""
         return self.uses[id(s)] == 1 and id(s) not in self.inputs
 
-    # --- choosing instructions ---
+    # --- instruction selection ---
 
     def _need(self, s: Symbol) -> None:
-        """Makes the instructions that compute an element, if there are none yet."""
+        """Emits the instructions that compute an element, unless they exist."""
         if id(s) in self.inputs or id(s) in self.done:
             return
         step = self._instruction(s)
@@ -263,7 +263,7 @@ class _Code:
         self.steps.append(step)
 
     def scaled(self, s: Symbol) -> tuple[Symbol, _Operand]:
-        """An element without the sign and the one factor that an operand can have, and these."""
+        """Splits an element into a vector and the sign and factor that an operand can hold."""
         sign, number = 1, None
         while True:
             args = self.args(s)
@@ -282,14 +282,14 @@ class _Code:
         return self.scaled(s)[1]
 
     def rooted(self, s: Symbol) -> _Operand:
-        """The same, with a root around it where there is one."""
+        """The operand, including a square root if the symbol is one."""
         if s.element and s.op == "sqrt" and self.single(s):
             inner = self.operand(self.args(s)[0])
             return _Operand(inner.vector, inner.number, inner.sign, root=True)
         return self.operand(s)
 
     def vector(self, s: Symbol) -> _Operand:
-        """An operand that has to be a vector."""
+        """The symbol as a vector operand."""
         return self.operand(_element(s))
 
     def _instruction(self, s: Symbol) -> _Step:
@@ -319,7 +319,7 @@ class _Code:
             return _Step(s.op, s, [self.operand(args[0])])
         if s.op == "where":
             return self._select(s, args)
-        if s.op == "fill":  # x < x never holds
+        if s.op == "fill":  # x < x is always false
             any_input = _Operand(_input(s, self.inputs))
             return _Step("lt vkk", s, [any_input, any_input, self.operand(args[0]), self.operand(args[0])])
         if s.op in ("and", "or", "not", "lt", "le", "eq", "ne"):
@@ -327,7 +327,7 @@ class _Code:
         raise AssertionError(s.op)
 
     def _inner(self, s: Symbol) -> tuple[str, list[_Operand]]:
-        """The inner operation of a pair, with the root of its result or of its first operand."""
+        """The inner operation of a pair, including a square root of its result or of its first operand."""
         tail = ""
         if s.op == "sqrt":
             inside = self.args(s)[0]
@@ -351,12 +351,12 @@ class _Code:
         return f"{name} {_kinds(x, y)}" + (" root of first" if x.root else tail), [x, y]
 
     def _factor(self, s: Symbol) -> bool:
-        """Whether it is a vector times a constant."""
+        """Whether the symbol is a vector times a constant."""
         args = self.args(s)
         return s.op == "neg" or (s.op == "mul" and args[0].element != args[1].element)
 
     def _compound(self, s: Symbol) -> tuple[Symbol, _Operand] | None:
-        """The inner operation that an operand is, with its factor; None if it has to be stored."""
+        """The operand as an inner operation with its factor; None if its value must be stored."""
         if not s.element:
             return None
         inner, scale = self.scaled(s)
@@ -364,7 +364,7 @@ class _Code:
         return (inner, scale) if fits and self._alone(s, inner) else None
 
     def _alone(self, outer: Symbol, inner: Symbol) -> bool:
-        """Whether what lies from one to the other, factors and signs, has no other use, and neither have they."""
+        """Whether ``outer``, ``inner`` and the factors and signs between them have no other use."""
         while self.single(outer):
             if outer is inner:
                 return True
@@ -372,7 +372,7 @@ class _Code:
         return False
 
     def _weight(self, found: tuple[Symbol, _Operand] | None) -> int:
-        """How many operations a pair takes in with this as its inner one."""
+        """The number of operations that a pair combines if this is its inner one."""
         if found is None:
             return -1
         name, operands = self._inner(found[0])
@@ -423,7 +423,7 @@ class _Code:
         return _Step(f"{name} {_kinds(y, yes, no)}", s, [x, y, yes, no])
 
     def _mask(self, s: Symbol, args: list[Symbol]) -> _Step:
-        """A condition as a number, 1 or 0."""
+        """A condition as the number 1 or 0."""
         one, zero = (s.trace.symbol("literal", value=v) for v in (1.0, 0.0))
         if s.op == "not":
             return _Step("add vk", s, [_Operand(None), _Operand(args[0], None, -1), _Operand(None, one)])
@@ -437,10 +437,10 @@ class _Code:
             name, x, y = _MIRRORED[name], y, x
         return _Step(f"{name} {_kinds(y)}kk", s, [x, y, _Operand(None, one), _Operand(None, zero)])
 
-    # --- registers ---
+    # --- register allocation ---
 
     def _copies(self) -> None:
-        """Gives every output that is an input, or a second time an output, a step of its own."""
+        """Adds a copy for every output that is an input, or that has been an output before."""
         taken: set[int] = set()
         for i, (register, value) in enumerate(self.outputs):
             same = self.inputs.get(id(value)) == register
@@ -455,19 +455,19 @@ class _Code:
         n_inputs = len(self.inputs)
         home = {id(v): r for r, v in self.outputs}
         kept = {*home, *map(id, self.wanted)}
-        last: dict[int, int] = {}  # id of a value -> the last step that reads it
+        last: dict[int, int] = {}  # id of a value -> index of the last step that reads it
         for i, step in enumerate(self.steps):
             for o in step.operands:
                 if o.vector is not None:
                     last[id(o.vector)] = i
-        ends = {r: last.get(k, -1) for k, r in self.inputs.items()}  # register of an input -> its last reader
+        ends = {r: last.get(k, -1) for k, r in self.inputs.items()}  # input register -> last step that reads it
         at = dict(self.inputs)
         free: list[int] = []
         self.n_registers = n_inputs
         moves: list[tuple[int, int]] = []
         for i, step in enumerate(self.steps):
             step.source = [at[id(o.vector)] if o.vector is not None else 0 for o in step.operands]
-            for o in step.operands:  # a register that is read here for the last time may be written
+            for o in step.operands:  # a register whose last reader is this step may hold its result
                 if o.vector is not None and last[id(o.vector)] == i:
                     register = at[id(o.vector)]
                     if register >= n_inputs and register not in free and id(o.vector) not in kept:
@@ -508,7 +508,7 @@ class _Code:
         return self.constants.index(key)
 
     def tuple(self) -> Any:
-        """As :func:`_core.add_program` takes it."""
+        """The arguments for :func:`_core.add_program`."""
         if self.n_registers > _core.MAX_REGISTERS or len(self.steps) > _core.MAX_INSTRUCTIONS:
             raise RuleError("the rule is too long for one program")
         rows = []
@@ -519,7 +519,7 @@ class _Code:
         return rows, list(self.constants), self.n_registers, self.results
 
     def text(self, sums: Sequence[Symbol]) -> str:
-        """The instructions, one a line, and the sums of a pass."""
+        """The instructions, one per line, and the sums of the pass."""
         lines = [self._line(step) for step in self.steps]
         for s, register in zip(sums, self.results, strict=True):
             name = self._name(register)
@@ -545,7 +545,7 @@ class _Code:
 
 
 def _element(s: Symbol) -> Symbol:
-    """A symbol as a vector."""
+    """Converts a number to a vector; returns a vector unchanged."""
     return s if s.element else s.trace.symbol("fill", (s,), element=True)
 
 
@@ -561,7 +561,7 @@ _SIGNS = {"add": "+", "sub": "-", "mul": "*", "div": "/", "pow": "**", "lt": "<"
 
 
 def spelled(s: Symbol) -> str:
-    """A number as a formula."""
+    """The formula of a number."""
     if s.op == "literal":
         return f"{s.value:g}"
     if s.op in _REDUCTIONS:

@@ -1,8 +1,8 @@
-"""Symbols: what a rule's function is called with when it is traced. Operators and the functions of ``fusedopt.rule``
-record what is done with them; everything else is an error that names the line of the user's function.
+"""Symbols: the arguments of a rule's function while it is traced. Operators and the functions of ``fusedopt.rule``
+record operations on symbols. Any other use raises an error that quotes the line of the user's function.
 
-An *element* stands for one element of a tensor (parameter, gradient, state); a *number* for what is the same for all
-elements: an option, the step, a carried scalar. Equal operations on equal symbols are one symbol.
+An *element* represents one element of a tensor (parameter, gradient, state). A *number* has the same value for all
+elements: an option, the step, a carried scalar. Equal operations on equal symbols give the same symbol.
 """
 
 from __future__ import annotations
@@ -42,13 +42,13 @@ _PACKAGE = __name__.rpartition(".")[0]
 
 
 class RuleError(TypeError):
-    """A rule's function does something that a rule cannot do; the message has the line."""
+    """A rule's function uses an operation that a rule does not support. The message quotes the line."""
 
     __module__ = "fusedopt.rule"
 
 
 def location() -> str:
-    """The line of the user's code that is being executed, for a message."""
+    """The line of the user's code that is being executed, formatted for a message."""
     frame: Any = sys._getframe(1)
     while frame and re.match(rf"({re.escape(_PACKAGE)}|numpy|torch)\b", frame.f_globals.get("__name__", "")):
         frame = frame.f_back
@@ -56,7 +56,7 @@ def location() -> str:
 
 
 def place(code: CodeType, line: int) -> str:
-    """A line of a function, for a message."""
+    """A line of a function, formatted for a message."""
     text = linecache.getline(code.co_filename, line).strip()
     return f'\n  File "{code.co_filename}", line {line}, in {code.co_name}' + (f"\n    {text}" if text else "")
 
@@ -67,7 +67,7 @@ def fail(message: str) -> NoReturn:
 
 
 class Trace:
-    """One run of a rule's function: its symbols, in the order in which they were made."""
+    """One trace of a rule's function: its symbols in order of creation."""
 
     def __init__(self) -> None:
         self.symbols: list[Symbol] = []
@@ -76,7 +76,7 @@ class Trace:
     def symbol(
         self, op: str, args: tuple[Symbol, ...] = (), *, name: str = "", value: float = 0.0, **kind: bool
     ) -> Symbol:
-        """The symbol of this operation; ``kind``: whether it is an ``element``, a ``condition``."""
+        """The symbol of this operation. ``kind`` may contain ``element`` and ``condition``."""
         key = (op, name, value, math.copysign(1, value), *(id(a) for a in args))
         found = self._known.get(key)
         if found is None:
@@ -87,7 +87,7 @@ class Trace:
         return found
 
     def lift(self, x: Any) -> Symbol:
-        """A symbol or Python number as a symbol."""
+        """Converts a Python number to a symbol; returns a symbol unchanged."""
         if isinstance(x, Symbol):
             if x.trace is not self:
                 fail("a symbol of another rule, or of an earlier trace, is used: a rule's function keeps nothing")
@@ -101,7 +101,7 @@ class Trace:
 
 
 class Symbol:
-    """A value whose computation is being recorded."""
+    """A value whose computation is recorded."""
 
     __slots__ = ("args", "condition", "element", "name", "number", "op", "trace", "value")
     __array_priority__ = 1000
@@ -205,7 +205,7 @@ class Symbol:
     def __invert__(self) -> Symbol:
         return _combine("not", self)
 
-    # --- what a symbol does not do ---
+    # --- unsupported operations, which raise an error ---
 
     def __bool__(self) -> bool:
         if self.op == "option":
@@ -276,7 +276,7 @@ def _numeric(trace: Trace, x: Any) -> Symbol:
 
 def _operate(trace: Trace, op: str, *args: Any) -> Symbol:
     lifted = tuple(trace.lift(a) for a in args)
-    if op == "mul":  # a mask times a number, as arrays allow
+    if op == "mul":  # a condition times a number, as with arrays
         lifted = tuple(
             where(a, 1.0, 0.0) if a.condition and not b.condition else a
             for a, b in zip(lifted, lifted[::-1], strict=True)
@@ -298,13 +298,13 @@ def _combine(op: str, *args: Any) -> Symbol:
         a = trace.lift(a)
         if not a.condition:
             fail("&, | and ~ are for conditions, such as (g > 0) & (t > 1)")
-        if op == "not" and not a.element:  # of a bool, in the reference, it would be a number
+        if op == "not" and not a.element:  # in the reference, ~ of a Python bool is an integer
             fail("~ is for conditions on elements: write the opposite comparison, such as t <= 1 for ~(t > 1)")
         lifted.append(a)
     return trace.symbol(op, tuple(lifted), condition=True)
 
 
-# --- functions: of symbols; of arrays, tensors and numbers, for the reference and the fallback ---
+# --- functions of symbols; for the reference and the fallback also of arrays, tensors and numbers ---
 
 
 def _traced(args: tuple[Any, ...]) -> Trace | None:
@@ -312,7 +312,7 @@ def _traced(args: tuple[Any, ...]) -> Trace | None:
 
 
 def _module(args: tuple[Any, ...]) -> Any:
-    """torch if one of them is a tensor, NumPy if one is an array, else None."""
+    """torch if an argument is a tensor, NumPy if one is an array, else None."""
     torch: Any = sys.modules.get("torch")
     if torch is not None and any(isinstance(a, torch.Tensor) for a in args):
         return torch
@@ -320,7 +320,7 @@ def _module(args: tuple[Any, ...]) -> Any:
 
 
 def _tensors(torch: Any, *args: Any) -> list[Any]:
-    """Numbers among tensors as tensors of their dtype, for functions that take tensors alone."""
+    """Converts numbers to tensors of the dtype of the others, for functions that accept tensors only."""
     like = next(a for a in args if isinstance(a, torch.Tensor) and a.dtype != torch.bool)
     return [a if isinstance(a, torch.Tensor) else torch.tensor(a, dtype=like.dtype, device=like.device) for a in args]
 
@@ -357,12 +357,12 @@ def exp(x: Any) -> Any:
 
 
 def log(x: Any) -> Any:
-    """The natural logarithm, likewise."""
+    """The natural logarithm, within a few units in the last place, with the same bits on every machine."""
     return _log_of(x)
 
 
 def sign(x: Any) -> Any:
-    """-1, 0 or 1; NaN stays NaN."""
+    """The sign: -1, 0 or 1; NaN for NaN."""
     return _sign(x)
 
 
@@ -379,23 +379,23 @@ def _two(op: str, a: Any, b: Any) -> Any:
 
 
 def maximum(a: Any, b: Any) -> Any:
-    """The larger of two; NaN if either is."""
+    """The larger of two values; NaN if either is NaN."""
     return _two("maximum", a, b)
 
 
 def minimum(a: Any, b: Any) -> Any:
-    """The smaller of two; NaN if either is."""
+    """The smaller of two values; NaN if either is NaN."""
     return _two("minimum", a, b)
 
 
 def fma(a: Any, b: Any, c: Any) -> Any:
-    """a b + c, rounded once. (The reference and the fallback round twice.)"""
+    """a b + c with a single rounding. The reference and the fallback round twice."""
     trace = _traced((a, b, c))
     return _operate(trace, "fma", a, b, c) if trace else a * b + c
 
 
 def lerp(a: Any, b: Any, w: Any) -> Any:
-    """a + w (b - a), from the nearer end, so that w = 1 gives b exactly."""
+    """Linear interpolation a + w (b - a), computed from the nearer end, so that w = 1 gives b exactly."""
     trace = _traced((a, b, w))
     if trace:
         return _operate(trace, "lerp", a, b, w)
@@ -403,8 +403,8 @@ def lerp(a: Any, b: Any, w: Any) -> Any:
 
 
 def where(condition: Any, a: Any, b: Any) -> Any:
-    """a where the condition holds, else b, for each element. A condition on options and ``t`` alone is decided once a
-    step, and what is not chosen is not computed."""
+    """Elementwise choice: a where the condition holds, else b. A condition that depends on options and ``t`` only is
+    evaluated once per step, and the other branch is not computed."""
     if isinstance(condition, bool | np.bool_):
         return a if condition else b
     trace = _traced((condition, a, b))
@@ -427,7 +427,7 @@ def where(condition: Any, a: Any, b: Any) -> Any:
 
 
 def _reduced(op: str, x: Any) -> Any:
-    """The number that stands for a sum over all elements of the tensor."""
+    """A symbol for a sum over all elements of the tensor."""
     trace: Trace = x.trace
     if x.condition:
         x = where(x, 1.0, 0.0)
@@ -437,21 +437,21 @@ def _reduced(op: str, x: Any) -> Any:
 
 
 def tensor_sum(x: Any) -> Any:
-    """The sum of x over all elements of the tensor, in float64: a number, and 0 for a tensor without elements."""
+    """The sum of x over all elements of the tensor, in float64; 0 for an empty tensor."""
     if isinstance(x, Symbol):
         return _reduced("tensor_sum", x)
     return x.sum()
 
 
 def tensor_norm(x: Any) -> Any:
-    """The Euclidean norm of x over all elements of the tensor, likewise."""
+    """The Euclidean norm of x over all elements of the tensor, in float64; 0 for an empty tensor."""
     if isinstance(x, Symbol):
         return sqrt(_reduced("tensor_square_sum", x))
     return sqrt((x * x).sum())
 
 
 def tensor_mean(x: Any) -> Any:
-    """The mean of x over all elements of the tensor, likewise; x may be a condition. NaN without elements."""
+    """The mean of x over all elements of the tensor, in float64; NaN for an empty tensor. x may be a condition."""
     if isinstance(x, Symbol):
         return _reduced("tensor_sum", x) / x.trace.symbol("length", name="length")
     module = _module((x,))
