@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import pkgutil
 import sys
 import types
 from collections.abc import Callable, Sequence
@@ -150,7 +151,7 @@ def module_alone(name: str) -> Any:
     """
     package, *inner = name.split(".")
     if package != "timm":
-        return import_module(name)
+        return pkgutil.resolve_name(name)
     found = importlib.util.find_spec(package)
     if found is None:
         raise ImportError(f"No module named {package!r}")
@@ -159,7 +160,7 @@ def module_alone(name: str) -> Any:
         made.__path__ = [os.path.join(root, *inner[:k]) for root in found.submodule_search_locations or ()]
         sys.modules[made.__name__] = made
     try:
-        return import_module(name)
+        return pkgutil.resolve_name(name)
     finally:
         for one in [one for one in sys.modules if one.split(".")[0] == package]:
             del sys.modules[one]
