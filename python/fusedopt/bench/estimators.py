@@ -1,5 +1,8 @@
-"""Contenders of the suite ``estimators``: a network and logistic regression against scikit-learn and a torch loop, the
-softmax loss against NumPy and torch. Test accuracies after equally many epochs are reported as notes."""
+"""Contenders of the suite ``estimators``: a network against scikit-learn and a torch loop, linear models on a large
+and on small tables against scikit-learn, the softmax loss against NumPy and torch.
+
+Notes report accuracies: of the network and on the large table for test rows after equally many epochs, on small tables
+for the training rows."""
 
 from __future__ import annotations
 
@@ -130,6 +133,26 @@ def _logistic(name: str) -> Contender:
     return Contender(step, note=lambda: f"test accuracy {model.score(x[test], y[test]):.2%}")
 
 
+def _table(data: str, name: str) -> Contender:
+    """Fits of linear models with default settings, which stop by themselves, to a small table of scikit-learn."""
+    from sklearn import datasets, linear_model
+    from sklearn.preprocessing import scale
+
+    import fusedopt.estimators
+
+    x, y = getattr(datasets, f"load_{data}")(return_X_y=True)
+    x = scale(x)
+    how: dict[str, Any] = {"random_state": 0} if data == "diabetes" else {"random_state": 0, "loss": "log_loss"}
+    kind = "Regressor" if data == "diabetes" else "Classifier"
+    model: Any = (
+        getattr(fusedopt.estimators, f"Linear{kind}") if name == OURS else getattr(linear_model, f"SGD{kind}")
+    )(**how)
+    return Contender(
+        lambda: model.fit(x, y),
+        note=lambda: f"score {model.score(x, y):.3f}, {model.n_iter_} epochs",
+    )
+
+
 def _softmax(name: str) -> Contender:
     """Value and gradient of softmax cross-entropy; the blocked NumPy version uses cache-sized blocks of rows."""
     make = np.random.default_rng(0)
@@ -170,6 +193,8 @@ def _softmax(name: str) -> Contender:
 
 def builder(case: Case) -> Callable[[str], Contender]:
     """A function from a contender's name to the contender."""
+    if case.model.startswith("table"):
+        return lambda name: _table(case.model.split()[1], name)
     if case.model.startswith("MLP"):
         return lambda name: network(int(case.model.split()[1]), name)
     return _logistic if case.model == "logistic" else _softmax

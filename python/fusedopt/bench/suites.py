@@ -134,6 +134,10 @@ def estimators(large: int) -> list[Case]:
         "MLPClassifier 784-128-10, batch 128": ("MLP 128", {"scikit-learn": 1.2, "torch": 1.1}),
         "softmax_cross_entropy (4096, 1000)": ("softmax", {BEST_NUMPY: 3.0, "torch": 1.0}),
         "logistic regression 1M x 50, 50 epochs": ("logistic", {"scikit-learn": 1.0}),
+        "logistic regression, breast cancer": ("table breast_cancer", {"scikit-learn": 0.5}),
+        "logistic regression, wine": ("table wine", {"scikit-learn": 0.5}),
+        "logistic regression, digits": ("table digits", {"scikit-learn": 2.0}),
+        "linear regression, diabetes": ("table diabetes", {"scikit-learn": 0.5}),
     }
     return [
         Case(

@@ -350,9 +350,7 @@ class Fit:
                 while not p.finished and (once or p.epoch < task.max_iter):
                     start = time.perf_counter()
                     if order is not None:
-                        permutation = np.arange(n)
-                        self.random.shuffle(permutation)
-                        order = order[permutation]
+                        self.random.shuffle(order)
                     before = self.net.params.copy() if task.tol_params is not None else None
                     p.loss.append(self._epoch(task, data, order))
                     p.epoch += 1
@@ -470,7 +468,7 @@ class Fit:
             for i, part in enumerate(parts):
                 part[...] = arrays[f"{kind}.{i}"]
         self.mean = arrays.get("followed")
-        return arrays.get("order", order), arrays.get("best")
+        return (arrays["order"].copy() if "order" in arrays else order), arrays.get("best")
 
     # ---- reporting
 
