@@ -339,7 +339,7 @@ class Fit:
     def _run(self, task: Task, data: Data, split: Split | None, once: bool) -> None:
         p, n = self.progress, data.x.shape[0]
         self.interrupted = False
-        order = np.arange(n) if task.shuffle and task.batch_size < n else None
+        order = np.arange(n, dtype=np.int64) if task.shuffle and task.batch_size < n else None
         best: Array | None = None
         if task.checkpoint is not None:
             order, best = self._resume(task, order)
