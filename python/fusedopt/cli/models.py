@@ -76,7 +76,12 @@ def preprocessing(table: Table, max_categories: int = MAX_CATEGORIES) -> Any:
         return Pipeline(scaled)
     comma = [column.name for column in table.columns if column.how == "comma"]
     formats = {column.name: column.how for column in table.columns if column.kind == "date" and column.how}
-    encode = OneHotEncoder(max_categories=max_categories, handle_unknown="infrequent_if_exist")
+    # With a limit the encoder counts the rows of every category, which takes seconds for a million rows.
+    limited = any(table.x[name].nunique() > max_categories for name in table.of_kind("category"))
+    encode = OneHotEncoder(
+        max_categories=max_categories if limited else None,
+        handle_unknown="infrequent_if_exist" if limited else "ignore",
+    )
     parts = {
         "number": [("convert", FunctionTransformer(columns.numbers, kw_args={"comma": comma})), *scaled],
         "date": [("convert", FunctionTransformer(columns.dates, kw_args={"formats": formats})), *scaled],
