@@ -256,7 +256,7 @@ def test_the_schedules_of_the_command_line_exist_and_end_where_they_should() -> 
 
 def test_it_runs_as_a_command(tmp_path: Path) -> None:
     arguments = ["-W", "error", "-m", "fusedopt", "train", "--data", "iris", "--epochs", "2", "--output", str(tmp_path)]
-    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr
     assert "accuracy" in done.stdout
 
@@ -559,7 +559,10 @@ def test_a_signal_from_the_keyboard_stops_a_training_cleanly(tmp_path: Path) -> 
     checkpoint, out = tmp_path / "fit.ckpt", tmp_path / "out"
     words = ["train", "--quiet", "--data", "iris", "--epochs", "1000000", "--output", str(out)]
     process = subprocess.Popen(
-        [sys.executable, "-m", "fusedopt", *words, "--checkpoint", str(checkpoint)], stderr=subprocess.PIPE, text=True
+        [sys.executable, "-m", "fusedopt", *words, "--checkpoint", str(checkpoint)],
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a job in the background inherits SIG_IGN
     )
     try:
         while not checkpoint.exists():
