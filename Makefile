@@ -74,7 +74,7 @@ matrix: ## the tests on the versions that are promised, in environments of their
 cuda: $(VENV)/.dev ## compile the CUDA library and read its code; needs nvcc, no GPU
 	$(PY) bench/ptx.py $(ARGS)
 
-vectorized: ## which loops the compiler vectorises; CXX=clang++
+vectorized: ## which loops the compiler vectorises
 	$(PYTHON) bench/vectorized.py $(ARGS)
 
 clean: ## remove what was built and written, but not .venv
