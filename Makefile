@@ -17,7 +17,7 @@ CHECKED := python tests bench examples docs
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test docs gpu-kit test-gpu integrations bench bench-gpu lint format stubs sanitize arm cuda vectorized clean distclean
+.PHONY: help demo test docs gpu-kit test-gpu integrations bench bench-gpu lint format stubs sanitize arm matrix cuda vectorized clean distclean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -68,10 +68,13 @@ sanitize: $(VENV)/.test ## the core under the address, undefined-behaviour and t
 arm: ## the results of aarch64, under emulation, are those of this processor; needs a cross compiler and qemu
 	sh tests/arm/run.sh
 
+matrix: ## the tests on the versions that are promised, in environments of their own; ARGS="--pair 3.10 -n 2"
+	$(PYTHON) tests/versions.py $(ARGS)
+
 cuda: $(VENV)/.dev ## compile the CUDA library and read its code; needs nvcc, no GPU
 	$(PY) bench/ptx.py $(ARGS)
 
-vectorized: ## which loops the compiler vectorises (GCC)
+vectorized: ## which loops the compiler vectorises
 	$(PYTHON) bench/vectorized.py $(ARGS)
 
 clean: ## remove what was built and written, but not .venv

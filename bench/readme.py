@@ -1,8 +1,10 @@
-"""Writes measured ratios into README.md and bench/README.md and draws docs/speedup.png, from the committed results.
+"""Writes measured ratios into README.md and bench/README.md, README's table of tested versions, and draws
+docs/speedup.png, from the committed results.
 
-``python bench/readme.py [bench/results]`` reads readme.json and bytes.json, which ``fusedopt bench --json`` wrote,
-rewrites the text between each page's two bench marks, and draws the picture. ``--check`` writes nothing and exits 1 if
-a page or the picture is out of date. Only ratios, GB/s and shares are shown, never a time alone.
+``python bench/readme.py [bench/results]`` reads readme.json and bytes.json, which ``fusedopt bench --json`` wrote, and
+versions.json of ``make matrix``, rewrites the text between two marks of a page, and draws the
+picture. ``--check`` writes nothing and exits 1 if a page or the picture is out of date. Only ratios, GB/s and shares
+are shown, never a time alone.
 """
 
 from __future__ import annotations
@@ -25,7 +27,6 @@ from fusedopt.bench.timing import Times
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results"
 PICTURE = ROOT / "docs" / "speedup.png"
-SECTION = re.compile(r"(?<=<!-- bench:begin -->\n).*(?=<!-- bench:end -->)", re.DOTALL)
 TITLES = {
     "rules": "Every rule, float32, one large tensor",
     "formats": "Adam in every format",
@@ -170,7 +171,29 @@ def section(folder: Path) -> str:
     return "\n" + "\n\n".join(parts) + "\n\n"
 
 
-PAGES = {ROOT / "README.md": gains, ROOT / "bench" / "README.md": section}
+def tested(folder: Path) -> str:
+    """README's table of the environments in which the tests have run."""
+    packages = ("python", "numpy", "torch", "scikit-learn")
+    lines = [("tests", "on", *("Python", "NumPy", "torch", "scikit-learn"), "passed", "failed", "skipped", "date")]
+    rows = json.loads((folder / "versions.json").read_text())
+    for row in rows:
+        shown = (row.get(package, "").partition("+")[0] for package in packages)
+        counts = (f"{row[kind]:,}" for kind in ("passed", "failed", "skipped"))
+        lines.append((row["tests"], row["system"], *shown, *counts, row["date"]))
+    notes = "".join(f"Python {row['python']}: {row['note']}\n\n" for row in rows if "note" in row)
+    return f"\n{grid(lines)}\n\n{notes}"
+
+
+# The text between two marks of a page, and what writes it.
+SECTIONS: tuple[tuple[Path, str, Callable[[Path], str]], ...] = (
+    (ROOT / "README.md", "bench", gains),
+    (ROOT / "README.md", "versions", tested),
+    (ROOT / "bench" / "README.md", "bench", section),
+)
+
+
+def between(mark: str) -> re.Pattern[str]:
+    return re.compile(rf"(?<=<!-- {mark}:begin -->\n).*(?=<!-- {mark}:end -->)", re.DOTALL)
 
 
 def _digest(folder: Path) -> str:
@@ -199,11 +222,11 @@ def main() -> int:
     )
     args = parser.parse_args()
     changed = []
-    for page, write in PAGES.items():
+    for page, mark, write in SECTIONS:
         old, text = page.read_text(), write(args.folder)
-        new, found = SECTION.subn(lambda _, text=text: text, old)  # type: ignore[misc]
+        new, found = between(mark).subn(lambda _, text=text: text, old)  # type: ignore[misc]
         if found != 1:
-            print(f"{page}: expected one pair of bench marks", file=sys.stderr)
+            print(f"{page}: expected one pair of {mark} marks", file=sys.stderr)
             return 2
         if new != old:
             changed.append(page)

@@ -1,9 +1,9 @@
 """Lists which loops of cpp/cpu/sweep.h, by rule and formats, and of cpp/cpu/interpret.cpp, by instruction, the compiler
 vectorises: ``make vectorized``.
 
-Compiles for one instruction set with the flags of CMakeLists.txt and reads GCC's vectoriser dump. Exits 1 where a loop
-is missed. Needs g++ (``CXX``), or the cross compiler aarch64-linux-gnu-g++ for ``--target aarch64``; clang has no such
-dump.
+Compiles for one instruction set with the flags of CMakeLists.txt and reads GCC's vectoriser dump or clang's
+optimization record. Exits 1 where a loop is missed. ``CXX`` names the compiler (g++); ``--target aarch64`` takes the
+cross compiler aarch64-linux-gnu-g++ unless CXX is given.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 CPP = Path(__file__).parents[1] / "cpp"
 FLAGS = "-std=c++17 -O3 -fPIC -ffp-contract=off -fno-math-errno -fno-trapping-math"
@@ -28,16 +29,69 @@ ISAS = {
 }
 
 
-def dump(isa: str, unit: str, target: str) -> str:
-    """GCC's vectoriser dump of a unit in cpp/cpu."""
-    compiler = [f"{target}-linux-gnu-g++"] if target else shlex.split(os.environ.get("CXX", "g++"))
+class Function(NamedTuple):
+    """A function, its vectorised loops (the size of a vector by file and line, in bytes for GCC and in elements for
+    clang), and where clang has unrolled a short loop completely and made vectors of the straight code."""
+
+    name: str
+    sizes: dict[tuple[str, int], int]
+    straight: set[tuple[str, int]]
+
+
+def compiler(target: str) -> list[str]:
+    return shlex.split(os.environ.get("CXX") or (f"{target}-linux-gnu-g++" if target else "g++"))
+
+
+def vectorised(isa: str, unit: str, command: list[str], clang: bool) -> list[Function]:
+    """Every function of a unit in cpp/cpu that has a loop, and its vectorised loops. A function that is compiled as
+    several clones is there as often."""
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "dump"
-        flags = shlex.split(
-            f"{FLAGS} {ISAS[isa]} -I{CPP} -DFUSEDOPT_ISA={isa} -DFUSEDOPT_VERSION=0 -fdump-tree-vect-optimized={path}"
-        )
-        subprocess.run([*compiler, *flags, "-c", str(CPP / "cpu" / unit), "-o", os.devnull], check=True)
-        return path.read_text()
+        path = Path(folder) / "record"
+        flags = shlex.split(f"{FLAGS} {ISAS[isa]} -I{CPP} -DFUSEDOPT_ISA={isa} -DFUSEDOPT_VERSION=0")
+        if clang:
+            flags += ["-fsave-optimization-record", "-foptimization-record-passes=(loop|slp)-vectorize"]
+            flags += [f"-foptimization-record-file={path}"]
+        else:
+            flags += [f"-fdump-tree-vect-optimized={path}"]
+        subprocess.run([*command, *flags, "-c", str(CPP / "cpu" / unit), "-o", f"{folder}/object"], check=True)
+        return (of_record if clang else of_dump)(path.read_text())
+
+
+def of_dump(text: str) -> list[Function]:
+    """GCC's dump; a loop's remainder has shorter vectors."""
+    found = []
+    for part in text.split("\n;; Function ")[1:]:
+        head, _, body = part.partition("\n")
+        function = Function(head.partition(" (")[0].replace("fusedopt::{anonymous}::", ""), {}, set())
+        for file, line, size in re.findall(r"(\w+\.\w+):(\d+):.*optimized: loop vectorized using (\d+) byte vec", body):
+            place = file, int(line)
+            function.sizes[place] = max(int(size), function.sizes.get(place, 0))
+        found.append(function)
+    return found
+
+
+def of_record(text: str) -> list[Function]:
+    """clang's record: one entry for each loop that is vectorised or missed, with the mangled name of its function."""
+    of: dict[str, Function] = {}
+    for entry in text.split("--- !")[1:]:
+        name = re.search(r"^Function: +'?([^\s']+)", entry, re.MULTILINE)
+        at = re.search(r"File: '?([^',]+)'?, Line: (\d+)", entry)
+        if not name:
+            continue
+        function = of.setdefault(name[1], Function(name[1], {}, set()))
+        if entry.startswith("Passed") and at:
+            place = Path(at[1]).name, int(at[2])
+            if size := re.search(r"VectorizationFactor: '(\d+)'", entry):
+                function.sizes[place] = int(size[1])
+            elif re.search(r"Name: +(StoresVectorized|VectorizedHorizontalReduction)", entry):
+                function.straight.add(place)
+    demangled = subprocess.run(["c++filt"], input="\n".join(of), capture_output=True, text=True, check=True).stdout
+    names = [name.replace("fusedopt::(anonymous namespace)::", "") for name in demangled.splitlines()]
+    # What is left in front is the type that a function template returns; then come the arguments.
+    return [
+        function._replace(name=re.sub(r"^(void|double|float|bool) ", "", name.partition("(")[0]))
+        for name, function in zip(names, of.values(), strict=True)
+    ]
 
 
 def required() -> dict[str, set[int]]:
@@ -65,21 +119,19 @@ def needed(formats: str, lines: dict[str, set[int]]) -> set[int]:
     return some | (lines["draw"] if "Noisy" in formats else set())
 
 
-def loops(text: str) -> Iterator[tuple[str, int]]:
-    """(rule and formats, bytes of a vector or 0) of every instance of the loops in sweep.h."""
+def loops(functions: Iterable[Function]) -> Iterator[tuple[str, int]]:
+    """(rule and formats, size of a vector or 0) of every instance of the loops in sweep.h."""
     lines = required()
     found: dict[str, int] = {}
-    for part in text.split("\n;; Function ")[1:]:
-        head, _, body = part.partition("\n")
-        head = head.partition(" (")[0].replace("fusedopt::{anonymous}::", "")
-        sizes: dict[int, int] = {}  # by line; a loop's remainder has shorter vectors
-        for line, bytes_ in re.findall(r"sweep\.h:(\d+):.*optimized: loop vectorized using (\d+) byte vectors", body):
-            sizes[int(line)] = max(int(bytes_), sizes.get(int(line), 0))
+    for head, everywhere, straight in functions:
+        sizes = {line: size for (file, line), size in everywhere.items() if file == "sweep.h"}
         size = max(sizes.values(), default=0)
         if m := re.match(r"(Sweep|Blocks)<(\w+)<\w+>, (.*)>::(sweep|flat)(\.|$)", head):
             name = f"{m[2]:24} {m[3]}"
             if m[1] == "Blocks":
-                found[name] = size if needed(m[3], lines) <= sizes.keys() else 0
+                missed = needed(m[3], lines) - sizes.keys()
+                missed = {line for line in missed if not any(("sweep.h", line + k) in straight for k in range(4))}
+                found[name] = 0 if missed else size
             elif m[4] == "flat" or size:
                 found[name] = max(size, found.get(name, 0))
             else:
@@ -89,16 +141,14 @@ def loops(text: str) -> Iterator[tuple[str, int]]:
     yield from found.items()
 
 
-def instructions(text: str) -> Iterator[tuple[str, int]]:
-    """(instruction, bytes of a vector or 0) of every loop of the interpreter; one that has two is missed unless both
+def instructions(functions: Iterable[Function]) -> Iterator[tuple[str, int]]:
+    """(instruction, size of a vector or 0) of every loop of the interpreter; one that has two is missed unless both
     are vectorised."""
-    for part in text.split("\n;; Function ")[1:]:
-        head, _, body = part.partition("\n")
-        if m := re.match(r"fusedopt::\{anonymous\}::(\w+)Loop<(\d+), (\w+)>::run", head):
-            sizes = re.findall(r"interpret\.cpp:(\d+):.*optimized: loop vectorized using (\d+) byte vectors", body)
+    for head, everywhere, _ in functions:
+        if m := re.match(r"(\w+)Loop<(\d+), (\w+)>::run", head):
+            sizes = {line: size for (file, line), size in everywhere.items() if file == "interpret.cpp"}
             wanted = 2 if (m[1], m[2]) == ("Lerp", "1") else 1
-            complete = len({line for line, _ in sizes}) >= wanted
-            yield f"{m[1]} {m[2]} {m[3]}", max(int(size) for _, size in sizes) if complete else 0
+            yield f"{m[1]} {m[2]} {m[3]}", max(sizes.values()) if len(sizes) >= wanted else 0
 
 
 def main() -> int:
@@ -107,16 +157,22 @@ def main() -> int:
     parser.add_argument("--target", choices=["aarch64"], help="cross-compile the baseline loop")
     args = parser.parse_args()
     isa, name = ("baseline", f"{args.target} (NEON)") if args.target else (args.isa, args.isa)
+    command = compiler(args.target)
+    version = subprocess.run([*command, "--version"], capture_output=True, text=True, check=True).stdout
+    clang = "clang" in version
     units = {
-        "sweep.h": list(loops(dump(isa, "cpu.cpp", args.target))),
-        "interpret.cpp": list(instructions(dump(isa, "interpret.cpp", args.target))),
+        "sweep.h": list(loops(vectorised(isa, "cpu.cpp", command, clang))),
+        "interpret.cpp": list(instructions(vectorised(isa, "interpret.cpp", command, clang))),
     }
+    unit_of_size = "elements" if clang else "bytes"
     for unit, found in units.items():
         if not found:
-            print(f"the dump names no loop of {unit}: is the compiler GCC?", file=sys.stderr)
+            print(f"the compiler's record names no loop of {unit}: is it GCC or clang?", file=sys.stderr)
             return 2
         missed = [loop for loop, size in found if not size]
-        widths = ", ".join(f"{n} with {size} bytes" for size, n in sorted(Counter(s for _, s in found if s).items()))
+        widths = ", ".join(
+            f"{n} with {size} {unit_of_size}" for size, n in sorted(Counter(s for _, s in found if s).items())
+        )
         print(f"{name}: {len(found) - len(missed)} of {len(found)} loops of {unit} vectorised ({widths or 'none'})")
         print("".join(f"missed: {loop}\n" for loop in missed), end="")
     return not all(size for found in units.values() for _, size in found)

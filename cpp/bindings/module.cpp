@@ -93,7 +93,7 @@ int threads_or_default(int threads) {
 
 }  // namespace fusedopt
 
-PYBIND11_MODULE(_core, m) {
+PYBIND11_MODULE(_core_of_main_interpreter, m) {
   using namespace fusedopt;
   m.doc() = "The compiled core of fusedopt: fused update kernels over NumPy arrays and torch tensors.";
   m.attr("__version__") = FUSEDOPT_VERSION;
@@ -159,4 +159,13 @@ PYBIND11_MODULE(_core, m) {
   bind_losses(m);
   bind_programs(m);
   bind_torch_plan(m);
+}
+
+// Before pybind11 runs: in a subinterpreter that shares the GIL it would wait for it forever.
+extern "C" PYBIND11_EXPORT PyObject* PyInit__core() {
+  if (PyInterpreterState_Get() != PyInterpreterState_Main()) {
+    PyErr_SetString(PyExc_ImportError, "fusedopt cannot be imported in a subinterpreter, only in the main interpreter");
+    return nullptr;
+  }
+  return PyInit__core_of_main_interpreter();
 }

@@ -4,6 +4,9 @@ In-place functions (``fusedopt.adam_``) and optimizer classes (``fusedopt.Adam``
 ``torch.optim`` classes in ``fusedopt.torch``. Importing this package imports NumPy only.
 """
 
+if __spec__ is not None and type(__spec__.loader).__name__ == "zipimporter":
+    raise ImportError("fusedopt contains compiled code and cannot be imported from a zip archive: install or unpack it")
+
 from . import losses
 from ._core import __version__
 from .config import config, get_isa, get_num_threads, isas, set_isa, set_num_threads, show_config

@@ -12,7 +12,8 @@ ARM_CXX="${ARM_CXX:-aarch64-linux-gnu-g++}"
 EMULATOR="${EMULATOR:-qemu-aarch64-static}"
 flags="-std=c++17 -O3 -ffp-contract=off -fno-math-errno -fno-trapping-math -Wall -Wextra -Werror -pthread -I$cpp"
 flags="$flags -DFUSEDOPT_ISA=baseline -DFUSEDOPT_VERSION=\"arm\""
-units="cpu/dispatch network/kernels network/network network/linear step/step step/host step/device step/tensor step/threads"
+units="cpu/forms cpu/interpret cpu/dispatch cpu/programs network/kernels network/network network/linear step/step step/host
+  step/rows step/device step/tensor step/threads"
 
 for tool in "$ARM_CXX" "$EMULATOR"; do
   command -v "$tool" >/dev/null || { echo "$tool was not found: apt-get install g++-aarch64-linux-gnu qemu-user-static" >&2; exit 2; }

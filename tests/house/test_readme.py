@@ -122,7 +122,7 @@ def test_the_benchmark_section_is_written_from_results(
     page, script = tmp_path / "README.md", load("bench/readme.py")
     page.write_text("before\n<!-- bench:begin -->\nold\n<!-- bench:end -->\nafter\n")
     (tmp_path / "readme.json").write_text(json.dumps(DATA))
-    monkeypatch.setattr(script, "PAGES", {page: script.section})
+    monkeypatch.setattr(script, "SECTIONS", ((page, "bench", script.section),))
     monkeypatch.setattr(script, "PICTURE", tmp_path / "speedup.png")
 
     def run(*arguments: str) -> int:
@@ -171,8 +171,8 @@ def test_the_committed_tables_and_picture_are_those_of_the_committed_results(mon
     script = load("bench/readme.py")
     if not script.RESULTS.exists():
         pytest.skip("no results are committed")
-    for page, written in script.PAGES.items():
-        section = script.SECTION.search(page.read_text())
+    for page, mark, written in script.SECTIONS:
+        section = script.between(mark).search(page.read_text())
         assert section is not None
         assert section[0] == written(script.RESULTS)
     monkeypatch.setattr("sys.argv", ["readme.py", "--check"])

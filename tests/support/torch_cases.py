@@ -28,6 +28,20 @@ FLOATS = (torch.float32, torch.float64, *SIXTEEN)
 
 Grads = list[list[torch.Tensor | None]]
 
+
+def _takes_lr_with_a_dimension() -> bool:
+    """Whether torch's AdamW does: that of torch 2.6 fails on a parameter without dimensions."""
+    p = torch.nn.Parameter(torch.ones(()))
+    p.grad = torch.ones(())
+    try:
+        torch.optim.AdamW([p], lr=torch.tensor([0.01]), foreach=False).step()
+    except RuntimeError:
+        return False
+    return True
+
+
+ONE_RATE: Any = [0.01] if _takes_lr_with_a_dimension() else 0.01
+
 # Tensor options are float64, since torch's plain loop loses digits with float32 ones.
 MORE: dict[str, list[dict[str, Any]]] = {
     "SGD": [
@@ -60,7 +74,7 @@ MORE: dict[str, list[dict[str, Any]]] = {
     ],
     "AdamW": [
         {"weight_decay": 0.0},
-        {"amsgrad": True, "maximize": True, "lr": torch.tensor([0.01], dtype=torch.float64)},
+        {"amsgrad": True, "maximize": True, "lr": torch.tensor(ONE_RATE, dtype=torch.float64)},
     ],
     "NAdam": [{"momentum_decay": 0.1}, {"weight_decay": 0.1, "decoupled_weight_decay": True}],
     "RAdam": [{"betas": (0.5, 0.7)}, {"weight_decay": 0.1, "decoupled_weight_decay": True, "betas": (0.9, 0.95)}],
@@ -68,6 +82,10 @@ MORE: dict[str, list[dict[str, Any]]] = {
     "Adadelta": [{"rho": 0.5, "eps": 1e-3}, {"lr": 0.1, "weight_decay": 0.1}],
     "Lion": [{"betas": (0.5, 0.7)}, {"lr": 0.01, "weight_decay": 0.5}],
 }
+
+
+# Options that came after the oldest torch that is supported: only where this torch has them.
+NEWER = ("decoupled_weight_decay",)
 
 
 def numeric_options(name: str, group: dict[str, Any]) -> dict[str, Any]:
@@ -174,7 +192,8 @@ def _key(options: dict[str, Any]) -> str:
 @functools.cache
 def _sets(name: str) -> dict[str, dict[str, Any]]:
     db = [i.kwargs for i in optim_db()[name].optim_inputs_func("cpu")] if name in optim_db() else []
-    return {_key(o): o for o in itertools.chain(_generic(name), MORE.get(name, []), db)}
+    sets = itertools.chain(_generic(name), MORE.get(name, []), db)
+    return {_key(o): o for o in sets if all(accepts(name, option) for option in NEWER if option in o)}
 
 
 def option_sets(name: str) -> list[dict[str, Any]]:

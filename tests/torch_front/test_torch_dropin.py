@@ -199,7 +199,12 @@ def test_a_group_added_later_joins_in(name: str, options: Options) -> None:
         opt = make(name, params[:3], **options)
         train(opt, [row[:3] for row in grads[:2]], params[:3])
         opt.add_param_group({"params": params[3:6], "lr": 0.05})
-        train(opt, [row[:6] for row in grads[2:4]], params[:6])
+        try:
+            train(opt, [row[:6] for row in grads[2:4]], params[:6])
+        except KeyError:
+            if make is ours or name != "Adagrad":
+                raise
+            pytest.skip("the Adagrad of torch 2.6 makes no state for a group that is added")
         opt.add_param_group({"params": params[6:]})
         train(opt, grads[4:], params)
         results.append(snapshot(opt, params))
