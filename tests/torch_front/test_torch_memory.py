@@ -12,9 +12,17 @@ from typing import Any
 import pytest
 import torch
 
+import fusedopt
 from fusedopt import _core
 from torch_cases import gradients, ours, parameters, plain, some_cases
-from torch_compare import assert_close, assert_same_bits, count_fallbacks, run_apart, snapshot, train
+from torch_compare import (
+    assert_close,
+    assert_same_bits,
+    count_fallbacks,
+    run_apart,
+    snapshot,
+    train,
+)
 
 Options = dict[str, Any]
 Event = Callable[[torch.Tensor], None]
@@ -255,6 +263,54 @@ def test_a_gradient_that_shares_memory_with_its_parameter_takes_torchs_step(name
                 opt.step()
         results.append(snapshot(opt, [p]))
     assert_close(*results, rtol=1e-6, atol=1e-7)
+
+
+def shared_gradients(make: Any, name: str, which: str, threads: int | None) -> dict[str, torch.Tensor]:
+    params = [torch.nn.Parameter(torch.linspace(-1, k, 60_000)) for k in (1, 2, 3)]
+    options: Options = {"momentum": 0.5} if name == "SGD" else {}
+    opt = make(name, params, lr=0.1, **options)
+    expected = 0 if make is plain else 1
+    with count_fallbacks(expected):
+        for i in range(4):
+            for p in params:
+                p.grad = torch.linspace(1, i, 60_000)
+            if i > 0:
+                states = {k: [v for n, v in opt.state[p].items() if n != "step"] for k, p in enumerate(params)}
+                taken = {"a later parameter": (0, params[2].detach()), "an earlier parameter": (2, params[0].detach())}
+                taken |= {"a state": (1, states[0][-1]), "its own state": (1, states[1][0])}
+                reader, params[taken[which][0]].grad = taken[which]
+                if make is not plain:
+                    fusedopt.set_num_threads(threads)
+            opt.step()
+    assert make is plain or opt._engine.updated_by(opt)[None] == (2 if which == "its own state" else 1), reader
+    return snapshot(opt, params)
+
+
+@pytest.mark.parametrize("name", ["SGD", "Adam"])
+@pytest.mark.parametrize("which", ["a later parameter", "an earlier parameter", "a state", "its own state"])
+def test_a_gradient_that_the_step_writes_to_is_read_in_torchs_order(name: str, which: str) -> None:
+    """The kernels update parameters in several threads, so what such a gradient holds would depend on chance."""
+    try:
+        mine = shared_gradients(ours, name, which, 2)
+    finally:
+        fusedopt.set_num_threads(None)
+    assert_close(mine, shared_gradients(plain, name, which, None), rtol=1e-5, atol=1e-6)
+
+
+def test_a_gradient_that_is_a_parameter_without_one_needs_no_fallback() -> None:
+    p, frozen = (torch.nn.Parameter(torch.ones(50)) for _ in range(2))
+    opt = ours("Adam", [p, frozen], lr=0.1)
+    frozen.grad = torch.ones(50)
+    with count_fallbacks(0):
+        for _ in range(3):
+            p.grad = torch.ones(50)
+            opt.step()
+            frozen.grad, p.grad = None, frozen.detach()
+            opt.step()
+            frozen.data = frozen.data.clone()
+            opt.step()  # the gradient is where the parameter was
+            p.grad = frozen.detach()
+            opt.step()
 
 
 def test_a_refused_step_does_not_refuse_the_next_one() -> None:
