@@ -1,5 +1,6 @@
 """A step reads and writes tensors as they are now: moved, freed, shared, or without memory."""
 
+import copy
 import platform
 import re
 import shutil
@@ -19,6 +20,7 @@ from torch_compare import (
     assert_close,
     assert_same_bits,
     count_fallbacks,
+    falling_back_is_fine,
     run_apart,
     snapshot,
     train,
@@ -177,6 +179,31 @@ def test_a_checkpoint_of_another_dtype_is_cast_as_by_torch(
             train(opt, [[None if g is None else g.to(want) for g in row] for row in grads[2:]], twins)
         kinds.append([{k: getattr(v, "dtype", None) for k, v in opt.state[p].items()} for p in twins if p in opt.state])
     assert kinds[:2] == kinds[2:]
+
+
+@pytest.mark.parametrize("other", ["exp_avg", "step"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_tensor_that_stands_twice_in_a_checkpoint_is_one_after_the_load(other: str, dtype: torch.dtype) -> None:
+    results = []
+    for make in (ours, plain):
+        params = [torch.nn.Parameter(torch.linspace(1, 2, 6).to(dtype)) for _ in range(2)]
+        opt = make("RAdam", params, lr=0.1)
+        rows = [[torch.linspace(k, 1, 6).to(dtype) for k in (2, 3)] for _ in range(3)]
+        train(opt, rows, params)
+        opt.state[params[1]][other] = opt.state[params[0]][other]
+        checkpoint = opt.state_dict()
+        kept = [dict(entry) for entry in checkpoint["state"].values()]
+        values = copy.deepcopy(kept)
+        opt = make("RAdam", params, lr=0.1)
+        opt.load_state_dict(copy.deepcopy(checkpoint) if make is plain else checkpoint)
+        assert opt.state[params[1]][other] is opt.state[params[0]][other]
+        with falling_back_is_fine():
+            train(opt, rows, params)
+        for entry, value, now in zip(kept, values, checkpoint["state"].values(), strict=True):
+            assert make is plain or all(v is entry[k] and torch.equal(v, value[k]) for k, v in now.items())
+        results.append(snapshot(opt, params))
+    rtol, atol = (1e-5, 1e-6) if dtype == torch.float32 else (3e-2, 3e-2)
+    assert_close(*results, rtol=rtol, atol=atol)
 
 
 def test_one_optimizer_stepped_from_several_threads() -> None:
