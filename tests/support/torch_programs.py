@@ -732,6 +732,12 @@ def crash(side: Side, p: Any, r: random.Random) -> None:
     os.kill(os.getpid(), signal.SIGSEGV)
 
 
+@event("between", 0)
+def hang(side: Side, p: Any, r: random.Random) -> None:
+    """Likewise."""
+    threading.Event().wait()
+
+
 @event("between", 0.8, whole=True)
 def step_in_threads(side: Side, p: Any, r: random.Random) -> None:
     """Done by `run_in_threads`, which needs both sides."""
