@@ -83,7 +83,7 @@ struct TorchGroup {
   KernelId found = {0, -1};                                             // and its kernel
 };
 
-// Memory that tensors left to torch use, as disjoint or overlapping intervals sorted by their beginnings.
+// Memory that some tensors use, as disjoint or overlapping intervals sorted by their beginnings.
 class Intervals {
  public:
   void clear() { all_.clear(); }
@@ -99,6 +99,12 @@ class Intervals {
     const auto past =
         std::lower_bound(all_.begin(), all_.end(), std::make_pair(e.high, static_cast<const char*>(nullptr)));
     return e.low != e.high && past != all_.begin() && std::prev(past)->second > e.low;
+  }
+  // From the last interval that begins at or before an address to the next one: free, if it has this address.
+  std::pair<const char*, const char*> gap(const char* at) const {
+    const auto next = std::partition_point(all_.begin(), all_.end(), [at](const auto& i) { return i.first <= at; });
+    return {next == all_.begin() ? nullptr : std::prev(next)->second,
+            next == all_.end() ? reinterpret_cast<const char*>(UINTPTR_MAX) : next->first};
   }
 
  private:
@@ -192,6 +198,7 @@ class TorchPlan {
     p.layout = nullptr;
     for (Entry& e : p.entries) e = {};
     followed_ = false;  // its state has to be found
+    moved_ = true;      // and its memory is no longer the kernels'
   }
 
   // Do the host's kernels take a parameter and its gradient as they are? If not, trouble() may know why.
@@ -267,7 +274,8 @@ class TorchPlan {
 
   // Positions (group, index) of parameters that the last step found to have changed.
   py::list stale() const { return positions(stale_); }
-  // Those whose memory meets that of another parameter or its state. All have to be updated in order, by torch.
+  // Those whose memory or gradient meets that of another parameter or of a state. All have to be updated in order, by
+  // torch.
   py::list conflicts() const { return positions(conflicts_); }
 
   // Calls f for every reference to a Python object.
@@ -474,15 +482,50 @@ class TorchPlan {
         const int row = int(places.size());
         places.emplace_back(int(g), int(i));
         try {
-          extents.push_back(extent_of(view(p.tensor.ptr()), true, row, 0));
-          for (int e = 0; e < p.n_entries(); ++e)
-            if (e != p.layout->sequence) extents.push_back(extent_of(view(p.entry(e)), true, row, e));
+          add_written(p, row, extents);
         } catch (const Stale&) {  // without a gradient in this step
           p.last[0] = nullptr;    // and with one looked at again
         }
       }
+    add_conflicts(extents, places);
+    written_.clear();
+    for (const Extent& e : extents) written_.add(e);
+    written_.sort();
+  }
+
+  // The memory of a parameter and its state.
+  void add_written(const Param& p, int row, std::vector<Extent>& extents) const {
+    extents.push_back(extent_of(view(p.tensor.ptr()), true, row, 0));
+    for (int e = 0; e < p.n_entries(); ++e)
+      if (e != p.layout->sequence) extents.push_back(extent_of(view(p.entry(e)), true, row, e));
+  }
+  void add_conflicts(std::vector<Extent>& extents, const Places& places) {
     for (auto& [a, b] : meetings(extents, 100000))
       for (int row : {a.row, b.row}) conflicts_.push_back(places[size_t(row)]);
+  }
+
+  // Gradients, which may be new in every step, that meet what the step writes. Those of parameters without a gradient,
+  // and where these were in an earlier step, do not matter: they are sorted out only if any gradient meets.
+  void find_read_conflicts() {
+    bool meets = false;
+    std::pair<const char*, const char*> gap = {nullptr, nullptr};  // the next gradient often lies in the same one
+    for (const Extent& e : read_) {
+      if (e.low == e.high || (gap.first <= e.low && e.high <= gap.second)) continue;
+      gap = written_.gap(e.low);
+      meets |= gap.first > e.low || e.high > gap.second;
+    }
+    if (!meets) return;
+    std::vector<Extent> extents = read_;
+    Places places;
+    for (size_t g = 0; g < groups_.size(); ++g)
+      for (size_t i = 0; i < groups_[g].params.size(); ++i) {
+        const Param& p = groups_[g].params[i];
+        if (places.size() == active_.size() || active_[places.size()] != &p) continue;
+        add_written(p, int(places.size()), extents);
+        places.emplace_back(int(g), int(i));
+      }
+    add_conflicts(extents, places);
+    moved_ = true;  // the next step looks where all are now
   }
 
   // Where torch's own step reads and writes, for the parameters left to it: what they share with those of the kernels
@@ -576,6 +619,7 @@ class TorchPlan {
     layouts_read_.clear();
     grads_.clear();
     active_.clear();
+    read_.clear();
     streams_.clear();
     stale_.clear();
     conflicts_.clear();
@@ -608,6 +652,7 @@ class TorchPlan {
       find_conflicts();
       moved_ = false;
     }
+    if (stale_.empty() && conflicts_.empty()) find_read_conflicts();
     return true;
   }
 
@@ -863,6 +908,7 @@ class TorchPlan {
       if (fresh) at->second = stream_of(types_[0], v[0].device, &known);
       step_.add(tensor, v[0].device, nullptr, at->second);
     }
+    read_.push_back(extent_of(v[1], false, int(active_.size()), 1));
     active_.push_back(&p);
     grads_.push_back(std::move(grad));
     p.known = true;
@@ -927,6 +973,7 @@ class TorchPlan {
   bool followed_ = false;     // entries_ and the parameters' dicts are those of the state
   bool any_foreign_ = false;  // some parameter is left to torch
   bool moved_ = false;        // since the memory was last searched for conflicts
+  Intervals written_;         // by the kernels, where the memory was then
   Intervals foreign_used_, foreign_written_;
   std::vector<py::object> dropped_;  // replaced since the last step
   std::vector<std::unique_ptr<Strided>> layouts_;
@@ -934,6 +981,7 @@ class TorchPlan {
   std::vector<std::pair<int, int>> tables_;  // of those with sparse gradients, in their order: group, number in it
   std::vector<py::object> grads_;
   std::vector<Param*> active_;                             // those with a gradient
+  std::vector<Extent> read_;                               // their gradients, in the same order
   std::map<int, void*> streams_;                           // torch's, by device
   mutable std::deque<std::vector<int64_t>> layouts_read_;  // shapes and strides that no tensor lends
   double norm_ = -1;

@@ -44,6 +44,9 @@ class Kernel:
     values: Callable[[Options], list[float]]
     """Options -> the hyperparameters as numbers, in the kernel's order."""
 
+    hyper: tuple[str, ...]
+    """The names of the hyperparameters, which are not all options."""
+
     codes: tuple[str, ...]
     """dtype of each state's codes: int8 if signed, uint8 for a second moment, empty if it cannot be quantised."""
 
@@ -63,7 +66,7 @@ def _kernel(name: str, rule: Rule) -> Kernel:
         else:
             sources.append((h, -1, 0.0))
     operands = ("param", "grad", *states, *rule.carried)
-    return Kernel(name, index, states, operands, tuple(sources), values_of(sources), codes)
+    return Kernel(name, index, states, operands, tuple(sources), values_of(sources), tuple(hyper), codes)
 
 
 def values_of(sources: Iterable[tuple[str | None, int, float]]) -> Callable[[Options], list[float]]:

@@ -732,6 +732,12 @@ def crash(side: Side, p: Any, r: random.Random) -> None:
     os.kill(os.getpid(), signal.SIGSEGV)
 
 
+@event("between", 0)
+def hang(side: Side, p: Any, r: random.Random) -> None:
+    """Likewise."""
+    threading.Event().wait()
+
+
 @event("between", 0.8, whole=True)
 def step_in_threads(side: Side, p: Any, r: random.Random) -> None:
     """Done by `run_in_threads`, which needs both sides."""
@@ -742,6 +748,16 @@ def step_in_threads(side: Side, p: Any, r: random.Random) -> None:
 
 class Difference(AssertionError):
     """Ours is not where torch is."""
+
+
+def rounding(dtype: torch.dtype) -> float:
+    """The relative distance of two neighbours in the precision in which such a parameter is updated."""
+    return min(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps)
+
+
+def nudge(dtype: torch.dtype) -> float:
+    """A change of an input, relative to it, whose effect the float64 step shows to several digits."""
+    return max(rounding(dtype), 2.0**-40)
 
 
 class Snapshot:
@@ -759,34 +775,36 @@ class Snapshot:
             for g in side.opt.param_groups
         ]
 
-    def exact(self, name: str, jitter: torch.Generator | None = None) -> tuple[list[Tensor], list[dict[str, Any]]]:
-        """The step from here by torch's plain loop in float64; with jitter, from inputs that are off by a rounding."""
+    def inputs(self) -> list[str]:
+        """The names of the tensors that a step reads."""
+        states = {k for s in self.states for k, v in s.items() if isinstance(v, Tensor) and k not in SCALARS}
+        return ["param", "grad", *sorted(states)]
 
-        def wide(t: Tensor) -> Tensor:
-            if jitter is None or not t.is_floating_point():
-                return t.detach().to(torch.float64, copy=True)
-            eps = torch.finfo(max(t.dtype, torch.float32, key=lambda d: d.itemsize)).eps
-            up = torch.rand(t.shape, generator=jitter) < 0.5
-            return t.double() * torch.where(up, 1 + eps, 1 - eps)
+    def exact(self, name: str, moved: str = "") -> tuple[list[Tensor], list[dict[str, Any]]]:
+        """The step from here by torch's plain loop in float64; with the name of an input, from a little more of it."""
+
+        def wide(t: Tensor, key: str, i: int) -> Tensor:
+            t = t.detach().to(torch.float64, copy=True)
+            return t * (1 + nudge(self.params[i].dtype)) if key == moved else t
 
         def number(v: Any) -> Any:
             if isinstance(v, Tensor):
                 return v.item()
             return tuple(map(number, v)) if isinstance(v, tuple) else v
 
-        twins = [torch.nn.Parameter(wide(p)) for p in self.params]
-        for twin, g in zip(twins, self.grads, strict=True):
-            twin.grad = None if g is None else wide(g.to_dense() if g.layout != torch.strided else g)
+        twins = [torch.nn.Parameter(wide(p, "param", i)) for i, p in enumerate(self.params)]
+        for i, (twin, g) in enumerate(zip(twins, self.grads, strict=True)):
+            twin.grad = None if g is None else wide(g.to_dense() if g.layout != torch.strided else g, "grad", i)
         opt = plain(name, twins)
         opt.param_groups[:] = [
             {k: number(v) for k, v in g.items() if k != "params"} | {"params": [twins[i] for i in g["params"]]}
             for g in self.groups
         ]
         opt.state.clear()
-        for twin, state in zip(twins, self.states, strict=True):
+        for i, (twin, state) in enumerate(zip(twins, self.states, strict=True)):
             if state:
                 opt.state[twin] = {
-                    k: wide(v) if isinstance(v, Tensor) and k not in SCALARS else copy.deepcopy(v)
+                    k: wide(v, k, i) if isinstance(v, Tensor) and k not in SCALARS else copy.deepcopy(v)
                     for k, v in state.items()
                 }
         opt.step()
@@ -802,32 +820,42 @@ def _text(t: Tensor) -> str:
     return f"{t.dtype} {tuple(t.shape) if t.dim() < 9 else f'{t.dim()} dims'} {layout_of(t)}".replace("torch.", "")
 
 
+ROUNDINGS = 4  # of the terms of a step, before they are added
+
+
 class Comparison:
     """Parameters and state of the two sides after a step. What is not equal to the bit has to be near torch's value,
     or, where torch's own path is the rougher one, near the float64 step from the same place."""
 
-    def __init__(self, name: str, before: Snapshot) -> None:
-        self.name, self.before = name, before
+    def __init__(self, name: str, before: Snapshot, fused: bool) -> None:
+        self.name, self.before, self.fused = name, before, fused
         self._exact: Any = None
 
     def exact(self, place: tuple[int, str]) -> tuple[Tensor, Tensor]:
-        """(the value by a float64 step, how far it moves with the inputs' last bits)."""
+        """(the value by a float64 step, how far it moves if each of the inputs moves by a rounding).
+
+        It moves far where terms cancel: a rounding of one of them is then a large part of what is left.
+        """
         if self._exact is None:
-            runs = [self.before.exact(self.name, j) for j in (None, *map(generator, range(4)))]
+            runs = [self.before.exact(self.name, moved) for moved in ("", *self.before.inputs())]
             self._exact = [
                 {(i, "param"): p for i, p in enumerate(params)}
                 | {(i, k): v for i, s in enumerate(states) for k, v in s.items()}
                 for params, states in runs
             ]
         truth, *moved = (run[place].squeeze() for run in self._exact)
-        return truth, torch.stack([(m - truth).abs() for m in moved]).nan_to_num(torch.inf).amax(0)
+        dtype = self.before.params[place[0]].dtype
+        sum_ = torch.stack([(m - truth).abs() for m in moved]).nan_to_num(torch.inf).sum(0)
+        return truth, sum_ * (rounding(dtype) / nudge(dtype))
 
     def check(self, i: int, key: str, mine: Tensor, theirs: Tensor | None) -> None:
         what = f"parameter {i}, {key} ({_text(mine)})"
         old = self.before.params[i] if key == "param" else self.before.states[i].get(key)
         if theirs is not None:
-            # torch's load rounds mu_product to 16 bits; its first momentum is the gradient, in the gradient's dtype.
-            odd = key == "mu_product" or (key == "momentum_buffer" and mine.dtype == self.before.params[i].dtype)
+            # torch's load rounds mu_product to 16 bits; its first momentum is the gradient, in the gradient's dtype. A
+            # load with fused=True, which the other side is not given, makes a step of any dtype a float32.
+            odd = key == "mu_product" or (self.fused and key == "step" and mine.dtype == torch.float32)
+            odd |= key == "momentum_buffer" and mine.dtype == self.before.params[i].dtype
             if mine.dtype != theirs.dtype and not odd:
                 raise Difference(f"{what}: torch has {theirs.dtype}")
             if mine.shape != theirs.shape:
@@ -857,7 +885,7 @@ class Comparison:
             raise Difference(f"{what}: {self._worst(mine, theirs)}; no exact step: {error!r}") from error
         room = 16 if mine.dtype == torch.float64 else 4 if mine.dtype == torch.float32 else 1
         room *= 2 if key == "acc_delta" else 1  # the square of a product of two roots and a quotient
-        room = room * _unit(mine, old, truth) + 8 * moves
+        room = room * _unit(mine, old, truth) + ROUNDINGS * moves
         off = (mine.double() - truth).abs()
         fine = off <= room
         if theirs is not None:
@@ -974,19 +1002,23 @@ class Run:
 
     def step(self, which: int) -> bool:
         before = Snapshot(self.theirs)
+        overlap, overlap_kept = (any(map(overlapping, self.states(side))) for side in (self.mine, self.theirs))
         grads = [None if p.grad is None else p.grad.detach().clone() for p in self.mine.params]
         versions = [[p._version for p in side.params] for side in (self.mine, self.theirs)]
         errors = [
             outcome(lambda s=side: EVENTS["step"].run(s, None, random.Random(which)))  # type: ignore[misc]
             for side in (self.mine, self.theirs)
         ]
-        comparison = Comparison(self.program["name"], before)
+        comparison = Comparison(self.program["name"], before, bool(self.program["ours"].get("fused")))
         if errors[1] is not None and errors[0] is None and mixed(self.theirs):
             self.counts["kernels do what torch refuses"] += 1
+            left = self.left()  # updated by torch, which has refused another one here: there is nothing to compare with
             for i, p in enumerate(self.mine.params):
-                for key, mine in self.tensors(self.mine, p):
-                    if not overlapping(mine):  # left to torch, and the exact step has no such memory
-                        self.checked(comparison, i, key, mine, None)
+                for key, mine in self.tensors(self.mine, p) if id(p) not in left else []:
+                    self.checked(comparison, i, key, mine, None)
+            return False
+        if errors[1] is not None and errors[0] is None and overlap_kept and not overlap:
+            self.counts["a load has copied overlapping state, which torch keeps and refuses"] += 1
             return False
         self.alike(self.at, *errors)
         if any(errors):
@@ -1023,6 +1055,10 @@ class Run:
         for p in self.mine.params:
             if p.grad is not None and self.mine.group_of(p) is not None:
                 self.counts["left to torch" if id(p) in left else "updated by the kernels"] += 1
+
+    @staticmethod
+    def states(side: Side) -> list[Tensor]:
+        return [side.state(p)[k] for p in side.params for k in side.entries(p)]
 
     @staticmethod
     def tensors(side: Side, p: Tensor) -> list[tuple[str, Tensor]]:

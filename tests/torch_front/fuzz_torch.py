@@ -14,6 +14,8 @@ import argparse
 import ast
 import collections
 import concurrent.futures
+import contextlib
+import faulthandler
 import gc
 import importlib.util
 import json
@@ -33,7 +35,8 @@ from pathlib import Path
 from typing import Any
 
 Program = dict[str, Any]
-CHUNK, PATIENCE = 50, 120.0  # cases handed out at once; seconds without an answer that count as a hang
+CHUNK = 50  # cases handed out at once
+PATIENCE, START = 120.0, 1200.0  # seconds without an answer that count as a hang: of a case; of the first imports
 
 
 def use_core(path: str) -> None:
@@ -57,6 +60,8 @@ def serve() -> None:
     import torch_programs  # noqa: F401
 
     gc.freeze()  # a collection in a child need not look at every module
+    faulthandler.enable()  # where a case hangs
+    os.write(answers, b'{"ready": true}\n')
     for line in sys.stdin:
         child = os.fork()
         if not child:
@@ -125,7 +130,7 @@ class Worker:
             env=env,
             start_new_session=True,
         )
-        self.rest = b""
+        self.rest, self.ready = b"", False
 
     def ask(self, request: Any) -> Any:
         """Yields the answers to one request; after a crash the last of them has "crash" and "at"."""
@@ -136,13 +141,18 @@ class Worker:
         self.process.stdin.flush()
         at = None
         while True:
-            line = self._line()
+            seconds = PATIENCE if self.ready else START
+            line = self._line(seconds)
             if line is None:
+                os.killpg(self.process.pid, signal.SIGABRT)  # faulthandler writes where it is
+                self.process.wait()
+                why = self._crash(f"no answer for {seconds:g} s")
                 self.close()
                 self.start()
-                yield {"crash": f"crash: no answer for {PATIENCE:g} s", "at": at}
+                yield {"crash": why, "at": at}
                 return
             found = json.loads(line)
+            self.ready |= "ready" in found
             if "end" in found:
                 if found["end"]:
                     yield {"crash": self._crash(found["end"]), "at": at}
@@ -150,9 +160,9 @@ class Worker:
             at = found.get("at", at)
             yield found
 
-    def _line(self) -> bytes | None:
+    def _line(self, seconds: float) -> bytes | None:
         assert self.process.stdout is not None
-        end = time.monotonic() + PATIENCE
+        end = time.monotonic() + seconds
         while b"\n" not in self.rest:
             ready, _, _ = select.select([self.process.stdout], [], [], max(0, end - time.monotonic()))
             data = os.read(self.process.stdout.fileno(), 1 << 16) if ready else b""
@@ -164,12 +174,13 @@ class Worker:
 
     def _crash(self, how: str) -> str:
         self.errors.seek(0)
-        text = self.errors.read().decode(errors="replace")
+        text = re.sub(r"\nExtension modules:.*", "", self.errors.read().decode(errors="replace"))
         found = re.search(r"(ERROR: AddressSanitizer: \S+|runtime error: .*)(?:.*\n.*){0,12}", text)
-        return f"crash: {found[1]}\n{found[0]}" if found else f"crash: {how}\n{text[-1500:]}"
+        return f"crash: {found[1]}\n{found[0]}" if found else f"crash: {how}\n{text[-4000:]}"
 
     def close(self) -> None:
-        os.killpg(self.process.pid, signal.SIGKILL)  # the child, too
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)  # the child, too
         self.process.wait()
         for pipe in (self.process.stdin, self.process.stdout):
             assert pipe is not None
@@ -296,10 +307,11 @@ class Fuzzer:
 def report(fuzzer: Fuzzer, shrink: bool = True) -> None:
     from torch_programs import generate
 
+    worker = Worker(fuzzer.core)
     for name, places in fuzzer.found.items():
         number, why = places[0]
         print(f"\n== {len(places)} of {fuzzer.done} cases: {name}\n   cases {[n for n, _ in places[:8]]}")
-        worker, program = Worker(fuzzer.core), generate(number)
+        program = generate(number)
         alone = fails(worker, program)
         if alone is None:
             print(
@@ -308,8 +320,8 @@ def report(fuzzer: Fuzzer, shrink: bool = True) -> None:
         else:
             program, why = shrunk(worker, program, alone) if shrink else (program, alone)
             print("   " + why.replace("\n", "\n   "))
-            print(f'   python tests/torch_front/fuzz_torch.py --program "{program!r}"')
-        worker.close()
+            print(f'   python tests/torch_front/fuzz_torch.py --program "{program!r}"', flush=True)
+    worker.close()
 
 
 def table(fuzzer: Fuzzer) -> str:

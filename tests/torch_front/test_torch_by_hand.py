@@ -101,6 +101,23 @@ def test_max_grad_norm_set_by_hand_is_checked(value: Any) -> None:
     assert_same_bits(snapshot(opt, params), before)
 
 
+@pytest.mark.parametrize("name", ["Adam", "AdamW", "NAdam", "RAdam"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_decoupled_weight_decay_set_by_hand_is_followed(name: str, dtype: torch.dtype) -> None:
+    grads, results = gradients(4, dtype, missing=False), []
+    for make in (ours, plain):
+        params = parameters(dtype)
+        opt = make(name, params, lr=0.1, weight_decay=0.3)
+        with count_fallbacks(0):
+            for row in grads:
+                for group in opt.param_groups:
+                    group["decoupled_weight_decay"] = not group["decoupled_weight_decay"]
+                train(opt, [row], params)
+        results.append(snapshot(opt, params))
+    rtol, atol = (1e-5, 1e-6) if dtype == torch.float32 else (3e-2, 3e-2)
+    assert_close(*results, rtol=rtol, atol=atol)
+
+
 def test_max_grad_norm_in_one_group_alone_is_refused() -> None:
     params = parameters()
     opt = ours("SGD", [{"params": params[:3]}, {"params": params[3:]}], lr=0.1)

@@ -459,3 +459,19 @@ def test_a_first_step_beside_overlapping_parameters_still_begins_the_buffer() ->
         results.append([p.detach().clone() for p in params])
     for got, want in zip(*results, strict=True):
         assert torch.equal(got, want)
+
+
+def test_a_fallback_for_several_reasons_keeps_the_order_of_the_parameters() -> None:
+    """A gradient that is another parameter tells the order: the first is updated before the second reads it."""
+    results = []
+    for make in (ours, plain):
+        params = [torch.nn.Parameter(torch.full((4,), k)) for k in (1.0, 2.0)]
+        opt = make("SGD", params, lr=0.1)
+        with falling_back_is_fine():
+            for i in range(3):
+                first = torch.full((4,), 3.0)
+                params[0].grad = first if i < 2 else first.to_sparse()  # a reason of its own, that comes later
+                params[1].grad = params[0].detach() if i == 2 else torch._neg_view(first.neg())
+                opt.step()
+        results.append(snapshot(opt, params))
+    assert_close(*results, rtol=1e-6, atol=1e-7)

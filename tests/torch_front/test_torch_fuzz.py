@@ -36,6 +36,18 @@ def test_a_case_that_crashes_is_a_finding_and_the_next_one_runs() -> None:
         worker.close()
 
 
+@needs_fork
+def test_a_case_that_hangs_is_a_finding_with_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fuzz_torch, "PATIENCE", 5.0)
+    worker, program = fuzz_torch.Worker(None), generate(0)
+    try:
+        why = fuzz_torch.fails(worker, {**program, "events": [("hang", 0, 0)]}) or ""
+        assert "no answer for 5 s" in why
+        assert "in hang" in why
+    finally:
+        worker.close()
+
+
 class Guarded(torch.optim.Adam):
     """torch's own, with what ours promises: a step beside another one is an error. Those below do one thing wrong."""
 

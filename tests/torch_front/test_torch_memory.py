@@ -1,5 +1,6 @@
 """A step reads and writes tensors as they are now: moved, freed, shared, or without memory."""
 
+import copy
 import platform
 import re
 import shutil
@@ -12,9 +13,18 @@ from typing import Any
 import pytest
 import torch
 
+import fusedopt
 from fusedopt import _core
 from torch_cases import gradients, ours, parameters, plain, some_cases
-from torch_compare import assert_close, assert_same_bits, count_fallbacks, run_apart, snapshot, train
+from torch_compare import (
+    assert_close,
+    assert_same_bits,
+    count_fallbacks,
+    falling_back_is_fine,
+    run_apart,
+    snapshot,
+    train,
+)
 
 Options = dict[str, Any]
 Event = Callable[[torch.Tensor], None]
@@ -171,6 +181,31 @@ def test_a_checkpoint_of_another_dtype_is_cast_as_by_torch(
     assert kinds[:2] == kinds[2:]
 
 
+@pytest.mark.parametrize("other", ["exp_avg", "step"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_tensor_that_stands_twice_in_a_checkpoint_is_one_after_the_load(other: str, dtype: torch.dtype) -> None:
+    results = []
+    for make in (ours, plain):
+        params = [torch.nn.Parameter(torch.linspace(1, 2, 6).to(dtype)) for _ in range(2)]
+        opt = make("RAdam", params, lr=0.1)
+        rows = [[torch.linspace(k, 1, 6).to(dtype) for k in (2, 3)] for _ in range(3)]
+        train(opt, rows, params)
+        opt.state[params[1]][other] = opt.state[params[0]][other]
+        checkpoint = opt.state_dict()
+        kept = [dict(entry) for entry in checkpoint["state"].values()]
+        values = copy.deepcopy(kept)
+        opt = make("RAdam", params, lr=0.1)
+        opt.load_state_dict(copy.deepcopy(checkpoint) if make is plain else checkpoint)
+        assert opt.state[params[1]][other] is opt.state[params[0]][other]
+        with falling_back_is_fine():
+            train(opt, rows, params)
+        for entry, value, now in zip(kept, values, checkpoint["state"].values(), strict=True):
+            assert make is plain or all(v is entry[k] and torch.equal(v, value[k]) for k, v in now.items())
+        results.append(snapshot(opt, params))
+    rtol, atol = (1e-5, 1e-6) if dtype == torch.float32 else (3e-2, 3e-2)
+    assert_close(*results, rtol=rtol, atol=atol)
+
+
 def test_one_optimizer_stepped_from_several_threads() -> None:
     """Each step completes or is refused, and the parameters have as many updates as steps succeeded."""
     out = run_apart(
@@ -255,6 +290,54 @@ def test_a_gradient_that_shares_memory_with_its_parameter_takes_torchs_step(name
                 opt.step()
         results.append(snapshot(opt, [p]))
     assert_close(*results, rtol=1e-6, atol=1e-7)
+
+
+def shared_gradients(make: Any, name: str, which: str, threads: int | None) -> dict[str, torch.Tensor]:
+    params = [torch.nn.Parameter(torch.linspace(-1, k, 60_000)) for k in (1, 2, 3)]
+    options: Options = {"momentum": 0.5} if name == "SGD" else {}
+    opt = make(name, params, lr=0.1, **options)
+    expected = 0 if make is plain else 1
+    with count_fallbacks(expected):
+        for i in range(4):
+            for p in params:
+                p.grad = torch.linspace(1, i, 60_000)
+            if i > 0:
+                states = {k: [v for n, v in opt.state[p].items() if n != "step"] for k, p in enumerate(params)}
+                taken = {"a later parameter": (0, params[2].detach()), "an earlier parameter": (2, params[0].detach())}
+                taken |= {"a state": (1, states[0][-1]), "its own state": (1, states[1][0])}
+                reader, params[taken[which][0]].grad = taken[which]
+                if make is not plain:
+                    fusedopt.set_num_threads(threads)
+            opt.step()
+    assert make is plain or opt._engine.updated_by(opt)[None] == (2 if which == "its own state" else 1), reader
+    return snapshot(opt, params)
+
+
+@pytest.mark.parametrize("name", ["SGD", "Adam"])
+@pytest.mark.parametrize("which", ["a later parameter", "an earlier parameter", "a state", "its own state"])
+def test_a_gradient_that_the_step_writes_to_is_read_in_torchs_order(name: str, which: str) -> None:
+    """The kernels update parameters in several threads, so what such a gradient holds would depend on chance."""
+    try:
+        mine = shared_gradients(ours, name, which, 2)
+    finally:
+        fusedopt.set_num_threads(None)
+    assert_close(mine, shared_gradients(plain, name, which, None), rtol=1e-5, atol=1e-6)
+
+
+def test_a_gradient_that_is_a_parameter_without_one_needs_no_fallback() -> None:
+    p, frozen = (torch.nn.Parameter(torch.ones(50)) for _ in range(2))
+    opt = ours("Adam", [p, frozen], lr=0.1)
+    frozen.grad = torch.ones(50)
+    with count_fallbacks(0):
+        for _ in range(3):
+            p.grad = torch.ones(50)
+            opt.step()
+            frozen.grad, p.grad = None, frozen.detach()
+            opt.step()
+            frozen.data = frozen.data.clone()
+            opt.step()  # the gradient is where the parameter was
+            p.grad = frozen.detach()
+            opt.step()
 
 
 def test_a_refused_step_does_not_refuse_the_next_one() -> None:

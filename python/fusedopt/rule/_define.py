@@ -336,7 +336,8 @@ class OwnRule(Rule):
             )
         sources = tuple((name, item, 0.0) for name, item in hyper)
         operands = ("param", "grad", *states, *self.carried)
-        return Kernel(self.name, _registered[what], states, operands, sources, values_of(sources), codes)
+        options = tuple(name for name, _ in hyper)
+        return Kernel(self.name, _registered[what], states, operands, sources, values_of(sources), options, codes)
 
     # --- the public interface ---
 

@@ -253,7 +253,9 @@ class Engine:
             kernel = rule.kernel(group)
             hyper: list[Any] = [
                 (key, index, value if key is None or index >= 0 else float(rule.defaults[key]))
-                for key, index, value in kernel.sources
+                if key is not None or name not in optimizer.defaults
+                else (name, -1, value)  # torch's AdamW is Adam with an option that may be changed like any other
+                for name, (key, index, value) in zip(kernel.hyper, kernel.sources, strict=True)
             ]
             ema = group["ema_decay"] is not None
             hyper += [("l1", -1, 0.0), ("ema_decay" if ema else None, -1, 0.0), ("seed", -1, 0.0)]

@@ -84,13 +84,15 @@ class Fallback:
     def step(self, optimizer: Optimizer) -> None:
         """Does torch's own step for those of the parameters that have gradients."""
         groups = optimizer.param_groups
-        left: list[list[torch.Tensor]] = [[] for _ in groups]
+        ids: list[set[int]] = [set() for _ in groups]
         for places in self.places.values():
             for g, p in places:
                 if p.grad is not None:
-                    left[g].append(p)
-        if not any(left):
+                    ids[g].add(id(p))
+        if not any(ids):
             return
+        # In the order of the groups, not of the reasons: one may read what the step of another has written.
+        left = [[p for p in group["params"] if id(p) in ids[g]] if ids[g] else [] for g, group in enumerate(groups)]
         assert self._plain_step is not None
         attributes: Any = vars(optimizer)  # of GradScaler, dealt with before; torch's step must not act on them again
         scaled = {k: attributes.pop(k) for k in ("grad_scale", "found_inf") if k in attributes}

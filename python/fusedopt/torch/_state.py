@@ -21,6 +21,10 @@ INTEGERS = {"int8": torch.int8, "uint8": torch.uint8, "int16": torch.int16, "flo
 NEW_OPTIONS: dict[str, Any] = {**forms.OPTIONS, "lazy": False, "max_grad_norm": None}
 
 
+Copies = dict[tuple[int, torch.device], torch.Tensor]
+"""The copies that a load has made, by the identity of the checkpoint's tensor and the device."""
+
+
 class Keep:
     """Hides a state tensor from torch's ``load_state_dict``, which would cast it to the parameter's dtype."""
 
@@ -245,22 +249,34 @@ def convert_for_load(rule: Rule, optimizer: Optimizer, state_dict: dict[str, Any
             new["fused"] = group["fused"]  # how to compute is this optimizer's choice, not the checkpoint's
         for key, p in zip(new["params"], group["params"], strict=False):
             targets[key] = (p, {**group, **new})
+    copies: Copies = {}
     state = {
-        key: _converted(rule, entry, *targets[key]) if key in targets else entry
+        key: _converted(rule, entry, *targets[key], copies) if key in targets else entry
         for key, entry in state_dict["state"].items()
     }
     return {**state_dict, "param_groups": groups, "state": state}
 
 
-def _converted(rule: Rule, entry: dict[str, Any], p: torch.Tensor, group: dict[str, Any]) -> dict[str, Any]:
+def _copied(v: Any, device: torch.device | None, copies: Copies) -> Any:
+    """A copy of a tensor, on another device if one is given. A tensor that stands in several places is copied once, so
+    that it stays one, as in torch."""
+    if not isinstance(v, torch.Tensor):
+        return v
+    device = v.device if device is None else device
+    found = copies.get((id(v), device))
+    if found is None:
+        found = copies[id(v), device] = v.detach().to(device=device, copy=True)
+    return found
+
+
+def _converted(
+    rule: Rule, entry: dict[str, Any], p: torch.Tensor, group: dict[str, Any], copies: Copies
+) -> dict[str, Any]:
     """A checkpoint's state of one parameter, copied, in the form that the group asks for."""
     explicit = group["state_dtype"]
     coded = any(k.endswith("_codes") for k in entry)
     form = form_of(p, group, "int8" if coded and not explicit else None)
-    out = {
-        k: v.detach().to(device=None if k == "step" else p.device, copy=True) if isinstance(v, torch.Tensor) else v
-        for k, v in entry.items()
-    }
+    out = {k: _copied(v, None if k == "step" else p.device, copies) for k, v in entry.items()}
     if not device_refusal(p.device) and p.dtype in NAMES:
         recode(p, out, rule.kernel(group), form)
         recode_master(p, out, form)
