@@ -29,13 +29,17 @@ ISAS = {
 }
 
 
+Place = tuple[str, int]
+"""File and line."""
+
+
 class Function(NamedTuple):
     """A function, its vectorised loops (the size of a vector by file and line, in bytes for GCC and in elements for
     clang), and where clang has unrolled a short loop completely and made vectors of the straight code."""
 
     name: str
-    sizes: dict[tuple[str, int], int]
-    straight: set[tuple[str, int]]
+    sizes: dict[Place, int]
+    straight: set[Place]
 
 
 def compiler(target: str) -> list[str]:
@@ -94,21 +98,22 @@ def of_record(text: str) -> list[Function]:
     ]
 
 
-def required() -> dict[str, set[int]]:
-    """Lines of the loops over a block in sweep.h, by the function they are in."""
-    lines: dict[str, set[int]] = {}
-    function = ""
-    for number, line in enumerate((CPP / "cpu" / "sweep.h").read_text().splitlines(), 1):
-        if m := re.match(r"  (?:static )?FUSEDOPT_\w+ (?:static )?(?:void|bool) (\w+)\(", line):
-            function = m[1]
-        if re.search(r"for \(int i = 0; (quantised && )?i < kBlock", line) or (
-            "for (int i = 0; i < U::numbers;" in line and function == "draw"
-        ):
-            lines.setdefault(function, set()).add(number)
+def required() -> dict[str, set[Place]]:
+    """The loops over a block in sweep.h and update.h, by the function they are in."""
+    lines: dict[str, set[Place]] = {}
+    for path in (CPP / "cpu" / "sweep.h", CPP / "rules" / "update.h"):
+        function = ""
+        for number, line in enumerate(path.read_text().splitlines(), 1):
+            if m := re.match(r"  (?:static )?FUSEDOPT_\w+ (?:static )?(?:void|bool) (\w+)\(", line):
+                function = m[1]
+            if re.search(r"for \(int i = 0; (quantised && )?i < kBlock", line) or (
+                "for (int i = 0; i < numbers;" in line and function == "draw"
+            ):
+                lines.setdefault(function, set()).add((path.name, number))
     return lines
 
 
-def needed(formats: str, lines: dict[str, set[int]]) -> set[int]:
+def needed(formats: str, lines: dict[str, set[Place]]) -> set[Place]:
     """The loops that this combination has, without copies of float32, which GCC compiles to calls."""
     decode, gradient, rule, encode, shift = sorted(lines["block"])
     (codes_in, in_), (codes_out, out) = sorted(lines["load"]), sorted(lines["store"])
@@ -124,13 +129,13 @@ def loops(functions: Iterable[Function]) -> Iterator[tuple[str, int]]:
     lines = required()
     found: dict[str, int] = {}
     for head, everywhere, straight in functions:
-        sizes = {line: size for (file, line), size in everywhere.items() if file == "sweep.h"}
+        sizes = {place: size for place, size in everywhere.items() if place[0] in ("sweep.h", "update.h")}
         size = max(sizes.values(), default=0)
         if m := re.match(r"(Sweep|Blocks)<(\w+)<\w+>, (.*)>::(sweep|flat)(\.|$)", head):
             name = f"{m[2]:24} {m[3]}"
             if m[1] == "Blocks":
                 missed = needed(m[3], lines) - sizes.keys()
-                missed = {line for line in missed if not any(("sweep.h", line + k) in straight for k in range(4))}
+                missed = {(file, n) for file, n in missed if not any((file, n + k) in straight for k in range(4))}
                 found[name] = 0 if missed else size
             elif m[4] == "flat" or size:
                 found[name] = max(size, found.get(name, 0))
