@@ -38,7 +38,7 @@ py::dict instructions() {
   auto add = [&](int code, const std::string& name) { d[py::str(name)] = code; };
   for (int code = kPairs; code < kFmas; ++code) {
     const int i = code - kPairs;
-    add(code, std::string(inners[i / (kOuters * kRoots)]) + roots[i / kOuters % kRoots] + outers[i % kOuters]);
+    add(code, std::string(inners[i / (int(kOuters) * kRoots)]) + roots[i / kOuters % kRoots] + outers[i % kOuters]);
   }
   for (int i = 0; i < 8; ++i) add(kFmas + i, std::string("fma") + (i & 4 ? " root of first" : "") + kinds(i & 3, 2));
   for (int i = 0; i < 2; ++i) add(kLerps + i, "lerp" + kinds(i, 1));

@@ -99,7 +99,8 @@ FUSEDOPT_HD T operand(const T* x, T k, int64_t i) {
 
 template <int Code, class T>
 struct PairLoop {
-  static constexpr int outer = Code % kOuters, root_at = Code / kOuters % kRoots, inner = Code / (kOuters * kRoots);
+  static constexpr int outer = Code % kOuters, root_at = Code / kOuters % kRoots,
+                       inner = Code / (int(kOuters) * kRoots);
   static constexpr bool x_constant = outer == kPlusK || outer == kOverK || outer == kByK;
   static constexpr bool y_constant = inner == kDivKV, z_constant = inner == kAddVK || inner == kDivVK;
 
@@ -433,7 +434,7 @@ FUSEDOPT_HD void run(const void* self, const void* prepared, const Span& span, T
     }
     if (scales) {
       const T* const g[4] = {registers[1], registers[1], registers[1], registers[1]};
-      PairLoop<(kSame * kRoots + kNoRoot) * kOuters + kNoOuter, T>::run(scaled, g, scale, n);
+      PairLoop<(int(kSame) * kRoots + kNoRoot) * kOuters + kNoOuter, T>::run(scaled, g, scale, n);
       registers[1] = scaled;
     }
     for (int i = 0; i < code.n_instructions; ++i) {

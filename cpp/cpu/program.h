@@ -19,11 +19,11 @@ enum Extreme : int { kMaximum, kMinimum, kExtremes };
 enum Unary : int { kAbs, kSign, kExp, kLog, kUnaries };
 
 // The first code of each kind.
-constexpr int kPairs = 0;                                   // [inner][root][outer]
-constexpr int kFmas = kPairs + kInners * kRoots * kOuters;  // [x is a root][y is constant][z is constant]
-constexpr int kLerps = kFmas + 8;                           // [the weight is constant]
-constexpr int kSelects = kLerps + 2;                        // compare(x, y) ? z : w, [compare][y, z, w are constant]
-constexpr int kBounds = kSelects + kCompares * 8;           // [extreme][neither, y, x is constant]
+constexpr int kPairs = 0;                                        // [inner][root][outer]
+constexpr int kFmas = kPairs + int(kInners) * kRoots * kOuters;  // [x is a root][y is constant][z is constant]
+constexpr int kLerps = kFmas + 8;                                // [the weight is constant]
+constexpr int kSelects = kLerps + 2;               // compare(x, y) ? z : w, [compare][y, z, w are constant]
+constexpr int kBounds = kSelects + kCompares * 8;  // [extreme][neither, y, x is constant]
 constexpr int kUnary = kBounds + kExtremes * 3;
 constexpr int kCodes = kUnary + kUnaries;
 

@@ -64,10 +64,10 @@ struct Storage {
     return noise(key, uint32_t(block) * numbers + uint32_t(i));
   }
   static FUSEDOPT_HD uint32_t part_of(uint32_t number, int k) { return number << (32 - bits_each * (k + 1)); }
-  static FUSEDOPT_HD void draw(uint32_t key, int64_t first, uint32_t* random) {
+  static FUSEDOPT_HD void draw(uint32_t key, int64_t first, uint32_t* drawn) {
     for (int i = 0; i < numbers; ++i) {
       const uint32_t number = block_noise(key, first / kBlock, i);
-      for (int k = 0; k < parts; ++k) random[i + k * numbers] = part_of(number, k);
+      for (int k = 0; k < parts; ++k) drawn[i + k * numbers] = part_of(number, k);
     }
   }
   static FUSEDOPT_HD uint32_t bits_of(uint32_t part) { return part >> 16; }
@@ -131,6 +131,7 @@ void advance(const void*, const double* hyper, Clock& clock) {
 template <class R>
 constexpr Rule describe(const char* name) {
   Rule rule{name, R::hyper, R::states, {}, words(R::states), R::carries, nullptr, advance<R>};
+  static_assert(sizeof(R::codes) > 0, "");  // has clang 14 instantiate the array
   for (int k = 0; k < rule.n_states; ++k) rule.codes[k] = R::codes[k];
   return rule;
 }
