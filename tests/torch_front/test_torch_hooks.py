@@ -168,7 +168,8 @@ def test_schedulers_drive_us_as_they_drive_torch(name: str, options: Options, sc
     (rates, kept, us), (torch_rates, torch_kept, them) = results
     assert rates == torch_rates
     assert kept == torch_kept
-    assert kept == tensor_lr or (schedule == "ReduceLROnPlateau" and tensor_lr)
+    number = schedule == "ReduceLROnPlateau" and torch.__version__.startswith("2.6.")
+    assert kept == (tensor_lr and not number)
     assert len(set(rates)) > 1
     assert_close(us, them, rtol=1e-12, atol=1e-14)
 
