@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import fusedopt.torch as fused
+from fusedopt import zoo
 from fusedopt.bench.own import OwnAdam, OwnNAdam, PlainSGD, own_rule
 from fusedopt.rule import rule, state
 from fusedopt.rules import RULES
@@ -195,3 +196,21 @@ def test_the_fallback_starts_states_as_declared() -> None:
         opt.step()
     assert opt.state[p]["a"].tolist() == [2.0, 2.0, 2.0]
     assert opt.state[p]["b"].tolist() == [3.0, 3.0, 3.0]
+
+
+@pytest.mark.skipif(not hasattr(torch.Tensor, "grad_dtype"), reason="torch gives gradients the dtype of the weight")
+@pytest.mark.parametrize("options", [{}, {"master": "split8", "state_dtype": "int8"}, {"master": "split16"}], ids=label)
+@pytest.mark.parametrize("made", [OwnAdam, zoo.LAMB, zoo.StableAdamW], ids=lambda made: made.name)
+def test_float32_gradients_of_16_bit_weights(made: Any, options: dict[str, Any]) -> None:
+    """With sums over a tensor, too."""
+    results = []
+    for dtype in (torch.bfloat16, torch.float32):
+        opt = made.torch(weights(torch.bfloat16), lr=0.01, **options)
+        generator = torch.Generator().manual_seed(1)
+        for _ in range(3):
+            for p in opt.param_groups[0]["params"]:
+                p.grad_dtype = None
+                p.grad = torch.randn(p.shape, generator=generator).to(torch.bfloat16).to(dtype)
+            opt.step()
+        results.append(opt)
+    assert_same(*results)
