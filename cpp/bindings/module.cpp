@@ -72,7 +72,7 @@ void use_huge_pages(uintptr_t at, size_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   const auto page = uintptr_t(sysconf(_SC_PAGESIZE));
   const uintptr_t begin = (at + page - 1) / page * page, end = (at + bytes) / page * page;
-  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // a wish: may fail
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // advisory: failure is ignored
 #else
   (void)at, (void)bytes;
 #endif

@@ -1,7 +1,7 @@
 // `_core.TorchPlan`: the parameters of a torch optimizer, remembered between steps. Each step reads the address, shape
 // and format of every tensor anew, from the tensor, and compares the identity of the state and the groups' options with
-// what they were. Replaced objects that fit are taken; parameters for which something no longer fits are reported as
-// stale before anything is written, and Python plans these anew.
+// those of the last step. A replaced object that fits is adopted. Parameters for which anything no longer fits are
+// reported as stale before the first write, and Python plans them again.
 #include <pybind11/stl.h>
 
 #include <algorithm>
@@ -25,19 +25,19 @@ py::object interned(const py::handle& s) {
   return py::reinterpret_steal<py::object>(p);
 }
 
-// One hyperparameter of a kernel: group[key], or group[key][index]; a constant where the key is None or not there.
+// One hyperparameter of a kernel: group[key], or group[key][index], or the constant if the key is None or missing.
 struct Source {
   py::object key;
   int index;
   double constant;
 };
 
-enum Kind { kIdle, kOurs, kForeign };  // without a gradient so far; updated here; left to torch
+enum Kind { kIdle, kOurs, kForeign };  // no gradient so far; updated by the kernels; left to torch
 
 constexpr int kEntries = 2 * kMaxStates + 5;  // states, scales, residual, average, step, carry, sequence
 
-// The entries of a state dict that a kernel uses, by name: operands in the order of Parts, scales of quantised states,
-// then those that there are of step, carry and the number of the random sequence.
+// The names of the state entries that a kernel uses: operands in the order of Parts, scales of quantised states, then
+// step, carry and the number of the random sequence, as far as they exist.
 struct Layout {
   std::vector<py::object> names;
   Parts parts = {};
@@ -55,13 +55,13 @@ struct Param {
   const Layout* layout = nullptr;
   Entry entries[kEntries];              // in the order of the layout's names
   uint8_t order[kEntries] = {};         // their positions, in the order of the dict
-  const void* last[1 + kEntries] = {};  // where parameter and entries lay in the last step; only compared
+  const void* last[1 + kEntries] = {};  // their addresses in the last step: compared, never dereferenced
   Format formats[kOperands] = {};       // of the operands in the last step
   int64_t done = 0;                     // steps so far, where there is no step tensor
   int64_t sequence = 0;
   bool sparse = false;  // the gradient is sparse, with one sparse dimension
   Kind kind = kIdle;
-  bool known = false;  // formats has them
+  bool known = false;  // whether formats is set
 
   int n_entries() const { return layout ? int(layout->names.size()) : 0; }
   PyObject* entry(int i) const { return i < 0 ? nullptr : entries[i].value.ptr(); }
@@ -75,7 +75,7 @@ struct TorchGroup {
   Source l1, ema_decay, seed;
   Master master;
   bool noisy, noisy_state;
-  bool odd = false;                                     // a beta is outside [0, 1), for which torch has an answer
+  bool odd = false;                                     // a beta is outside [0, 1): torch's own step updates the group
   std::vector<std::pair<py::object, bool>> truths;      // options whose truth chose the kernel
   std::vector<std::pair<py::object, py::object>> same;  // options that must be the very same object
   std::vector<Param> params;
@@ -83,7 +83,7 @@ struct TorchGroup {
   KernelId found = {0, -1};                                             // and its kernel
 };
 
-// Memory that some tensors use, as disjoint or overlapping intervals sorted by their beginnings.
+// Address ranges, sorted by their beginnings. They may overlap.
 class Intervals {
  public:
   void clear() { all_.clear(); }
@@ -100,7 +100,8 @@ class Intervals {
         std::lower_bound(all_.begin(), all_.end(), std::make_pair(e.high, static_cast<const char*>(nullptr)));
     return e.low != e.high && past != all_.begin() && std::prev(past)->second > e.low;
   }
-  // From the last interval that begins at or before an address to the next one: free, if it has this address.
+  // From the end of the last range that begins at or before an address to the next range. The address is in no range if
+  // it is in this gap.
   std::pair<const char*, const char*> gap(const char* at) const {
     const auto next = std::partition_point(all_.begin(), all_.end(), [at](const auto& i) { return i.first <= at; });
     return {next == all_.begin() ? nullptr : std::prev(next)->second,
@@ -129,7 +130,7 @@ class TorchPlan {
     if (grad && Py_TYPE(grad) == &PyGetSetDescr_Type) getter_ = reinterpret_cast<PyGetSetDescrObject*>(grad)->d_getset;
   }
 
-  // Adds a group with all its parameters, which have had no gradient so far. hyper: a source for each of the kernel's;
+  // Adds a group with all its parameters, none of which has had a gradient. hyper: a source for each of the kernel's;
   // then for l1, ema_decay, seed. master, noisy, noisy_state: see Form.
   void add_group(py::dict options, int kernel, py::list hyper, py::list truths, py::list same, int master, bool noisy,
                  bool noisy_state) {
@@ -153,7 +154,7 @@ class TorchPlan {
     groups_.push_back(std::move(g));
   }
 
-  // Adds the names under which a parameter's state holds what its kernel uses; returns the layout's number.
+  // Adds the names of the state entries that a kernel uses; returns the number of the layout.
   int add_layout(py::list states, py::list scales, py::object residual, py::object ema, py::object step,
                  py::object carry, py::object sequence) {
     Layout l;
@@ -175,7 +176,8 @@ class TorchPlan {
     return int(layouts_known_.size()) - 1;
   }
 
-  // The kernels update this parameter, whose state has this layout; `done`: see Param. False if a name is missing.
+  // Lets the kernels update a parameter whose state has this layout; `done`: see Param. Returns false if the state
+  // lacks a name.
   bool set_param(int group, int index, int layout, py::object state, int64_t done, bool sparse) {
     Param& p = param(group, index);
     p.kind = kIdle;
@@ -197,11 +199,11 @@ class TorchPlan {
     p.kind = kForeign;
     p.layout = nullptr;
     for (Entry& e : p.entries) e = {};
-    followed_ = false;  // its state has to be found
-    moved_ = true;      // and its memory is no longer the kernels'
+    followed_ = false;  // its state has to be looked up
+    moved_ = true;      // the kernels no longer write its memory
   }
 
-  // Do the host's kernels take a parameter and its gradient as they are? If not, trouble() may know why.
+  // Whether the host's kernels take a parameter and its gradient as they are. If not, trouble() may give the reason.
   bool takes(py::handle tensor, py::handle grad) const {
     try {
       if (!exact(tensor.ptr()) || !exact(grad.ptr()) || negative(grad.ptr())) return false;
@@ -229,10 +231,10 @@ class TorchPlan {
   // Does the memory of two tensors meet, or interleave?
   bool meet(py::handle a, py::handle b) const { return meet(view(a.ptr()), view(b.ptr())); }
 
-  // What a step found. Except for kDone, nothing was touched.
-  enum Found { kDone, kAnew, kParams };  // else: a new plan is needed; stale() and conflicts() are to be planned anew
+  // The outcome of a step. Unless it is kDone, nothing was written.
+  enum Found { kDone, kAnew, kParams };  // else: build a new plan; plan stale() and conflicts() again
 
-  // One step. Where all is on one device found_inf, grad_scale and the tensor for the norm may lie there, too; else
+  // One step. Where all is on one device found_inf, grad_scale and the tensor for the norm may be there, too; else
   // they are None.
   int step(py::handle state, py::handle param_groups, double unscale, double max_norm, int threads,
            py::object found_inf, py::object grad_scale, py::object norm) {
@@ -274,8 +276,7 @@ class TorchPlan {
 
   // Positions (group, index) of parameters that the last step found to have changed.
   py::list stale() const { return positions(stale_); }
-  // Those whose memory or gradient meets that of another parameter or of a state. All have to be updated in order, by
-  // torch.
+  // Those whose memory or gradient overlaps another parameter or a state: torch has to update them, in order.
   py::list conflicts() const { return positions(conflicts_); }
 
   // Calls f for every reference to a Python object.
@@ -302,7 +303,7 @@ class TorchPlan {
     for (py::object& o : grads_) f(o);
     for (py::object& o : dropped_) f(o);
   }
-  // For the garbage collector: lets go of everything. A later step finds that a new plan is needed.
+  // For the garbage collector: releases all references. A later step returns kAnew.
   void let_go() {
     std::vector<py::object> all;
     each_reference([&](py::object& o) { all.push_back(std::move(o)); });
@@ -471,7 +472,7 @@ class TorchPlan {
     return x.low < y.high && y.low < x.high;
   }
 
-  // Parameters for the kernels that share memory with another one.
+  // Finds parameters of the kernels that share memory with another parameter or state.
   void find_conflicts() {
     std::vector<Extent> extents;
     Places places;
@@ -483,8 +484,8 @@ class TorchPlan {
         places.emplace_back(int(g), int(i));
         try {
           add_written(p, row, extents);
-        } catch (const Stale&) {  // without a gradient in this step
-          p.last[0] = nullptr;    // and with one looked at again
+        } catch (const Stale&) {  // it has no gradient in this step
+          p.last[0] = nullptr;    // and is compared when it has one
         }
       }
     add_conflicts(extents, places);
@@ -493,7 +494,7 @@ class TorchPlan {
     written_.sort();
   }
 
-  // The memory of a parameter and its state.
+  // Adds the memory of a parameter and its state.
   void add_written(const Param& p, int row, std::vector<Extent>& extents) const {
     extents.push_back(extent_of(view(p.tensor.ptr()), true, row, 0));
     for (int e = 0; e < p.n_entries(); ++e)
@@ -504,11 +505,11 @@ class TorchPlan {
       for (int row : {a.row, b.row}) conflicts_.push_back(places[size_t(row)]);
   }
 
-  // Gradients, which may be new in every step, that meet what the step writes. Those of parameters without a gradient,
-  // and where these were in an earlier step, do not matter: they are sorted out only if any gradient meets.
+  // Finds gradients that overlap memory which the step writes. `written_` also has parameters without a gradient in
+  // this step, possibly at old addresses, so a hit is checked against the parameters of this step.
   void find_read_conflicts() {
     bool meets = false;
-    std::pair<const char*, const char*> gap = {nullptr, nullptr};  // the next gradient often lies in the same one
+    std::pair<const char*, const char*> gap = {nullptr, nullptr};  // the next gradient is often in the same gap
     for (const Extent& e : read_) {
       if (e.low == e.high || (gap.first <= e.low && e.high <= gap.second)) continue;
       gap = written_.gap(e.low);
@@ -525,11 +526,11 @@ class TorchPlan {
         places.emplace_back(int(g), int(i));
       }
     add_conflicts(extents, places);
-    moved_ = true;  // the next step looks where all are now
+    moved_ = true;  // the next step rebuilds written_
   }
 
-  // Where torch's own step reads and writes, for the parameters left to it: what they share with those of the kernels
-  // has to be updated in their order.
+  // Collects the memory that torch's own step reads and writes. Parameters of the kernels that overlap it have to be
+  // updated by torch, too, in order.
   void find_foreign() {
     foreign_used_.clear();
     foreign_written_.clear();
@@ -540,7 +541,7 @@ class TorchPlan {
         foreign_used_.add(e);
         if (written) foreign_written_.add(e);
       } catch (const Stale&) {
-      } catch (const std::runtime_error&) {  // beyond its storage; torch says so
+      } catch (const std::runtime_error&) {  // it reaches beyond its storage, which torch reports
       }
     };
     for (const TorchGroup& group : groups_)
@@ -580,7 +581,7 @@ class TorchPlan {
     }
   }
 
-  // Sets a reference of the plan; what it held is kept until no tensor's address is in use any more.
+  // Replaces a reference of the plan. The old object lives until the step no longer uses any address.
   template <class T>
   void replace(T& held, PyObject* by) {
     if (held) dropped_.push_back(std::move(held));
@@ -674,7 +675,7 @@ class TorchPlan {
       }
   }
 
-  // Takes the state dicts of the parameters, if they are not those of the last step.
+  // Adopts the state dicts of the parameters if they are not those of the last step.
   void follow_state(py::handle state) {
     if (followed_ && same_state(state)) return;
     if (!PyDict_Check(state.ptr())) throw Stale();
@@ -702,7 +703,7 @@ class TorchPlan {
       }
   }
 
-  // Does the optimizer's state hold the very dicts of the last step?
+  // Whether the optimizer's state holds the same dict objects as in the last step.
   bool same_state(py::handle state) const {
     if (state.ptr() != state_.ptr() || size_t(PyDict_GET_SIZE(state.ptr())) != entries_.size()) return false;
     PyObject *key, *value;
@@ -821,7 +822,7 @@ class TorchPlan {
     return {data, item == 8, n, stride};
   }
 
-  // Adds a parameter to the step, if it has a gradient. False if it has to be planned anew.
+  // Adds a parameter to the step if it has a gradient. Returns false if it has to be planned again.
   bool look(Param& p, std::pair<int, int> place, TorchGroup& group) {
     py::object grad = grad_of(p.tensor.ptr());
     if (grad.is_none()) return true;
@@ -882,7 +883,7 @@ class TorchPlan {
                     half ? group.master : kNoMaster,
                     half && group.noisy,
                     state == kI8 || (size_of(state) == 2 && (group.noisy_state || !half))};
-    if (!(form == group.form)) {  // tensors of a group mostly have the same
+    if (!(form == group.form)) {  // tensors of a group mostly have the same form
       group.form = form;
       group.found = find_kernel(group.kernel, form);
     }
@@ -970,12 +971,12 @@ class TorchPlan {
 
   Step step_;
   Places stale_, conflicts_;
-  bool followed_ = false;     // entries_ and the parameters' dicts are those of the state
+  bool followed_ = false;     // entries_ and the parameters' dicts match the state
   bool any_foreign_ = false;  // some parameter is left to torch
-  bool moved_ = false;        // since the memory was last searched for conflicts
-  Intervals written_;         // by the kernels, where the memory was then
+  bool moved_ = false;        // an address has changed since the last search for conflicts
+  Intervals written_;         // the memory that kernels write, as of that search
   Intervals foreign_used_, foreign_written_;
-  std::vector<py::object> dropped_;  // replaced since the last step
+  std::vector<py::object> dropped_;  // objects replaced since the last step
   std::vector<std::unique_ptr<Strided>> layouts_;
   std::vector<std::unique_ptr<Lookups>> lookups_;
   std::vector<std::pair<int, int>> tables_;  // of those with sparse gradients, in their order: group, number in it
@@ -993,8 +994,8 @@ TorchPlan* plan_of(PyObject* self) {
   return held.holder_constructed() ? held.value_ptr<TorchPlan>() : nullptr;
 }
 
-// A parameter, a group, a state entry or a hook may lead back to the optimizer, and so to the plan: the garbage
-// collector has to see what a plan holds.
+// A parameter, a group, a state entry or a hook may refer back to the optimizer and so to the plan. The garbage
+// collector therefore has to traverse the references of a plan.
 void collect_garbage(PyHeapTypeObject* heap_type) {
   PyTypeObject* type = &heap_type->ht_type;
   type->tp_flags |= Py_TPFLAGS_HAVE_GC;

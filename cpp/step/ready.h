@@ -99,7 +99,7 @@ class Ready {
     alignas(64) float numbers[1 + kMaxStates][kTile];
     void* states[kMaxStates];
     for (int k = 0; k < n_states; ++k) states[k] = numbers[1 + k];
-    const int n_coded = form->state == kF32 ? 0 : n_states;  // float32 states are updated where they are
+    const int n_coded = form->state == kF32 ? 0 : n_states;  // float32 states are updated in place
     for (int64_t from = 0; from < whole.n; from += kTile) {
       const Span stored = part(whole, from, whole.n - from < kTile ? whole.n - from : kTile);
       host_form->decode(stored, n_coded, codes, numbers[0], nullptr, states);

@@ -52,13 +52,13 @@ def flat(t: torch.Tensor) -> Any:
 
 
 class Recipe:
-    """How state is made and named, for the parameters of one dtype in one group.
+    """Creates the state of the parameters of one dtype in one group, and knows its names.
 
     Attributes:
-        form: what the group's options ask for.
+        form: the form that the group's options select.
         names: the state arrays of the rule.
         ema: whether there is a moving average of the parameter.
-        layouts: what a plan knows of the names, by (are there codes, are there random numbers).
+        layouts: the plan's numbers of the layouts, by (quantised, random).
     """
 
     def __init__(self, optimizer: Optimizer, rule: Rule, p: torch.Tensor, group: dict[str, Any]) -> None:
@@ -258,8 +258,8 @@ def convert_for_load(rule: Rule, optimizer: Optimizer, state_dict: dict[str, Any
 
 
 def _copied(v: Any, device: torch.device | None, copies: Copies) -> Any:
-    """A copy of a tensor, on another device if one is given. A tensor that stands in several places is copied once, so
-    that it stays one, as in torch."""
+    """A copy of a tensor, on the given device if there is one. A tensor that a checkpoint holds several times is copied
+    once, so that the loaded state shares it, too, as in torch."""
     if not isinstance(v, torch.Tensor):
         return v
     device = v.device if device is None else device
