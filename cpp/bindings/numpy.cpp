@@ -16,7 +16,7 @@ namespace {
 // What a group has beyond its rule's own arrays, and how it rounds.
 struct Extras {
   Master master = kNoMaster;
-  bool noisy = false, noisy_state = false, quantised = false, ema = false;
+  bool noisy = false, noisy_state = false, quantised = false, ema = false, row_steps = false, row_sum = false;
   double l1 = 0, ema_weight = 0;
   uint64_t seed = 0;
   std::vector<int64_t> sequences;
@@ -50,8 +50,8 @@ class Batch {
   }
 
   // Checks and adds one group of tensors. names: param, grad, the kernel's states, then what is kept beside the weight
-  // and its average if `extras` says so, the scale of each state if these are quantised, the carried scalar if any; an
-  // error speaks of names[k], followed by [labels[i]] where labels are given. A gradient may be a Pair: indices of
+  // and its average if `extras` says so, the scale of each state if these are quantised, the carried scalar if any, the
+  // step counts and the sums of rows if `extras` says so; an error speaks of names[k], followed by [labels[i]] where labels are given. A gradient may be a Pair: indices of
   // rows, and a row of values for each; where names[1] is empty, an error calls them indices and values.
   void add(int kernel, std::vector<double> hyper, bool maximize, py::tuple names, py::object labels, py::list operands,
            py::list steps, const Extras& extras) {
@@ -60,7 +60,8 @@ class Batch {
     step_.groups.push_back({std::move(hyper), maximize, extras.l1, extras.ema_weight, extras.seed});
     const Parts parts{rule.n_states, extras.master != kNoMaster, extras.ema};
     const int alike = parts.count(), scales = alike;
-    const int n_operands = alike + (extras.quantised ? rule.n_states : 0) + (rule.carries ? 1 : 0);
+    const int carry = alike + (extras.quantised ? rule.n_states : 0), row_steps = carry + (rule.carries ? 1 : 0);
+    const int row_sum = row_steps + (extras.row_steps ? 1 : 0), n_operands = row_sum + (extras.row_sum ? 1 : 0);
     const size_t n = py::len(operands[0]);
     const int first = int(group_of_.size());
     sources_.push_back({std::move(names), std::move(labels), std::move(operands)});
@@ -71,7 +72,7 @@ class Batch {
         throw py::value_error(source.name(o) + ": expected " + std::to_string(n) + " arrays, one for each of " +
                               source.name(0) + ", got " + std::to_string(source.count(o)));
     for (size_t i = 0; i < n; ++i) {
-      View v[kOperands + kMaxStates + 1];
+      View v[kOperands + kMaxStates + 3];
       IndexView indices{};
       const bool by_rows = source.by_rows(i);
       if (by_rows) {
@@ -111,18 +112,27 @@ class Batch {
         tensor.span.scale[s] = reinterpret_cast<float*>(scale.data);
       }
       if (rule.carries) {
-        const View& c = v[n_operands - 1];
-        if (c.format != kF64 || c.size() != 1)
-          throw py::type_error(where(n_operands - 1, i) + ": expected one float64 element");
+        const View& c = v[carry];
+        if (c.format != kF64 || c.size() != 1) throw py::type_error(where(carry, i) + ": expected one float64 element");
         tensor.carry = {c.data, true, c.device};
       }
-      if (by_rows) {
+      for (int o = row_steps; o < n_operands; ++o) {
+        const Format wanted = o == row_sum && v[0].format == kF64 ? kF64 : kF32;
+        expect(v[o], wanted, [&] { return where(o, i); });
+        if (v[0].ndim == 0 || !v[o].contiguous() || v[o].size() != v[0].shape[0])
+          throw py::value_error(where(o, i) + ": expected a contiguous array of one number for each row of " +
+                                where(0, i) + ", got shape " + shape_text(v[o]));
+      }
+      if (by_rows || extras.row_sum) {
+        if (!by_rows) indices.n = v[1].ndim > 0 ? v[1].shape[0] : 0;
         int culprit;
         if (v[0].device != kHost) throw py::type_error(where(0, i) + ": updates by rows are for arrays on the CPU");
         const std::string why = lay_out_rows(v, parts, extras.quantised, indices, tensor, lookups_, &culprit);
         if (!why.empty()) throw py::value_error(where(culprit, i) + ": " + why);
+        if (extras.row_steps) lookups_.back()->steps = reinterpret_cast<float*>(v[row_steps].data);
+        if (extras.row_sum) lookups_.back()->sum = {v[row_sum].data, v[row_sum].format == kF64, kHost};
         const char *from = indices.data, *to = from + (indices.n - 1) * indices.step * (indices.wide ? 8 : 4);
-        if (indices.n > 0)
+        if (by_rows && indices.n > 0)
           extents_.push_back(
               {std::min(from, to), std::max(from, to) + (indices.wide ? 8 : 4), false, first + int(i), kIndices});
         tables_.push_back(first + int(i));
@@ -339,7 +349,7 @@ class Batch {
 // The whole of an in-place function's call. The batch is kept, so that its vectors are, too; a call within a call (from
 // an array's own __dlpack__) takes another.
 void update(int kernel, std::vector<double> hyper, bool maximize, py::tuple names, py::object labels, py::list operands,
-            py::list steps, int threads) {
+            py::list steps, int threads, bool row_steps, bool row_sum) {
   thread_local Batch kept;
   thread_local bool taken = false;
   Batch other;
@@ -354,8 +364,11 @@ void update(int kernel, std::vector<double> hyper, bool maximize, py::tuple name
     }
   } turn;
   Batch& batch = turn.outer ? kept : other;
+  Extras extras;
+  extras.row_steps = row_steps;
+  extras.row_sum = row_sum;
   batch.add(kernel, std::move(hyper), maximize, std::move(names), std::move(labels), std::move(operands),
-            std::move(steps), {});
+            std::move(steps), extras);
   batch.run(0, threads);
 }
 
@@ -366,13 +379,14 @@ Step& checked_step(py::handle batch) { return batch.cast<Batch&>().checked_step(
 void bind_batch(py::module_& m) {
   py::class_<Extras>(m, "Extras", "What a group has beyond its rule's own arrays, and how it rounds.")
       .def(py::init([](int master, bool noisy, bool noisy_state, bool quantised, bool ema, double l1, double ema_weight,
-                       uint64_t seed, std::vector<int64_t> sequences) {
-             return Extras{Master(master), noisy, noisy_state,         quantised, ema, l1,
-                           ema_weight,     seed,  std::move(sequences)};
+                       uint64_t seed, std::vector<int64_t> sequences, bool row_steps, bool row_sum) {
+             return Extras{Master(master), noisy, noisy_state, quantised, ema,  row_steps,
+                           row_sum,        l1,    ema_weight,  seed,      std::move(sequences)};
            }),
            py::kw_only(), py::arg("master") = 0, py::arg("noisy") = false, py::arg("noisy_state") = false,
            py::arg("quantised") = false, py::arg("ema") = false, py::arg("l1") = 0.0, py::arg("ema_weight") = 0.0,
-           py::arg("seed") = 0, py::arg("streams") = std::vector<int64_t>());
+           py::arg("seed") = 0, py::arg("streams") = std::vector<int64_t>(), py::arg("row_steps") = false,
+           py::arg("row_sum") = false);
   py::class_<Pair>(m, "Pair", "A gradient that names rows: their indices, and a row of values for each.")
       .def(py::init<py::object, py::object>(), py::arg("indices"), py::arg("values"));
   py::class_<Batch>(m, "Batch", "Tensors to be updated together, given as arrays.")
@@ -383,7 +397,8 @@ void bind_batch(py::module_& m) {
       .def("check", &Batch::check, py::arg("grads"))
       .def("run", &Batch::run, py::arg("max_norm"), py::arg("threads"));
   m.def("update", &update, py::arg("kernel"), py::arg("hyper"), py::arg("maximize"), py::arg("names"),
-        py::arg("labels"), py::arg("operands"), py::arg("steps"), py::arg("threads"),
+        py::arg("labels"), py::arg("operands"), py::arg("steps"), py::arg("threads"), py::arg("row_steps") = false,
+        py::arg("row_sum") = false,
         "Adds one group to a batch and runs it.");
 }
 

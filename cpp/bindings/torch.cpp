@@ -34,14 +34,15 @@ struct Source {
 
 enum Kind { kIdle, kOurs, kForeign };  // no gradient so far; updated by the kernels; left to torch
 
-constexpr int kEntries = 2 * kMaxStates + 5;  // states, scales, residual, average, step, carry, sequence
+// States, scales, residual, average, step, carry, sequence, steps and sums of rows.
+constexpr int kEntries = 2 * kMaxStates + 7;
 
 // The names of the state entries that a kernel uses: operands in the order of Parts, scales of quantised states, then
-// step, carry and the number of the random sequence, as far as they exist.
+// step, carry, the number of the random sequence, the step counts and the sums of rows, as far as they exist.
 struct Layout {
   std::vector<py::object> names;
   Parts parts = {};
-  int scales = 0, step = -1, carry = -1, sequence = -1;  // the last three: positions in names
+  int scales = 0, step = -1, carry = -1, sequence = -1, row_steps = -1, row_sum = -1;  // after scales: positions
   int operands() const { return parts.count() - 2; }
 };
 
@@ -63,6 +64,7 @@ struct Param {
   Kind kind = kIdle;
   bool known = false;  // whether formats is set
 
+  bool by_rows() const { return sparse || layout->row_sum >= 0; }
   int n_entries() const { return layout ? int(layout->names.size()) : 0; }
   PyObject* entry(int i) const { return i < 0 ? nullptr : entries[i].value.ptr(); }
   PyObject* operand(int k) const { return k == 0 ? tensor.ptr() : entry(k - 2); }  // not the gradient
@@ -156,7 +158,7 @@ class TorchPlan {
 
   // Adds the names of the state entries that a kernel uses; returns the number of the layout.
   int add_layout(py::list states, py::list scales, py::object residual, py::object ema, py::object step,
-                 py::object carry, py::object sequence) {
+                 py::object carry, py::object sequence, py::object row_steps, py::object row_sum) {
     Layout l;
     auto add = [&](py::handle name) {
       l.names.push_back(interned(name));
@@ -171,6 +173,8 @@ class TorchPlan {
     if (!step.is_none()) l.step = add(step);
     if (!carry.is_none()) l.carry = add(carry);
     if (!sequence.is_none()) l.sequence = add(sequence);
+    if (!row_steps.is_none()) l.row_steps = add(row_steps);
+    if (!row_sum.is_none()) l.row_sum = add(row_sum);
     if (l.names.size() > size_t(kEntries)) throw py::value_error("state: too many names");
     layouts_known_.push_back(std::move(l));
     return int(layouts_known_.size()) - 1;
@@ -664,7 +668,8 @@ class TorchPlan {
       return !(t >= 0 && t < 0x1p53 && t == double(int64_t(t)));
     };
     bool any = false;
-    for (const Tensor& t : step_.host()) any |= t.step.at && odd(t.step);
+    for (const std::vector<Tensor>* here : {&step_.host(), &step_.tables()})
+      for (const Tensor& t : *here) any |= t.step.at && odd(t.step);
     for (size_t g = 0; any && g < groups_.size(); ++g)
       for (size_t i = 0; i < groups_[g].params.size(); ++i) {
         const Param& p = groups_[g].params[i];
@@ -827,7 +832,7 @@ class TorchPlan {
     py::object grad = grad_of(p.tensor.ptr());
     if (grad.is_none()) return true;
     if (p.kind == kIdle || !exact(grad.ptr())) return false;
-    IndexView indices{};
+    IndexView indices{};  // without memory: of every row
     if (p.sparse) indices = indices_of(grad);
     if (negative(grad.ptr()) || !follow_entries(p)) return false;
     const Layout& layout = *p.layout;
@@ -867,6 +872,8 @@ class TorchPlan {
       if (s->at && s->device != v[0].device) return false;
     note_memory(p, 1 + layout.step, tensor.step.at);
     note_memory(p, 1 + layout.carry, tensor.carry.at);
+    const Scalar row_steps = of_rows(p, layout.row_steps, v[0]), row_sum = of_rows(p, layout.row_sum, v[0]);
+    if (row_steps.wide) return false;
     tensor.group = place.first;
     tensor.sequence = p.sequence;
     tensor.clock.t = p.done;
@@ -890,12 +897,15 @@ class TorchPlan {
     tensor.kernel = group.found;
     if (tensor.kernel.form < 0 || meet(v[0], v[1])) return false;
     if (tensor.kernel.wide_grad && v[0].device != kHost) return false;
-    if (!p.sparse) {
+    if (!p.by_rows()) {
       lay_out(v, parts, tensor, layouts_);
     } else {
+      if (!p.sparse && v[0].ndim > 0) indices.n = v[0].shape[0];
       int culprit;
       if (v[0].device != kHost || !lay_out_rows(v, parts, layout.scales, indices, tensor, lookups_, &culprit).empty())
         return false;
+      lookups_.back()->steps = static_cast<float*>(row_steps.at);
+      lookups_.back()->sum = row_sum;
       tables_.push_back(place);
     }
     for (int k = 0; k < layout.scales; ++k) tensor.span.scale[k] = scales[k];
@@ -914,6 +924,18 @@ class TorchPlan {
     grads_.push_back(std::move(grad));
     p.known = true;
     return true;
+  }
+
+  // The entry with a number for each row of a table; no memory where there is no entry.
+  Scalar of_rows(Param& p, int entry, const View& table) {
+    if (entry < 0) return {};
+    const View v = written(p.entry(entry));
+    const bool wide = v.format == kF64;
+    if ((!wide && v.format != kF32) || !v.contiguous() || table.ndim == 0 || v.size() != table.shape[0] ||
+        v.device != table.device)
+      throw Stale();
+    note_memory(p, 1 + entry, v.data);
+    return {v.data, wide, v.device};
   }
 
   void note_memory(Param& p, int slot, const void* at) {
@@ -935,6 +957,10 @@ class TorchPlan {
     for (int k = 0; k < layout.scales; ++k)
       used(tensor.span.scale[k], size_t((size + kBlock - 1) / kBlock) * sizeof(float));
     for (const Scalar* s : {&tensor.step, &tensor.carry}) used(s->at, s->wide ? 8 : 4);
+    if (tensor.rows) {
+      used(tensor.rows->steps, size_t(tensor.rows->rows) * sizeof(float));
+      used(tensor.rows->sum.at, size_t(tensor.rows->rows) * (tensor.rows->sum.wide ? 8 : 4));
+    }
     return meets;
   }
 
@@ -1026,7 +1052,8 @@ void bind_torch_plan(py::module_& m) {
       .def("add_group", &TorchPlan::add_group, py::arg("options"), py::arg("kernel"), py::arg("hyper"),
            py::arg("truths"), py::arg("same"), py::arg("master"), py::arg("noisy"), py::arg("noisy_state"))
       .def("add_layout", &TorchPlan::add_layout, py::arg("states"), py::arg("scales"), py::arg("residual"),
-           py::arg("ema"), py::arg("step"), py::arg("carry"), py::arg("sequence"))
+           py::arg("ema"), py::arg("step"), py::arg("carry"), py::arg("sequence"), py::arg("row_steps"),
+           py::arg("row_sum"))
       .def("set_param", &TorchPlan::set_param, py::arg("group"), py::arg("index"), py::arg("layout"), py::arg("state"),
            py::arg("done"), py::arg("sparse"))
       .def("leave_param", &TorchPlan::leave_param, py::arg("group"), py::arg("index"))

@@ -25,6 +25,8 @@ constexpr int64_t kTile = 512;          // elements of a row merged at a time
 constexpr int64_t kAhead = 16;          // lookups between a row's prefetch and its update
 constexpr int64_t kPrefetched = 512;    // bytes of a row; the hardware prefetcher fetches the rest
 constexpr int64_t kManyParts = 262144;  // elements per part if there are more parts than threads
+constexpr int kKept = 16;               // step counts of rows whose constants are kept
+constexpr float kMostSteps = 1 << 24;   // a float32 counts no further
 
 int bits_for(uint64_t n) {
   int bits = 0;
@@ -138,6 +140,10 @@ struct RowStep::Grouping {
   }
   template <class I, class F>
   bool walk(const Lookups& l, size_t t, int64_t at, int64_t end, F&& body) const {
+    if (!l.indices) {
+      for (; at < end; ++at) body(at - step.first_[t], t, at);
+      return true;
+    }
     auto* index = static_cast<const I*>(l.indices) + (at - step.first_[t]) * l.index_stride;
     for (; at < end; ++at, index += l.index_stride)
       if (!body(int64_t(*index), t, at)) return false;
@@ -266,9 +272,14 @@ struct RowStep::Work {
       int64_t row, element;  // bytes
       size_t in;             // offset of its pointer in a span
     };
-    alignas(16) char constants[kPreparedBytes];
+    struct Constants {
+      alignas(16) char memory[kPreparedBytes];
+      int64_t t = 0;  // the step they are for
+    } constants[kKept];  // the first alone where all rows have the same
     Ready ready;
     const Tensor* tensor = nullptr;
+    const Group* group = nullptr;
+    double scale = 1;
     const Lookups* rows = nullptr;
     Merge merge = nullptr;
     Operand written[kOperands], values;
@@ -283,10 +294,12 @@ struct RowStep::Work {
       before = work.step.first_[t];
       first = work.step.base_[t];
       end = work.step.base_[t + 1];
-      const Group& group = (*work.groups)[size_t(tensor->group)];
+      group = &(*work.groups)[size_t(tensor->group)];
+      scale = group->maximize ? -work.factor : work.factor;
       ready.resolve(tensor->kernel);
-      ready.prepare(*tensor, group, group.maximize ? -work.factor : work.factor, nullptr, constants);
-      key = ready.key(*tensor, group);
+      ready.prepare(*tensor, *group, scale, nullptr, constants[0].memory);
+      for (Constants& c : constants) c.t = 0;
+      key = ready.key(*tensor, *group);
       const Form& f = *ready.form;
       numbered = (rows->width + kBlock - 1) / kBlock * kBlock;  // random numbers and scales belong to whole blocks
       merge = merge_of(ready.grad);
@@ -305,7 +318,39 @@ struct RowStep::Work {
       const auto size = int64_t(size_of(f));
       written[n++] = {static_cast<char*>(data), rows->stride[operand] * size, size, in};
     }
+    bool row_has_constants() const { return rows->steps || rows->sum.at; }
+    // Advances a row that has a step count or a sum of its own and prepares its constants. `squares`: the sum of the
+    // squares of its gradient, as far as it is needed.
+    void prepare_row(int64_t row, double squares) {
+      Clock clock = tensor->clock;
+      if (rows->steps) {
+        float& steps = rows->steps[row];
+        clock.t = (steps > 0 ? int64_t(std::min(steps, kMostSteps)) : 0) + 1;
+        steps = std::min(float(clock.t), kMostSteps);
+      }
+      Constants& kept = constants[clock.t % kKept];
+      if (rows->sum.at) {
+        row_wise_adagrad(row, squares, clock.t, kept.memory);
+      } else if (kept.t != clock.t) {
+        ready.kernel->prepare(ready.kernel->self, group->hyper.data(), clock, scale, kept.memory);
+        kept.t = clock.t;
+      }
+      ready.constants = kept.memory;
+    }
+    // s <- s + mean(g^2),  p <- p - lr / (1 + (t - 1) lr_decay) / (sqrt(s) + eps) g, with one s for the row: SGD with a
+    // learning rate of the row's own. FBGEMM and TorchRec define it so. The kernel is SGD's, and the hyperparameters
+    // are lr, weight_decay (which is 0), lr_decay, eps.
+    void row_wise_adagrad(int64_t row, double squares, int64_t t, void* memory) {
+      const size_t size = rows->sum.wide ? sizeof(double) : sizeof(float);
+      const Scalar sum = {static_cast<char*>(rows->sum.at) + row * int64_t(size), rows->sum.wide, kHost};
+      if (rows->width > 0) sum.set(sum.get() + squares * scale * scale / double(rows->width));
+      const double lr = group->hyper[0] / (1 + double(t - 1) * group->hyper[2]);
+      const double hyper[] = {lr / (sqrt(sum.get()) + group->hyper[3]), 0};
+      ready.kernel->prepare(ready.kernel->self, hyper, tensor->clock, scale, memory);
+    }
     void prefetch_row(int64_t row) const {
+      if (rows->steps) prefetch_far(rows->steps + row);
+      if (rows->sum.at) prefetch_far(static_cast<char*>(rows->sum.at) + row * (rows->sum.wide ? 8 : 4));
       for (int k = 0; k < n; ++k) fetch(written[k].data + row * written[k].row, rows->width * written[k].element);
     }
     void prefetch_values(int64_t lookup) const {
@@ -341,6 +386,8 @@ struct RowStep::Work {
         table.prefetch_values(int64_t(words[k] & mask()) - table.before);
       }
       const int64_t width = table.rows->width;
+      if (table.row_has_constants())
+        table.prepare_row(row_at, table.rows->sum.at ? squares(0, *table.tensor, table.before, i, count) : 0);
       if (count == 1 && table.rows->inner_shape.empty() && !table.ready.finishes(*table.tensor)) {
         const int64_t lookup = int64_t(words[i] & mask()) - table.before;
         if (width > 0) table.update(row_at, 0, width, table.values.data + lookup * table.values.row);
@@ -355,22 +402,26 @@ struct RowStep::Work {
     });
   }
 
+  // `sum` and the squares of a row's gradient.
+  double squares(double sum, const Tensor& tensor, int64_t before, int64_t i, int64_t count) const {
+    alignas(64) char tile[kTile * sizeof(double)];
+    const Lookups& l = *tensor.rows;
+    const Format f = grad_format(tensor.kernel);
+    for (int64_t first = 0; first < l.width; first += kTile) {
+      const int64_t length = std::min(kTile, l.width - first);
+      const void* g = merge_of(f)(l, tensor.span.grad, words + i, count, mask(), before, first, length, tile);
+      sum += library().host->square_sum[f](g, length);
+    }
+    return sum;
+  }
+
   // Leaves are ranges of sorted lookups. A row belongs to the leaf of its first lookup.
   void norm(int part) const {
-    alignas(64) char tile[kTile * sizeof(double)];
     const int64_t n_leaves = (n + kLeaf - 1) / kLeaf;
     for (int64_t leaf = bound(n_leaves, part, parts); leaf < bound(n_leaves, part + 1, parts); ++leaf) {
       double sum = 0;
       each(leaf * kLeaf, std::min(n, (leaf + 1) * kLeaf), [&](size_t t, int64_t, int64_t i, int64_t count) {
-        const Tensor& tensor = step.tensors[t];
-        const Lookups& l = *tensor.rows;
-        const Format f = grad_format(tensor.kernel);
-        for (int64_t first = 0; first < l.width; first += kTile) {
-          const int64_t length = std::min(kTile, l.width - first);
-          const void* g =
-              merge_of(f)(l, tensor.span.grad, words + i, count, mask(), step.first_[t], first, length, tile);
-          sum += library().host->square_sum[f](g, length);
-        }
+        sum = squares(sum, step.tensors[t], step.first_[t], i, count);
       });
       leaves[leaf] = sum;
     }

@@ -41,7 +41,8 @@ class RowStep {
   // Sorts the lookups by row; the sort is stable. Throws BadIndex for the first index out of range, and length_error if
   // row and position do not fit in 64 bits. Call it before the other functions.
   void group(Team team, int threads);
-  // As in HostStep. The gradient of a row is the sum of its values, in the order of the lookups.
+  // As in HostStep. The gradient of a row is the sum of its values, in the order of the lookups. A row that counts its
+  // own steps advances its count in update().
   void advance(const std::vector<Group>& groups);
   double norm(Team team, int threads);
   void update(const std::vector<Group>& groups, double factor, Team team, int threads);

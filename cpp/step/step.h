@@ -29,6 +29,7 @@ class Step {
   void wait_at_end(int device, void* key) { place(device, key).wait = true; }
 
   const std::vector<Tensor>& host() const { return host_.tensors; }
+  const std::vector<Tensor>& tables() const { return rows_.tensors; }
   // Whether all tensors of the group added last are on this device.
   bool all_on(int device, int group) const;
   bool on_devices() const;

@@ -49,13 +49,17 @@ struct Strided {
 // A gradient by rows of the parameter, the table: an index for each lookup, and a row of values. A row may be looked up
 // several times, and most are not at all. Rows are contiguous; those of values may have strides of their own.
 struct Lookups {
-  const void* indices;
+  const void* indices;                             // nullptr: every row in turn
   bool wide;                                       // int64, else int32
   int64_t index_stride;                            // in elements, as are all below
   int64_t n;                                       // lookups
   int64_t rows, width;                             // of the table; elements of a row
   int64_t stride[kOperands];                       // between rows, by operand; of the gradient between lookups
   std::vector<int64_t> inner_shape, inner_stride;  // of a lookup's values; empty: contiguous
+  // A number for each row, or no memory. steps: in which the row occurred, counted in place of the table's steps.
+  // sum: of the mean squares of the row's gradients; the rule is then row-wise Adagrad, see rows.cpp.
+  float* steps = nullptr;
+  Scalar sum = {};
 };
 
 // One parameter with its gradient, states and counters. The order of operands is: param, grad, the rule's states, the

@@ -64,6 +64,8 @@ def update(
     operands: list[Any],
     steps: list[int],
     threads: int,
+    row_steps: bool = False,
+    row_sum: bool = False,
 ) -> None:
     """Adds one group to a batch and runs it."""
 
@@ -87,6 +89,8 @@ class Extras:
         ema_weight: float = 0.0,
         seed: int = 0,
         streams: list[int] = ...,
+        row_steps: bool = False,
+        row_sum: bool = False,
     ) -> None: ...
 
 MAX_STATES: int
@@ -252,6 +256,8 @@ class TorchPlan:
         step: str | None,
         carry: str | None,
         sequence: str | None,
+        row_steps: str | None,
+        row_sum: str | None,
     ) -> int: ...
     def set_param(self, group: int, index: int, layout: int, state: Any, done: int, sparse: bool) -> bool: ...
     def leave_param(self, group: int, index: int) -> None: ...

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import _core
-from .rules import RULES, Kernel
+from .rules import RULES, Kernel, Rule
 
 BLOCK: int = _core.BLOCK
 """Elements of an int8 state that share one scale."""
@@ -28,6 +28,8 @@ OPTIONS: dict[str, Any] = {
     "seed": 0,
     "ema_decay": None,
     "l1": 0.0,
+    "row_steps": False,
+    "row_wise": False,
 }
 """Keyword-only options of every optimizer, per parameter group, with their defaults."""
 
@@ -74,8 +76,9 @@ def check(options: Mapping[str, Any]) -> None:
         raise ValueError(f"state_dtype: expected one of {', '.join(_STATES)} or None, got {state!r}")
     if master is not None and master not in MASTERS:
         raise ValueError(f"master: expected one of {', '.join(MASTERS)} or None, got {master!r}")
-    if not isinstance(options["stochastic_rounding"], bool | np.bool_):
-        raise TypeError(f"stochastic_rounding: expected True or False, got {options['stochastic_rounding']!r}")
+    for option in ("stochastic_rounding", "row_steps", "row_wise"):
+        if not isinstance(options[option], bool | np.bool_):
+            raise TypeError(f"{option}: expected True or False, got {options[option]!r}")
     if isinstance(seed, bool) or not isinstance(seed, int | np.integer) or not 0 <= seed < 2**32:
         raise ValueError(f"seed: expected an integer in [0, 2**32), got {seed!r}")
     for option in ("ema_decay", "l1"):
@@ -88,6 +91,11 @@ def check(options: Mapping[str, Any]) -> None:
             raise ValueError(f"ema_decay: expected a value in (0, 1), got {value!r}")
         if option == "l1" and not 0 <= value < math.inf:
             raise ValueError(f"l1: expected a value in [0, inf), got {value!r}")
+
+
+def unused_by(rule: Rule) -> tuple[str, ...]:
+    """The options above that the classes of a rule do not take."""
+    return () if rule.row_wise else ("row_wise",)
 
 
 def explicit(options: Mapping[str, Any]) -> bool:

@@ -50,6 +50,7 @@ class Rows:
 
 
 _OWN = ("master", "ema", "stream")  # state entries that torch does not have
+_BY_ROW = {"row_steps": False, "row_wise": False}  # which an optimizer that an earlier version has pickled lacks
 
 
 def _listed(value: Any, many: bool, name: str) -> list[Any]:
@@ -95,7 +96,7 @@ def _paired(param: Any, indices: Any, values: Any) -> Any:
     return list(map(_core.Pair, *several))
 
 
-def _update(rule: Rule, options: dict[str, Any], arrays: dict[str, Any], step: Any, rows: bool = False) -> None:
+def _update(rule: Rule, options: dict[str, Any], arrays: dict[str, Any], step: Any) -> None:
     rule.check(options)
     kernel = rule.kernel(options)
     names = kernel.operands
@@ -108,12 +109,38 @@ def _update(rule: Rule, options: dict[str, Any], arrays: dict[str, Any], step: A
             raise TypeError(f"{name}: not used with these options, expected None")
     n = len(operands[0])
     labels = range(n) if many else None
-    if rows:
-        names = (names[0], "", *names[2:])  # its two arrays are called indices and values
     maximize = bool(options["maximize"])
     _core.update(
         kernel.index, kernel.values(options), maximize, names, labels, operands, _counted(step, n), get_num_threads()
     )
+
+
+def _update_rows(
+    rule: Rule,
+    options: dict[str, Any],
+    arrays: dict[str, Any],
+    step: Any,
+    row_steps: Any = None,
+    row_wise: bool = False,
+) -> None:
+    rule.check(options)
+    given = {**forms.OPTIONS, **options, "row_steps": row_steps is not None, "row_wise": row_wise}
+    forms.check(given)
+    rule.check_rows(given)
+    kernel = rule.kernel(given)
+    names = (*kernel.operands, *("row_steps",) * given["row_steps"], *(rule.row_wise,) * row_wise)
+    arrays = {**arrays, "row_steps": row_steps}
+    for name, value in arrays.items():
+        if name not in names and value is not None:
+            raise TypeError(f"{name}: not used with these options, expected None")
+    many = isinstance(arrays["param"], list | tuple)
+    operands = [_listed(arrays[name], many, name) for name in names]
+    n = len(operands[0])
+    called = (names[0], "", *names[2:])  # the two arrays of a gradient are called indices and values
+    _core.update(
+        kernel.index, kernel.values(given), bool(options["maximize"]), called, range(n) if many else None, operands,
+        _counted(step, n), get_num_threads(), given["row_steps"], bool(row_wise),
+    )  # fmt: skip
 
 
 _FUNCTION_DOC = """
@@ -182,14 +209,26 @@ def make_function(rule: Rule, rows: bool = False) -> Callable[..., None]:
     clock = [*(["step"] if rule.clock == "step" else []), *rule.carried]
     first = ["first=False"] if rule.clock == "first" else []
     signature = ", ".join(["param", *grad, *positional, "*", *clock, option_signature(rule, rule.once), *late, *first])
+    of_rows = {}
+    if rows and rule.clock and not rule.carried:
+        of_rows["row_steps"] = "None"
+    if rows and rule.row_wise:
+        of_rows["row_wise"] = "False"
+    signature = ", ".join([signature, *(f"{name}={default}" for name, default in of_rows.items())])
     names = rule.all_operands
     given = {s: s for s in names} | ({"grad": "_paired(param, indices, values)"} if rows else {})
     arrays = "{" + ", ".join(f"{s!r}: {value}" for s, value in given.items()) + "}"
     step = {"step": "step", "first": "1 if first else 2", None: "1"}[rule.clock]
-    body = f"_update(_rule, {option_dict(rule, rule.once)}, {arrays}, {step}{', True' * rows})"
+    update = f"_update{'_rows' * rows}"
+    beside = "".join(f", {name}={name}" for name in of_rows)
+    body = f"{update}(_rule, {option_dict(rule, rule.once)}, {arrays}, {step}{beside})"
     name = rule.rows_function if rows else rule.function
     function = compile_function(
-        rule, f"fusedopt.{name}", signature, body, {"_update": _update, "_rule": rule, "_paired": _paired}
+        rule,
+        f"fusedopt.{name}",
+        signature,
+        body,
+        {"_update": _update, "_update_rows": _update_rows, "_rule": rule, "_paired": _paired},
     )
     extra = ["step: the step count, from 1; a sequence has one for each array."] * (clock != [])
     extra += [
@@ -197,6 +236,16 @@ def make_function(rule: Rule, rows: bool = False) -> Callable[..., None]:
         for s in rule.carried
     ]
     extra += ["first: True in the first step, which initialises momentum_buffer with the gradient."] * len(first)
+    if "row_steps" in of_rows:
+        extra += [
+            "row_steps: float32 array with a number for each row of param, updated in place: the steps in which the",
+            "    row occurred. The rule then counts these in place of step. Starts at 0.",
+        ]
+    if "row_wise" in of_rows:
+        extra += [
+            f"row_wise: {rule.row_wise} has one number for each row, the sum of the mean squares of its gradients;",
+            "    shape (len(param), 1, ...), float32, or float64 beside a float64 param.",
+        ]
     scalars = ["step=1"] * (clock != [])
     scalars += [f"{s}=np.array({rule.first(s, rule.defaults)!r})" for s in rule.carried]
     function.__doc__ = _fill(
@@ -226,6 +275,22 @@ LearningRate = float | Callable[[int], float]
 def _is_timed(value: Any) -> bool:
     """Whether an option is a function of the step, or a tuple that contains one."""
     return callable(value) or (type(value) is tuple and any(map(callable, value)))
+
+
+def _row_shape(param: Any) -> tuple[int, ...]:
+    """The shape of a state with one number for each row."""
+    return (*param.shape[:1], *(1 for _ in param.shape[1:]))
+
+
+def _row_dtype(param: Any) -> Any:
+    return np.float64 if param.dtype == np.float64 else np.float32
+
+
+def _row_means(param: Any, state: Any) -> Any:
+    """A state of the shape of its parameter as one number for each row, the mean; one that is so already as it is."""
+    if state.shape != param.shape or param.shape == _row_shape(param):
+        return state
+    return state.astype(_row_dtype(param)).mean(axis=tuple(range(1, param.ndim)), keepdims=True)
 
 
 class Optimizer:
@@ -295,12 +360,14 @@ class Optimizer:
             self._batch.clear()
 
     def _check(self, group: dict[str, Any], step: int) -> dict[str, Any]:
-        options = {k: group[k] for k in self.defaults}
+        options = {**_BY_ROW, **{k: group[k] for k in self.defaults}}
         for name in self._timed:
             if _is_timed(value := options[name]):
                 options[name] = value(step) if callable(value) else [v(step) if callable(v) else v for v in value]
         self._rule.check(options)
         forms.check(options)
+        if options["row_steps"] or options["row_wise"]:
+            self._rule.check_rows(options)
         return options
 
     def _initial(self, param: Any, index: int, options: dict[str, Any]) -> dict[str, Any]:
@@ -333,6 +400,9 @@ class Optimizer:
             state["ema"] = param.astype(np.float32 if param.dtype.itemsize < 8 else param.dtype)
         if form.random:
             state["stream"] = index
+        if options.get("row_wise"):
+            first = rule.first(rule.row_wise, options)
+            state[rule.row_wise] = np.full(_row_shape(param), first, _row_dtype(param))
         return state
 
     @staticmethod
@@ -401,15 +471,17 @@ class Optimizer:
     def _add(self, group: dict[str, Any], grads: list[Any], start: int, advanced: list[Any]) -> None:
         options = self._check(group, max((s["step"] for s in self.state), default=0))
         chosen = [i for i, g in enumerate(grads) if g is not None]
-        kinds: dict[forms.Form, list[int]] = {}  # a group may have parameters of several dtypes
-        alike: dict[np.dtype[Any], list[int]] = {}  # the same lists by dtype, since dtype.name takes microseconds
+        # A group may have parameters of several dtypes, and gradients by rows beside others.
+        kinds: dict[tuple[forms.Form, bool], list[int]] = {}
+        alike: dict[tuple[Any, bool], list[int]] = {}  # the same lists by dtype, since dtype.name takes microseconds
         for i in chosen:
-            dtype = group["params"][i].dtype
-            if dtype not in alike:
-                alike[dtype] = kinds.setdefault(self._form(group["params"][i], options), [])
-            alike[dtype].append(i)
-        for form, those in kinds.items():
-            self._add_alike(group["params"], grads, start, options, form, those, advanced)
+            counts = bool(options["row_steps"]) and type(grads[i]) is _core.Pair
+            kind = group["params"][i].dtype, counts
+            if kind not in alike:
+                alike[kind] = kinds.setdefault((self._form(group["params"][i], options), counts), [])
+            alike[kind].append(i)
+        for (form, counts), those in kinds.items():
+            self._add_alike(group["params"], grads, start, options, form, counts, those, advanced)
 
     def _add_alike(
         self,
@@ -418,18 +490,25 @@ class Optimizer:
         start: int,
         options: dict[str, Any],
         form: forms.Form,
+        row_steps: bool,
         chosen: list[int],
         advanced: list[Any],
     ) -> None:
         rule = self._rule
         kernel = rule.kernel(options)
         ema = options["ema_decay"] is not None
-        names = forms.array_names(kernel.states, form, ema) + rule.carried
+        row_wise = bool(options["row_wise"])
+        of_rows = ("row_steps",) * row_steps + (rule.row_wise,) * row_wise
+        names = forms.array_names(kernel.states, form, ema) + rule.carried + of_rows
         wanted = {*names, "stream"} if form.random else set(names)
         states = [self.state[start + i] for i in chosen]
         for i, state in zip(chosen, states, strict=True):
             if not state.keys() >= wanted:
                 state.update({**self._initial(params[i], start + i, options), **state})
+                if row_steps:
+                    state.setdefault("row_steps", np.full(len(params[i]), state["step"], np.float32))
+                if row_wise:
+                    state[rule.row_wise] = _row_means(params[i], state[rule.row_wise])
         extras = _core.Extras(
             master=form.master_number,
             noisy=form.noisy,
@@ -440,6 +519,8 @@ class Optimizer:
             ema_weight=1 - (options["ema_decay"] or 0),
             seed=options["seed"],
             streams=[s["stream"] for s in states] if form.random else [],
+            row_steps=row_steps,
+            row_sum=row_wise,
         )
         self._batch.add(
             kernel.index,
@@ -540,7 +621,9 @@ class Optimizer:
             prefix = f"state.{i}."
             names = [k[len(prefix) :] for k in state_dict if k.startswith(prefix)]
             plain = {n.removesuffix("_codes") for n in names}  # a scale alone is no state
-            missing = [prefix + n for n in map(forms.plain_name, old) if n not in plain and n not in _OWN]
+            missing = [
+                prefix + n for n in map(forms.plain_name, old) if n not in plain and n not in (*_OWN, "row_steps")
+            ]
             if missing:
                 raise KeyError(f"state_dict: missing {', '.join(missing)}")
             state.append({n: self._loaded(state_dict[prefix + n], n, param, prefix + n) for n in names})
@@ -576,6 +659,8 @@ class Optimizer:
             return fresh
         numbers = forms.decoded({k: v.ravel() for k, v in entry.items() if isinstance(v, np.ndarray)}, states)
         out = {k: v for k, v in entry.items() if forms.plain_name(k) not in (*states, *_OWN)}
+        if options.get("row_wise"):
+            out[self._rule.row_wise] = _row_means(param, out[self._rule.row_wise])
         for name, x in (forms.encoded(numbers, self._rule.kernel(options)) if form.quantised else numbers).items():
             same = name in entry and entry[name].dtype == fresh[name].dtype
             out[name] = entry[name] if same else x.astype(fresh[name].dtype).reshape(fresh[name].shape)
@@ -601,6 +686,11 @@ class Optimizer:
         if name.endswith("_scale"):
             if array.shape != (forms.blocks(param.size),):
                 raise ValueError(f"state_dict: {key}: expected one element for each block of {forms.BLOCK}")
+        elif name == "row_steps":
+            if array.shape != param.shape[:1]:
+                raise ValueError(f"state_dict: {key}: expected shape {param.shape[:1]}, got {array.shape}")
+        elif name == self._rule.row_wise and array.shape == _row_shape(param):
+            pass
         elif name not in self._rule.carried and array.shape != param.shape:
             raise ValueError(f"state_dict: {key}: expected shape {param.shape}, got {array.shape}")
         return array
@@ -635,6 +725,8 @@ _CLASS_DOC = """
         seed: seed of stochastic rounding, in [0, 2**32).
         ema_decay: decay of a moving average of the parameters, in (0, 1); see :meth:`ema_parameters`.
         l1: soft-thresholds parameters by lr * l1 after the update; >= 0.
+        row_steps: with gradients by rows, counts the steps of each row for the bias correction, in place of the
+            table's; not for rules without step counts, and not for NAdam.{row_wise}
 
     Call ``step(grads)`` with gradients in the same structure; see :class:`fusedopt.Optimizer`.
 
@@ -649,12 +741,17 @@ _CLASS_DOC = """
 def make_class(rule: Rule) -> type[Optimizer]:
     """The optimizer class of a rule."""
     options = option_signature(rule).split(", ", 1)
-    kept = ", ".join(f"{k}={v!r}" for k, v in forms.OPTIONS.items())
+    taken = {k: v for k, v in forms.OPTIONS.items() if k not in forms.unused_by(rule)}
+    kept = ", ".join(f"{k}={v!r}" for k, v in taken.items())
     signature = f"self, params, {options[0]}, *, {options[1]}, max_grad_norm=None, {kept}"
-    given = "{" + ", ".join(f"{k!r}: {k}" for k in forms.OPTIONS) + "}"
+    given = "{" + ", ".join(f"{k!r}: {k}" for k in taken) + "}"
     body = f"self._setup(params, {option_dict(rule)}, max_grad_norm, {given})"
     init = compile_function(rule, f"fusedopt.{rule.name}.__init__", signature, body, {})
-    doc = _fill(rule_doc(rule, _CLASS_DOC), {"{name}": rule.name})
+    row_wise = (
+        f"\n        row_wise: keeps one number in {rule.row_wise!r} for each row of a parameter, the sum of the mean"
+        "\n            squares of the row's gradients, as FBGEMM and TorchRec do; without weight_decay and state_dtype."
+    )
+    doc = _fill(rule_doc(rule, _CLASS_DOC), {"{name}": rule.name, "{row_wise}": row_wise * bool(rule.row_wise)})
     timed: tuple[str, ...] = tuple(k for k in ("lr", "betas", "momentum", "weight_decay") if k in rule.defaults)
     if rule.own:
         timed = tuple(k for k, v in rule.defaults.items() if not isinstance(v, bool))

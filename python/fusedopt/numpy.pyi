@@ -108,6 +108,7 @@ def sgd_rows_(
     nesterov: bool = False,
     maximize: bool = False,
     first: bool = False,
+    row_steps: _Arrays | None = None,
 ) -> None:
     """Stochastic gradient descent, with momentum, dampening and Nesterov momentum.
 
@@ -137,6 +138,7 @@ class SGD(Optimizer):
         seed: int = 0,
         ema_decay: float | None = None,
         l1: float = 0.0,
+        row_steps: bool = False,
     ) -> None: ...
 
 def adagrad_(
@@ -168,6 +170,8 @@ def adagrad_rows_(
     weight_decay: float = 0.0,
     eps: float = 1e-10,
     maximize: bool = False,
+    row_steps: _Arrays | None = None,
+    row_wise: bool = False,
 ) -> None:
     """AdaGrad: divides each element's step by the root of its sum of squared gradients.
 
@@ -197,6 +201,8 @@ class Adagrad(Optimizer):
         seed: int = 0,
         ema_decay: float | None = None,
         l1: float = 0.0,
+        row_steps: bool = False,
+        row_wise: bool = False,
     ) -> None: ...
 
 def rmsprop_(
@@ -264,6 +270,7 @@ class RMSprop(Optimizer):
         seed: int = 0,
         ema_decay: float | None = None,
         l1: float = 0.0,
+        row_steps: bool = False,
     ) -> None: ...
 
 def adam_(
@@ -303,6 +310,7 @@ def adam_rows_(
     maximize: bool = False,
     decoupled_weight_decay: bool = False,
     max_exp_avg_sq: _Arrays | None = None,
+    row_steps: _Arrays | None = None,
 ) -> None:
     """Adam: bias-corrected first and second moments of the gradient.
 
@@ -333,6 +341,7 @@ class Adam(Optimizer):
         seed: int = 0,
         ema_decay: float | None = None,
         l1: float = 0.0,
+        row_steps: bool = False,
     ) -> None: ...
 
 def adamw_(
@@ -370,6 +379,7 @@ def adamw_rows_(
     amsgrad: bool = False,
     maximize: bool = False,
     max_exp_avg_sq: _Arrays | None = None,
+    row_steps: _Arrays | None = None,
 ) -> None:
     """AdamW: Adam with decoupled weight decay.
 
@@ -399,6 +409,7 @@ class AdamW(Optimizer):
         seed: int = 0,
         ema_decay: float | None = None,
         l1: float = 0.0,
+        row_steps: bool = False,
     ) -> None: ...
 
 def nadam_(
@@ -468,6 +479,7 @@ class NAdam(Optimizer):
         seed: int = 0,
         ema_decay: float | None = None,
         l1: float = 0.0,
+        row_steps: bool = False,
     ) -> None: ...
 
 def radam_(
@@ -503,6 +515,7 @@ def radam_rows_(
     weight_decay: float = 0.0,
     decoupled_weight_decay: bool = False,
     maximize: bool = False,
+    row_steps: _Arrays | None = None,
 ) -> None:
     """RAdam: Adam with a rectified adaptive learning rate, used once its variance is bounded.
 
@@ -532,6 +545,7 @@ class RAdam(Optimizer):
         seed: int = 0,
         ema_decay: float | None = None,
         l1: float = 0.0,
+        row_steps: bool = False,
     ) -> None: ...
 
 def adamax_(
@@ -565,6 +579,7 @@ def adamax_rows_(
     eps: float = 1e-08,
     weight_decay: float = 0.0,
     maximize: bool = False,
+    row_steps: _Arrays | None = None,
 ) -> None:
     """Adamax: Adam with the infinity norm in place of the second moment.
 
@@ -593,6 +608,7 @@ class Adamax(Optimizer):
         seed: int = 0,
         ema_decay: float | None = None,
         l1: float = 0.0,
+        row_steps: bool = False,
     ) -> None: ...
 
 def adadelta_(
@@ -652,6 +668,7 @@ class Adadelta(Optimizer):
         seed: int = 0,
         ema_decay: float | None = None,
         l1: float = 0.0,
+        row_steps: bool = False,
     ) -> None: ...
 
 def lion_(
@@ -706,6 +723,7 @@ class Lion(Optimizer):
         seed: int = 0,
         ema_decay: float | None = None,
         l1: float = 0.0,
+        row_steps: bool = False,
     ) -> None: ...
 
 def ademamix_(
@@ -743,6 +761,7 @@ def ademamix_rows_(
     eps: float = 1e-08,
     weight_decay: float = 0.0,
     maximize: bool = False,
+    row_steps: _Arrays | None = None,
 ) -> None:
     """AdEMAMix: AdamW with a second, slower average of the gradient.
 
@@ -772,4 +791,5 @@ class AdEMAMix(Optimizer):
         seed: int = 0,
         ema_decay: float | None = None,
         l1: float = 0.0,
+        row_steps: bool = False,
     ) -> None: ...

@@ -117,6 +117,8 @@ class Rule:
     """Whether the rule is a user's, whose kernels are those of the CPU's interpreter."""
     reduces: ClassVar[bool] = False
     """Whether it needs sums over the whole tensor."""
+    row_wise: ClassVar[str] = ""
+    """The state of which a table may keep one number for each row, with the option ``row_wise``; empty if none."""
 
     def __init_subclass__(cls) -> None:
         if "function" in cls.__dict__:
@@ -153,6 +155,8 @@ class Rule:
 
     def kernel(self, options: Options) -> Kernel:
         """The kernel for these options."""
+        if options.get("row_wise"):
+            return self._row_wise_kernel
         for option in self.chooses:
             if options.get(option):
                 return self._by_truth[tuple([bool(options.get(o)) for o in self.chooses])]
@@ -161,6 +165,29 @@ class Rule:
     @cached_property
     def _plainest(self) -> Kernel:
         return self._by_truth[(False,) * len(self.chooses)]
+
+    @cached_property
+    def _row_wise_kernel(self) -> Kernel:
+        """SGD's, with a learning rate for each row. cpp/step/rows.cpp computes it from all hyperparameters."""
+        index, of_sgd, *_ = _core.kernels()["sgd"]
+        hyper = (*of_sgd, "lr_decay", "eps")
+        sources = tuple((name, -1, 0.0) for name in hyper)
+        return Kernel("sgd", index, (), ("param", "grad"), sources, values_of(sources), hyper, ())
+
+    def check_rows(self, options: Options) -> None:
+        """Raises ValueError unless the rule has the options ``row_steps`` and ``row_wise`` as they are given."""
+        if options["row_steps"] and (self.clock is None or self.carried or self.reduces):
+            carried = "a number from step to step that belongs to the whole table"
+            why = (
+                "sums over the whole tensor" if self.reduces else carried if self.carried else "no use for step counts"
+            )
+            raise ValueError(f"row_steps: {self.name} has {why}, expected False")
+        if options["row_wise"] and not self.row_wise:
+            raise ValueError(f"row_wise: {self.name} has no such form, expected False")
+        if options["row_wise"] and options["weight_decay"]:
+            raise ValueError(f"weight_decay: expected 0 with row_wise=True, got {options['weight_decay']!r}")
+        if options["row_wise"] and options["state_dtype"]:
+            raise ValueError(f"state_dtype: expected None with row_wise=True, got {options['state_dtype']!r}")
 
     @property
     def all_operands(self) -> tuple[str, ...]:
@@ -345,6 +372,7 @@ class Adagrad(Rule):
     }
     variants: ClassVar = {(): "adagrad"}
     initial: ClassVar = {"sum": "initial_accumulator_value"}
+    row_wise = "sum"
 
     def _reference(self, p: Array, g: Array, s: State, t: int, o: Options) -> None:
         g = _decayed(g, p, o)

@@ -418,3 +418,187 @@ def test_a_second_step_of_equal_size_allocates_nothing() -> None:
 def resident() -> int:
     with open("/proc/self/statm") as f:
         return int(f.read().split()[1]) * 4096
+
+
+# -- counts and sums of rows -----------------------------------------------------------------------------------------
+
+COUNTING = [r for r in RULES.values() if "row_steps" in inspect.signature(rows_function(r)).parameters]
+
+
+def test_the_rules_that_count_steps_by_row() -> None:
+    names = {r.name for r in COUNTING}
+    assert names == {"SGD", "Adagrad", "Adam", "AdamW", "RAdam", "Adamax", "AdEMAMix"}
+    for rule in RULES.values():
+        if rule.name not in names:
+            with pytest.raises(ValueError, match=f"row_steps: {rule.name} has"):
+                getattr(fusedopt, rule.name)(np.ones((2, 3)), row_steps=True)
+
+
+@pytest.mark.parametrize("dtype", [F32, np.float64])
+@pytest.mark.parametrize("rule", COUNTING, ids=label)
+def test_a_row_that_counts_its_steps_moves_as_if_it_were_alone(rule: Any, dtype: Any) -> None:
+    """As one optimizer for each row, bit by bit; the in-place function likewise."""
+    rng = np.random.default_rng(11)
+    options = {"lr": 0.1, **({"momentum": 0.9, "dampening": 0.5} if rule.name == "SGD" else {})}
+    options |= {"lr_decay": 0.1} if rule.name == "Adagrad" else {}
+    param = normal(rng, (ROWS, 70), dtype)
+    by_hand, alone = param.copy(), param.copy()
+    opt = getattr(fusedopt, rule.name)(param, row_steps=True, **options)
+    each = [getattr(fusedopt, rule.name)(alone[r : r + 1], **options) for r in range(ROWS)]
+    state = {k: v.copy() for k, v in opt.state[0].items() if isinstance(v, np.ndarray)}
+    counts = np.zeros(ROWS, np.float32)
+    for step in range(1, 40):
+        indices, values = lookups(rng, 30, ROWS if step % 2 else 3, 70, dtype)
+        opt.step(fusedopt.Rows(indices, values))
+        extra = {"step": step} if rule.clock == "step" else {}
+        rows_function(rule)(by_hand, indices, values, **state, **extra, row_steps=counts, **options)
+        for row, total in zip(*merged(indices, values, ROWS), strict=True):
+            each[row].step(total[None])
+    assert_same_bits(param, alone, "parameter")
+    assert_same_bits(by_hand, alone, "parameter of the function")
+    steps = np.array([o.state[0]["step"] for o in each], np.float32)
+    assert_same_bits(opt.state[0]["row_steps"], steps, "counts")
+    assert_same_bits(counts, steps, "counts of the function")
+    assert opt.state[0]["step"] == 39
+
+
+def test_a_dense_gradient_does_not_count_the_steps_of_rows() -> None:
+    rng = np.random.default_rng(12)
+    param, other = normal(rng, (4, 3), F32), normal(rng, 5, F32)
+    want = other.copy()
+    opt, plain = fusedopt.Adam([param, other], row_steps=True), fusedopt.Adam(want)
+    for _ in range(3):
+        g = normal(rng, 5, F32)
+        opt.step([fusedopt.Rows(np.array([1]), normal(rng, (1, 3), F32)), g])
+        plain.step(g)
+    assert_same_bits(other, want, "dense")
+    assert "row_steps" not in opt.state[1]
+    assert opt.state[0]["row_steps"].tolist() == [0, 3, 0, 0]
+
+
+@pytest.mark.parametrize("dtype", [F32, np.float64])
+@pytest.mark.parametrize("width", [(3,), (700,), (4, 5), ()], ids=str)
+def test_row_wise_adagrad_follows_its_definition(width: tuple[int, ...], dtype: Any) -> None:
+    """A float64 transcription; by rows, and with dense gradients, for which every row occurs."""
+    rng = np.random.default_rng(13)
+    options = {"lr": 0.1, "lr_decay": 0.05, "eps": 1e-6}
+    param = normal(rng, (ROWS, *width), dtype)
+    theta, by_hand = param.astype(np.float64), param.copy()
+    s = np.full((ROWS, *(1 for _ in width)), 0.25)
+    total = s.astype(dtype)
+    opt = fusedopt.Adagrad(param, row_wise=True, initial_accumulator_value=0.25, **options)
+    for t in range(1, 9):
+        if t % 3 == 0:
+            indices, values = np.arange(ROWS), normal(rng, (ROWS, *width), dtype)
+            opt.step(values)
+        else:
+            indices, values = lookups(rng, 30, ROWS, width, dtype)
+            opt.step(fusedopt.Rows(indices, values))
+        fusedopt.adagrad_rows_(by_hand, indices, values, total, step=t, row_wise=True, **options)
+        for row, g in zip(*merged(indices, values, ROWS), strict=True):
+            g = g.astype(np.float64)
+            s[row] += (g * g).mean()
+            theta[row] -= 0.1 / (1 + (t - 1) * 0.05) * g / (np.sqrt(s[row]) + 1e-6)
+    assert opt.state[0]["sum"].shape == s.shape
+    assert_same_bits(param, by_hand, "the function")
+    assert_same_bits(opt.state[0]["sum"], total, "sums of the function")
+    room = 1e-13 if dtype == np.float64 else 3e-6
+    np.testing.assert_allclose(param, theta, rtol=room, atol=room)
+    np.testing.assert_allclose(total, s, rtol=room)
+
+
+@pytest.mark.parametrize("options", [{"row_wise": True}, {"row_steps": True}], ids=label)
+def test_numbers_of_rows_have_the_bits_of_every_instruction_set_and_thread_count(options: Options) -> None:
+    def make() -> Any:
+        return lambda params: fusedopt.Adagrad(params, max_grad_norm=1.0, lr_decay=0.1, **options)
+
+    with engine("baseline", 1):
+        want = trajectory(make, 5000, 16, 20_000)
+    for isa in fusedopt.isas():
+        for threads in (1, 2, 8):
+            with engine(isa, threads):
+                for got, expected in zip(trajectory(make, 5000, 16, 20_000), want, strict=True):
+                    assert_same_bits(got, expected, f"{isa}, {threads} threads")
+
+
+def test_row_wise_in_16_bits_and_beside_options_of_the_form() -> None:
+    """The sum sees the clipped gradient; a float32 master moves as a float32 weight does."""
+    ml_dtypes = pytest.importorskip("ml_dtypes")
+    rng = np.random.default_rng(14)
+    wide = normal(rng, (ROWS, 64), F32).astype(ml_dtypes.bfloat16).astype(F32)
+    half = wide.astype(ml_dtypes.bfloat16)
+    options: Options = {"row_wise": True, "max_grad_norm": 0.5, "ema_decay": 0.9, "l1": 0.01}
+    a, b = fusedopt.Adagrad(wide, **options), fusedopt.Adagrad(half, master="float32", **options)
+    for _ in range(4):
+        indices, values = lookups(rng, 30, ROWS, 64, F32)
+        values = values.astype(ml_dtypes.bfloat16)
+        a.step(fusedopt.Rows(indices, values))
+        b.step(fusedopt.Rows(indices, values))
+    assert_same_bits(b.state[0]["master"], wide, "master")
+    assert_same_bits(b.state[0]["sum"], a.state[0]["sum"], "sum")
+
+
+def test_numbers_of_rows_in_checkpoints() -> None:
+    rng = np.random.default_rng(15)
+    param = normal(rng, (ROWS, 6), F32)
+    before = param.copy()
+    steps = [lookups(rng, 30, ROWS, 6, F32) for _ in range(6)]
+    opt = fusedopt.Adagrad(param, row_wise=True, row_steps=True, lr_decay=0.1)
+    for s in steps[:3]:
+        opt.step(fusedopt.Rows(*s))
+    saved, at = opt.state_dict(), param.copy()
+    for s in steps[3:]:
+        opt.step(fusedopt.Rows(*s))
+    want = param.copy()
+    param[...] = at
+    resumed = fusedopt.Adagrad(param, row_wise=True, row_steps=True, lr_decay=0.1)
+    resumed.load_state_dict(saved)
+    for s in steps[3:]:
+        resumed.step(fusedopt.Rows(*s))
+    assert_same_bits(param, want, "resumed")
+
+    # A checkpoint without: the mean over each row is the row-wise sum of the same gradients, and every row counts on.
+    param[...] = before
+    plain = fusedopt.Adagrad(param)
+    plain.step(fusedopt.Rows(*steps[0]))
+    loaded = {k: v for k, v in plain.state_dict().items() if "row_" not in k}
+    other = fusedopt.Adagrad(param, row_wise=True, row_steps=True)
+    other.load_state_dict(loaded)
+    np.testing.assert_allclose(other.state[0]["sum"], plain.state[0]["sum"].mean(1, keepdims=True), rtol=1e-6)
+    other.step(fusedopt.Rows(*steps[1]))
+    assert other.state[0]["row_steps"].max() == 2
+
+    with pytest.raises(ValueError, match=r"row_steps: expected shape \(40,\), got \(3,\)"):
+        resumed.load_state_dict({**saved, "state.0.row_steps": np.zeros(3, np.float32)})
+
+
+def test_bad_numbers_of_rows_are_refused() -> None:
+    param, indices, values = np.ones((4, 3), np.float32), np.array([1]), np.ones((1, 3), np.float32)
+    state = {"exp_avg": np.zeros_like(param), "exp_avg_sq": np.zeros_like(param)}
+    shape = r"row_steps: expected a contiguous array of one number for each row of param, got shape \(3,\)"
+    with pytest.raises(ValueError, match=shape):
+        fusedopt.adam_rows_(param, indices, values, **state, step=1, row_steps=np.zeros(3, np.float32))
+    with pytest.raises(TypeError, match="row_steps: expected dtype float32, got float64"):
+        fusedopt.adam_rows_(param, indices, values, **state, step=1, row_steps=np.zeros(4))
+    with pytest.raises(ValueError, match="row_steps: shares memory with"):
+        fusedopt.adam_rows_(param, indices, values, **state, step=1, row_steps=state["exp_avg"].reshape(-1)[:4])
+    with pytest.raises(ValueError, match="sum: expected a contiguous array of one number for each row"):
+        fusedopt.adagrad_rows_(param, indices, values, np.zeros_like(param), step=1, row_wise=True)
+    with pytest.raises(ValueError, match="weight_decay: expected 0 with row_wise=True"):
+        fusedopt.Adagrad(param, row_wise=True, weight_decay=0.1)
+    with pytest.raises(ValueError, match="state_dtype: expected None with row_wise=True"):
+        fusedopt.Adagrad(param, row_wise=True, state_dtype="bfloat16")
+    with pytest.raises(TypeError, match="row_wise: expected True or False, got 1"):
+        fusedopt.Adagrad(param, row_wise=1)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="unexpected keyword argument 'row_wise'"):
+        fusedopt.Adam(param, row_wise=True)  # type: ignore[call-arg]
+    with pytest.raises(ValueError, match="one number for each row of"):
+        fusedopt.Adagrad(np.ones(()), row_wise=True).step(np.ones(()))
+    assert (param == 1).all()
+    assert not state["exp_avg"].any()
+    counts = np.array(
+        [0, np.nan, -3, 2e9], np.float32
+    )  # no counts: each is the first step, or the last that is counted
+    fusedopt.adam_rows_(param, np.arange(4), np.ones((4, 3), np.float32), **state, step=1, row_steps=counts)
+    assert counts.tolist() == [1, 1, 1, 2**24]
+    assert np.isfinite(param).all()

@@ -455,3 +455,187 @@ def test_lazy_is_kept_in_checkpoints() -> None:
     torch.optim.Adam([p]).load_state_dict(opt.state_dict())
     with pytest.raises(ValueError, match="lazy"):
         ours.convert(opt, back=True)
+
+
+# -- counts and sums of rows -----------------------------------------------------------------------------------------
+
+BY_ROW: list[tuple[str, dict[str, Any]]] = [
+    ("SparseAdam", {"lr": 0.1, "row_steps": True}),
+    ("Adam", {"lr": 0.1, "lazy": True, "row_steps": True}),
+    ("AdamW", {"lr": 0.1, "lazy": True, "row_steps": True, "weight_decay": 0.1, "amsgrad": True}),
+    ("SGD", {"lr": 0.1, "lazy": True, "row_steps": True, "momentum": 0.9, "dampening": 0.3}),
+    ("Adagrad", {"lr": 0.1, "row_steps": True, "lr_decay": 0.1}),
+    ("Adagrad", {"lr": 0.1, "row_wise": True, "lr_decay": 0.1, "initial_accumulator_value": 0.5}),
+    ("Adagrad", {"lr": 0.1, "row_wise": True, "row_steps": True, "max_grad_norm": 1.0, "maximize": True}),
+]
+by_row = pytest.mark.parametrize(("name", "options"), BY_ROW, ids=lambda v: v if isinstance(v, str) else "")
+
+
+@by_row
+@each_dtype
+def test_numbers_of_rows_have_the_bits_of_numpys(name: str, options: dict[str, Any], dtype: torch.dtype) -> None:
+    """A table beside a dense parameter; for SparseAdam Adam's function with eps before the correction has no twin."""
+    torch.manual_seed(1)
+    table = torch.randn(30, 16, dtype=dtype, requires_grad=True)
+    beside = torch.randn(5, 3, dtype=dtype, requires_grad=True)
+    params = [table] if name == "SparseAdam" else [table, beside]
+    opt: Any = make(ours, name, params, options)
+    arrays = [p.detach().numpy().copy() for p in params]
+    kept = {k: v for k, v in options.items() if k != "lazy"}
+    twin: Any = None if name == "SparseAdam" else getattr(fusedopt, name)(arrays, **kept)
+    for grad in gradients(2, 30, (16,), dtype):
+        table.grad, beside.grad = grad, torch.randn(5, 3, dtype=dtype)
+        opt.step()
+        if twin:
+            rows = fusedopt.Rows(grad._indices()[0].numpy(), grad._values().contiguous().numpy())
+            twin.step([rows, beside.grad.numpy()])
+    state = opt.state[table]
+    if options.get("row_steps"):
+        assert state["row_steps"].shape == (30,)
+        assert state["row_steps"].max() > state["row_steps"].min()
+    if options.get("row_wise"):
+        assert state["sum"].shape == (30, 1)
+        assert opt.state[beside]["sum"].shape == (5, 1)
+        report = ours.memory_report(opt)
+        assert report["sum"] == 35 * state["sum"].element_size() / (30 * 16 + 15)
+    for p, a, s in zip(params, arrays, twin.state if twin else (), strict=False):
+        assert torch.equal(p.detach(), torch.from_numpy(a))
+        for k in {"row_steps", "sum"} & set(s):
+            assert torch.equal(opt.state[p][k], torch.from_numpy(s[k])), k
+    assert opt._engine.updated_by(opt) == {None: len(params)}
+
+
+def test_sparse_adam_that_counts_by_row_is_torchs_for_each_row() -> None:
+    table = torch.randn(6, 16, dtype=torch.float64)
+    ps = [table.clone().requires_grad_()], [table[r : r + 1].clone().requires_grad_() for r in range(6)]
+    opt: Any = ours.SparseAdam(ps[0], lr=0.1, row_steps=True)
+    each = [torch.optim.SparseAdam([p], lr=0.1) for p in ps[1]]
+    for t in range(20):
+        rows = torch.tensor(sorted({t % 6, t * t % 6}))
+        values = torch.randn(len(rows), 16, dtype=torch.float64)
+        ps[0][0].grad = sparse(rows, values, (6, 16))
+        opt.step()
+        for r, v in zip(rows.tolist(), values, strict=True):
+            ps[1][r].grad = sparse(torch.tensor([0]), v[None], (1, 16))
+            each[r].step()
+    torch.testing.assert_close(ps[0][0].detach(), torch.cat(ps[1]).detach(), rtol=1e-12, atol=1e-13)
+
+
+@by_row
+def test_numbers_of_rows_in_checkpoints(name: str, options: dict[str, Any]) -> None:
+    """Through a file; the resumed run has the same bits, in bfloat16, too, whose casts would lose them."""
+    torch.manual_seed(3)
+    table = torch.randn(30, 16, dtype=torch.bfloat16, requires_grad=True)
+    grads = gradients(4, 30, (16,), torch.bfloat16)
+    opt: Any = make(ours, name, [table], options)
+    for grad in grads[:3]:
+        table.grad = grad
+        opt.step()
+    file = io.BytesIO()
+    torch.save((table, opt.state_dict()), file)
+    file.seek(0)
+    again, saved = torch.load(file)
+    again = again.detach().requires_grad_()
+    other: Any = make(ours, name, [again], options)
+    other.load_state_dict(saved)
+    for grad in grads[3:]:
+        for p, o in ((table, opt), (again, other)):
+            p.grad = grad
+            o.step()
+    assert torch.equal(table, again)
+    for key, value in opt.state[table].items():
+        assert torch.equal(other.state[again][key], value), key
+
+
+def test_row_wise_takes_torchs_checkpoint() -> None:
+    """The mean over each row is what the row-wise sum would be; and what was begun by torch counts on."""
+    table = torch.randn(8, 4, requires_grad=True)
+    theirs = torch.optim.Adagrad([table], lr=0.1)
+    table.grad = torch.randn(8, 4)
+    theirs.step()
+    mine: Any = ours.Adagrad([table], lr=0.1, row_wise=True, row_steps=True)
+    mine.load_state_dict(theirs.state_dict())
+    assert mine.param_groups[0]["row_wise"] is True
+    torch.testing.assert_close(mine.state[table]["sum"], theirs.state[table]["sum"].mean(1, keepdim=True))
+    table.grad = sparse(torch.tensor([2]), torch.ones(1, 4), (8, 4))
+    mine.step()
+    assert mine.state[table]["row_steps"].tolist() == [1, 1, 2, 1, 1, 1, 1, 1]
+
+
+def test_row_options_are_checked_and_may_be_set_by_group_and_between_steps() -> None:
+    a, b = (torch.ones(4, 2, requires_grad=True) for _ in range(2))
+    with pytest.raises(ValueError, match="row_steps: NAdam has a number from step to step"):
+        ours.NAdam([a], row_steps=True)
+    with pytest.raises(ValueError, match="row_steps: Lion has no use for step counts"):
+        ours.Lion([a], row_steps=True)
+    with pytest.raises(TypeError, match="row_wise"):
+        ours.Adam([a], row_wise=True)  # type: ignore[call-arg]
+    with pytest.raises(ValueError, match="row_wise: Adam has no such form"):
+        ours.Adam([{"params": [a], "row_wise": True}])
+    with pytest.raises(ValueError, match="weight_decay: expected 0 with row_wise=True"):
+        ours.Adagrad([a], weight_decay=0.1, row_wise=True)
+    opt: Any = ours.Adagrad([{"params": [a]}, {"params": [b], "row_wise": False}], lr=0.1, row_wise=True)
+    assert opt.state[a]["sum"].shape == (4, 1)
+    assert opt.state[b]["sum"].shape == (4, 2)
+    assert opt.state[b]["sum"].dtype == torch.float32
+    a.grad, b.grad = sparse(torch.tensor([2]), torch.ones(1, 2), (4, 2)), torch.full((4, 2), 2.0)
+    opt.step()
+    assert opt.state[a]["sum"].tolist() == [[0], [0], [1], [0]]
+    opt.param_groups[1]["row_wise"] = True
+    b.grad = torch.tensor([[0.0, 2.0]] * 4)
+    opt.step()
+    assert opt.state[b]["sum"].tolist() == [[6.0]] * 4
+    opt.param_groups[1]["weight_decay"] = 0.5
+    before = b.detach().clone()
+    with pytest.raises(ValueError, match="weight_decay: expected 0 with row_wise=True"):
+        opt.step()
+    assert torch.equal(b, before)
+
+
+def test_row_wise_has_no_other_step() -> None:
+    """What the kernels do not take is refused, since torch's step has one number for each element."""
+    across = torch.randn(4, 6).t().requires_grad_()
+    opt: Any = ours.Adagrad([across], lr=0.1, row_wise=True)
+    before = across.detach().clone()
+    across.grad = torch.ones(6, 4)
+    with pytest.raises(RuntimeError, match=r"row_wise: torch's own step, needed here .*rows that are not contiguous"):
+        opt.step()
+    p = torch.ones(3, 2, requires_grad=True)
+    p.grad = torch.ones(3, 2)
+    bad: Any = ours.Adagrad([p], lr=0.1, row_wise=True)
+    bad.state[p]["sum"] = torch.zeros(2, 1)
+    with pytest.raises(ValueError, match=r"state 'sum': expected .* of shape \(3, 1\), got .* of \(2, 1\)"):
+        bad.step()
+    assert torch.equal(across, before)
+
+
+def test_weight_decay_that_comes_later_is_refused_as_torch_refuses_it() -> None:
+    for module in (torch.optim, ours):
+        p = torch.ones(4, 2, requires_grad=True)
+        opt: Any = module.Adagrad([p], lr=0.1)  # type: ignore[attr-defined]
+        p.grad = sparse(torch.tensor([2]), torch.ones(1, 2), (4, 2))
+        opt.step()
+        opt.param_groups[0]["weight_decay"] = 0.5
+        before = p.detach().clone()
+        warnings.simplefilter("ignore", FallbackWarning)  # within the fixture's context
+        with pytest.raises(RuntimeError, match="weight_decay"):
+            opt.step()
+        assert torch.equal(p, before)
+
+
+def test_a_step_count_that_is_none_is_left_to_torch() -> None:
+    for name in ("SparseAdam", "Adagrad"):
+        results = []
+        for module in (torch.optim, ours):
+            torch.manual_seed(0)
+            p = torch.ones(4, 2, requires_grad=True)
+            opt: Any = make(module, name, [p], {"lr": 0.1})
+            for step in range(3):
+                p.grad = sparse(torch.tensor([2]), torch.ones(1, 2), (4, 2))
+                if step == 2:
+                    held = opt.state[p]["step"]
+                    opt.state[p]["step"] = held + 0.5 if isinstance(held, torch.Tensor) else torch.tensor(held + 0.5)
+                warnings.simplefilter("ignore", FallbackWarning)
+                opt.step()
+            results.append(p.detach())
+        torch.testing.assert_close(results[1], results[0])

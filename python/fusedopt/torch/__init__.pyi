@@ -80,6 +80,7 @@ class SGD(_Fused, torch.optim.SGD):
         seed: int = 0,
         ema_decay: float | None = None,
         l1: float = 0.0,
+        row_steps: bool = False,
         lazy: bool = False,
         max_grad_norm: float | None = None,
     ) -> None: ...
@@ -109,6 +110,8 @@ class Adagrad(_Fused, torch.optim.Adagrad):
         seed: int = 0,
         ema_decay: float | None = None,
         l1: float = 0.0,
+        row_steps: bool = False,
+        row_wise: bool = False,
         lazy: bool = False,
         max_grad_norm: float | None = None,
     ) -> None: ...
@@ -139,6 +142,7 @@ class RMSprop(_Fused, torch.optim.RMSprop):
         seed: int = 0,
         ema_decay: float | None = None,
         l1: float = 0.0,
+        row_steps: bool = False,
         lazy: bool = False,
         max_grad_norm: float | None = None,
     ) -> None: ...
@@ -170,6 +174,7 @@ class Adam(_Fused, torch.optim.Adam):
         seed: int = 0,
         ema_decay: float | None = None,
         l1: float = 0.0,
+        row_steps: bool = False,
         lazy: bool = False,
         max_grad_norm: float | None = None,
     ) -> None: ...
@@ -200,6 +205,7 @@ class AdamW(_Fused, torch.optim.AdamW):
         seed: int = 0,
         ema_decay: float | None = None,
         l1: float = 0.0,
+        row_steps: bool = False,
         lazy: bool = False,
         max_grad_norm: float | None = None,
     ) -> None: ...
@@ -230,6 +236,7 @@ class NAdam(_Fused, torch.optim.NAdam):
         seed: int = 0,
         ema_decay: float | None = None,
         l1: float = 0.0,
+        row_steps: bool = False,
         lazy: bool = False,
         max_grad_norm: float | None = None,
     ) -> None: ...
@@ -259,6 +266,7 @@ class RAdam(_Fused, torch.optim.RAdam):
         seed: int = 0,
         ema_decay: float | None = None,
         l1: float = 0.0,
+        row_steps: bool = False,
         lazy: bool = False,
         max_grad_norm: float | None = None,
     ) -> None: ...
@@ -287,6 +295,7 @@ class Adamax(_Fused, torch.optim.Adamax):
         seed: int = 0,
         ema_decay: float | None = None,
         l1: float = 0.0,
+        row_steps: bool = False,
         lazy: bool = False,
         max_grad_norm: float | None = None,
     ) -> None: ...
@@ -315,6 +324,7 @@ class Adadelta(_Fused, torch.optim.Adadelta):
         seed: int = 0,
         ema_decay: float | None = None,
         l1: float = 0.0,
+        row_steps: bool = False,
         lazy: bool = False,
         max_grad_norm: float | None = None,
     ) -> None: ...
@@ -339,6 +349,7 @@ class Lion(_Fused):
         seed: int = 0,
         ema_decay: float | None = None,
         l1: float = 0.0,
+        row_steps: bool = False,
         lazy: bool = False,
         max_grad_norm: float | None = None,
     ) -> None: ...
@@ -365,6 +376,7 @@ class AdEMAMix(_Fused):
         seed: int = 0,
         ema_decay: float | None = None,
         l1: float = 0.0,
+        row_steps: bool = False,
         lazy: bool = False,
         max_grad_norm: float | None = None,
     ) -> None: ...
@@ -389,6 +401,7 @@ class SparseAdam(_Fused, torch.optim.SparseAdam):
         seed: int = 0,
         ema_decay: float | None = None,
         l1: float = 0.0,
+        row_steps: bool = False,
         lazy: bool = False,
         max_grad_norm: float | None = None,
     ) -> None: ...

@@ -10,7 +10,7 @@ import torch
 from .. import forms
 from ..rules import Rule
 from ._device import PLAIN, device_refusal, has_device_kernels
-from ._state import NAMES, WIDE, dtype_of, form_of
+from ._state import NAMES, WIDE, dtype_of, form_of, row_dtype, row_shape
 
 
 def group_reason(group: dict[str, Any]) -> str | None:
@@ -93,6 +93,17 @@ def state_reason(
             raise RuntimeError(f"state {name!r} of shape {tuple(shape)} has no memory")
         if trouble:
             return f"state {name!r} {trouble}"
+    of_rows = {"row_steps": (len(p),)} if group["row_steps"] and grad.is_sparse else {}
+    of_rows |= {rule.row_wise: row_shape(p)} if group["row_wise"] else {}
+    for name, shape in of_rows.items():
+        s = state.get(name)
+        if not isinstance(s, torch.Tensor) or s.device != p.device or type(s) not in PLAIN:
+            return f"state {name!r} is missing, or no plain tensor beside its parameter"
+        dtype = torch.float32 if name == "row_steps" else row_dtype(p)
+        if s.shape != shape or s.dtype != dtype:
+            raise ValueError(f"state {name!r}: expected {dtype} of shape {shape}, got {s.dtype} of {tuple(s.shape)}")
+        if plan.trouble(s, True) or not s.is_contiguous():
+            return f"state {name!r} {plan.trouble(s, True) or 'is not contiguous'}"
     for name in dict.fromkeys((*rule.scalars, *(("step",) if form.random else ()))):
         s = state.get(name)
         if type(s) not in PLAIN or s.numel() != 1 or s.device != p.device or s.dtype not in WIDE:
@@ -128,7 +139,7 @@ def options_without_fallback(
     """
     options = [f"max_grad_norm={max_norm}"] if max_norm else []
     for option, default in forms.OPTIONS.items():
-        if option != "seed" and any(group[option] != default for group in groups):
+        if option != "seed" and any(group.get(option, default) != default for group in groups):
             options.append(option)
     if scaled:
         options.append("GradScaler's fused protocol")

@@ -196,6 +196,8 @@ class Engine:
             from ._dtensor import Shards, any_dtensor
 
             if any_dtensor(groups):
+                if any(group["row_wise"] for group in groups):
+                    raise RuntimeError("row_wise: expected False for a DTensor, of whose rows this process has a part")
                 if self.rule.reduces:
                     raise RuntimeError(
                         f"{self.rule.name} needs sums over whole tensors, and of a DTensor this process has only a part"
@@ -250,6 +252,7 @@ class Engine:
         self._recipes = {}
         self.fallback.places = {}
         for group in optimizer.param_groups:
+            rule.check_rows(group)  # options may have been set by hand
             kernel = rule.kernel(group)
             hyper: list[Any] = [
                 (key, index, value if key is None or index >= 0 else float(rule.defaults[key]))
@@ -259,10 +262,20 @@ class Engine:
             ]
             ema = group["ema_decay"] is not None
             hyper += [("l1", -1, 0.0), ("ema_decay" if ema else None, -1, 0.0), ("seed", -1, 0.0)]
-            same = ["fused", "differentiable", "capturable", "lazy", "state_dtype", "master", "stochastic_rounding"]
+            same = [
+                "fused",
+                "differentiable",
+                "capturable",
+                "lazy",
+                "row_steps",
+                "row_wise",
+                "state_dtype",
+                "master",
+                "stochastic_rounding",
+            ]
             plan.add_group(
                 group, kernel.index, hyper,
-                [k for k in (*rule.chooses, "ema_decay") if k in group],
+                [k for k in dict.fromkeys((*rule.chooses, "ema_decay", "weight_decay")) if k in group],
                 [k for k in same if k in group],
                 forms.MASTERS[group["master"]][0] if group["master"] else 0,
                 bool(group["stochastic_rounding"]),
@@ -316,7 +329,7 @@ class Engine:
         if sparse:
             reason = sparse_reason(plan, rule, p, grad, group)
         else:
-            reason = dense_reason(rule)
+            reason = dense_reason(rule, p, group)
             if not reason and (careful or group.get("capturable") or not plan.takes(p, grad)):
                 reason = device_reason(rule, p) or tensor_reason(plan, p, grad, group)
         if reason:
@@ -325,7 +338,7 @@ class Engine:
         recipe = self._recipes.get(key)
         if recipe is None:
             recipe = self._recipes[key] = Recipe(optimizer, rule, p, group)
-        state, done, new = recipe.create(optimizer, p)
+        state, done, new = recipe.create(optimizer, p, sparse)
         if new:
             created[id(p)] = (p, new)
         if careful:
@@ -333,7 +346,8 @@ class Engine:
             if reason:
                 return reason
         names = recipe.names
-        variant = bool(names) and f"{names[0]}_codes" in state, "stream" in state
+        counts = sparse and bool(group["row_steps"])
+        variant = bool(names) and f"{names[0]}_codes" in state, "stream" in state, counts
         layout = recipe.layouts.get(variant)
         if layout is None:
             layout = recipe.layouts[variant] = _add_layout(plan, recipe, *variant)
@@ -342,7 +356,7 @@ class Engine:
         return state_reason(plan, rule, p, grad, state, group) or "its state is not a dict of tensors"
 
 
-def _add_layout(plan: Any, recipe: Recipe, coded: bool, random: bool) -> int:
+def _add_layout(plan: Any, recipe: Recipe, coded: bool, random: bool, row_steps: bool) -> int:
     """The plan's number for the names under which a state holds what the kernel uses."""
     names, scalars = recipe.names, recipe.rule.scalars
     number: int = plan.add_layout(
@@ -353,6 +367,8 @@ def _add_layout(plan: Any, recipe: Recipe, coded: bool, random: bool) -> int:
         "step" if "step" in scalars or random else None,
         next((name for name in scalars if name != "step"), None),
         "stream" if random else None,
+        "row_steps" if row_steps else None,
+        recipe.row_sum,
     )
     return number
 

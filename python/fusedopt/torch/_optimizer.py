@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any, ClassVar
 
@@ -12,13 +12,14 @@ import torch
 from torch.compiler import is_dynamo_compiling
 from torch.optim import Optimizer
 from torch.optim import optimizer as _torch_optimizer
+from torch.overrides import TorchFunctionMode
 
 from .. import forms
 from .._make import compile_function, option_dict, option_signature, rule_doc
 from ..rules import RULES, SPARSE_RULES, Rule, check_max_grad_norm
 from ._engine import Engine, optimizers, remove_engine
 from ._fallback import unwrapped_step
-from ._state import DTYPES, NAMES, NEW_OPTIONS, Keep, convert_for_load, form_of, recode
+from ._state import DTYPES, NAMES, NEW_OPTIONS, Keep, convert_for_load, form_of, recode, row_state
 
 __all__ = ["CLASSES", "Fused"]
 
@@ -90,6 +91,11 @@ class Fused(Optimizer):
                 raise ValueError("max_grad_norm: one for the optimizer, over all groups; got another for a group")
         super().add_param_group(param_group)
         group = self.param_groups[-1]
+        try:
+            self._rule.check_rows(group)
+        except ValueError:
+            self.param_groups.pop()
+            raise
         dtypes = {p.dtype: p for p in group["params"]} if forms.explicit(group) else {}  # torch's own forms all exist
         for dtype, p in dtypes.items():
             reason = dtype in NAMES and forms.refusal(self._rule.kernel(group), NAMES[dtype], form_of(p, group))
@@ -174,7 +180,7 @@ Fused.step.hooked = True  # type: ignore[attr-defined]  # torch need not wrap it
 
 _CLASS_DOC = """
     {name} takes torch.optim's arguments, and ``state_dtype``, ``master``, ``stochastic_rounding``, ``seed``,
-    ``ema_decay``, ``l1``, ``lazy`` and ``max_grad_norm``; see :mod:`fusedopt.torch`.
+    ``ema_decay``, ``l1``, ``lazy``, ``row_steps``{row_wise} and ``max_grad_norm``; see :mod:`fusedopt.torch`.
 
     Example:
         >>> import torch
@@ -184,6 +190,15 @@ _CLASS_DOC = """
         >>> model(torch.ones(4, 10)).sum().backward()
         >>> opt.step()
     """
+
+
+class _RowSums(TorchFunctionMode):
+    """While torch's constructor of Adagrad makes its state: no memory for one that is replaced at once."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.full_like:
+            return None
+        return func(*args, **(kwargs or {}))
 
 
 def make_class(rule: Rule, own_step: Callable[..., Any] | None = None) -> type[Optimizer]:
@@ -198,10 +213,18 @@ def make_class(rule: Rule, own_step: Callable[..., Any] | None = None) -> type[O
     else:
         base, init = theirs, theirs.__init__
 
+    options = {key: default for key, default in NEW_OPTIONS.items() if key not in forms.unused_by(rule)}
+
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
-        self._begin({key: kwargs.pop(key, default) for key, default in NEW_OPTIONS.items()})
-        init(self, *args, **kwargs)
+        self._begin({**NEW_OPTIONS, **{key: kwargs.pop(key, default) for key, default in options.items()}})
+        with _RowSums() if self._options["row_wise"] else nullcontext():
+            init(self, *args, **kwargs)
         del self._options
+        for group in self.param_groups if rule.row_wise else ():
+            for p in group["params"] if group["row_wise"] or self.defaults["row_wise"] else ():
+                first = rule.first(rule.row_wise, self.defaults)
+                made = row_state(p, first) if group["row_wise"] else torch.full_like(p, first)
+                self.state[p][rule.row_wise] = made
         for group in self.param_groups if rule.initial and self.defaults["state_dtype"] else ():
             for p in group["params"]:  # Adagrad's constructor makes its state
                 for name in rule.states(group):
@@ -213,7 +236,7 @@ def make_class(rule: Rule, own_step: Callable[..., Any] | None = None) -> type[O
                         self.state[p][name] = self.state[p][name].to(DTYPES[group["state_dtype"]])
 
     signature = inspect.signature(init)
-    added = [inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY, default=d) for n, d in NEW_OPTIONS.items()]
+    added = [inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY, default=d) for n, d in options.items()]
     __init__.__signature__ = signature.replace(  # type: ignore[attr-defined]
         parameters=[*signature.parameters.values(), *added]
     )
@@ -225,7 +248,9 @@ def make_class(rule: Rule, own_step: Callable[..., Any] | None = None) -> type[O
         (Fused, base),
         {
             "__init__": __init__,
-            "__doc__": rule_doc(rule, _CLASS_DOC).replace("{name}", rule.name),
+            "__doc__": rule_doc(rule, _CLASS_DOC)
+            .replace("{name}", rule.name)
+            .replace("{row_wise}", ", ``row_wise``" if rule.row_wise else ""),
             "__module__": __package__,
             "_rule": rule,
             "_plain_step": plain,

@@ -18,15 +18,34 @@ def is_sparse(grad: torch.Tensor) -> bool:
     return type(grad) in PLAIN and grad.layout == torch.sparse_coo
 
 
-def dense_reason(rule: Rule) -> str | None:
+def dense_reason(rule: Rule, p: torch.Tensor, group: dict[str, Any]) -> str | None:
     """Why no kernel takes a dense gradient with this rule; None if one does."""
-    return f"{rule.name} is for sparse gradients, and one is dense" if rule.name in SPARSE_RULES else None
+    if rule.name in SPARSE_RULES:
+        return f"{rule.name} is for sparse gradients, and one is dense"
+    return _row_wise_reason(p, group)
+
+
+def _row_wise_reason(p: torch.Tensor, group: dict[str, Any]) -> str | None:
+    """Why no kernel updates a parameter with one number for each row; None if one does, or if it need not."""
+    if not group["row_wise"]:
+        return None
+    if group["weight_decay"]:
+        return f"weight_decay is {group['weight_decay']}"
+    if p.ndim == 0:
+        return "a parameter has no dimensions, and so no rows"
+    if p.device.type != "cpu":
+        return f"a parameter is on {p.device.type}"
+    if type(p) in PLAIN and p.layout == torch.strided and p.numel() and not p[0].is_contiguous():
+        return "a parameter has rows that are not contiguous"
+    return None
 
 
 def sparse_reason(plan: Any, rule: Rule, p: torch.Tensor, grad: torch.Tensor, group: dict[str, Any]) -> str | None:
     """Why the kernels do not take this sparse gradient, or its parameter; None if they do."""
     if not _takes_sparse(rule, group):
         return "a gradient is sparse"
+    if reason := _row_wise_reason(p, group):
+        return reason
     if group.get("capturable"):
         return "capturable=True is not done by the fused kernels of the CPU"
     if p.device.type != "cpu" or grad.device.type != "cpu":

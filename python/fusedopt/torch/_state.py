@@ -57,6 +57,7 @@ class Recipe:
     Attributes:
         form: the form that the group's options select.
         names: the state arrays of the rule.
+        row_sum: the state that has one number for each row; or None.
         ema: whether there is a moving average of the parameter.
         layouts: the plan's numbers of the layouts, by (quantised, random).
     """
@@ -70,18 +71,49 @@ class Recipe:
         # "stream" is the name in checkpoints for the number of the tensor's random sequence.
         self._beside = forms.array_names((), form, self.ema) + ("stream",) * form.random
         self._kernel = rule.kernel(group)
+        self._row_steps = group["row_steps"]
+        self.row_sum = rule.row_wise if group["row_wise"] else None
         copied = {name for name in names if rule.starts_as_param(name)}
         self._first = {n: None if n in copied else rule.first(n, optimizer.defaults) for n in (*rule.scalars, *names)}
         self._zeros = not form.quantised and not self._beside and not copied and not any(self._first.values())
         step = ("step",) * form.random
         self._complete = {*rule.scalars, *step, *forms.array_names(names, form, self.ema), *self._beside}
 
-    def create(self, optimizer: Optimizer, p: torch.Tensor) -> tuple[dict[str, Any], int, list[str]]:
+    def create(
+        self, optimizer: Optimizer, p: torch.Tensor, sparse: bool = False
+    ) -> tuple[dict[str, Any], int, list[str]]:
         """Creates the state of a parameter that is missing: torch's, and that of our options. Call it under no_grad().
+
+        Args:
+            sparse: whether the parameter's gradient is; ``row_steps`` counts for such alone.
 
         Returns:
             The state; the steps done so far, where no tensor counts them; the names of what was created.
         """
+        if self.row_sum or (self._row_steps and sparse):
+            return self._create_rows(optimizer, p, sparse)
+        return self._create_all(optimizer, p)
+
+    def _create_rows(
+        self, optimizer: Optimizer, p: torch.Tensor, sparse: bool
+    ) -> tuple[dict[str, Any], int, list[str]]:
+        """The same, with numbers for each row of the parameter."""
+        state = optimizer.state[p]
+        row_sum, begun = self.row_sum, bool(state)
+        if row_sum and state.get(row_sum) is not None:
+            state[row_sum] = row_means(p, state[row_sum])  # row_wise was set in the middle of a run
+        _, done, created = self._create_all(optimizer, p)
+        if row_sum and state.get(row_sum) is None:
+            first = self.rule.first(row_sum, optimizer.defaults)
+            state[row_sum] = row_state(p, first)
+            created.append(row_sum)
+        if sparse and self._row_steps and state.get("row_steps") is None:
+            before = float(state["step"]) if begun and "step" in state else float(done)
+            state["row_steps"] = torch.full((len(p),), before, dtype=torch.float32, device=p.device)
+            created.append("row_steps")
+        return state, done, created
+
+    def _create_all(self, optimizer: Optimizer, p: torch.Tensor) -> tuple[dict[str, Any], int, list[str]]:
         if not self._complete:
             return {}, 0, []
         state = optimizer.state[p]
@@ -145,6 +177,29 @@ class Recipe:
     def _scalar(self, name: str, value: float, p: torch.Tensor) -> torch.Tensor:
         wide = torch.get_default_dtype() == torch.float64 or (self.rule.wide and name != "step")
         return torch.full((), value, dtype=torch.float64 if wide else torch.float32, device=p.device)
+
+
+def row_shape(p: torch.Tensor) -> tuple[int, ...]:
+    """The shape of a state that has one number for each row of a parameter."""
+    return (*p.shape[:1], *(1 for _ in p.shape[1:]))
+
+
+def row_dtype(p: torch.Tensor) -> torch.dtype:
+    """The dtype of such a state."""
+    return torch.float64 if p.dtype == torch.float64 else torch.float32
+
+
+def row_state(p: torch.Tensor, value: float) -> torch.Tensor:
+    """Such a state in which every number has this value."""
+    return torch.full(row_shape(p), value, dtype=row_dtype(p), device=p.device)
+
+
+def row_means(p: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
+    """A state of the shape of its parameter as one number for each row, the mean; one that is so already as it is."""
+    if state.shape != p.shape or p.shape == row_shape(p):
+        return state
+    wide = state.detach().to(row_dtype(p))
+    return wide.mean(dim=tuple(range(1, p.ndim)), keepdim=True) if p.numel() else wide.new_zeros(row_shape(p))
 
 
 def create_state(optimizer: Optimizer, rule: Rule, p: torch.Tensor, group: dict[str, Any]) -> None:
@@ -285,7 +340,9 @@ def _converted(
             continue
         if k in rule.scalars:  # torch's cast would round it to 16 bits
             out[k] = v if p.dtype in WIDE and not rule.wide else Keep(v)
-        elif k in ("master", "ema") or k.endswith(("_codes", "_scale")):
+        elif group["row_wise"] and k == rule.row_wise:
+            out[k] = Keep(row_means(p, v).to(row_dtype(p)))
+        elif k in ("master", "ema", "row_steps") or k.endswith(("_codes", "_scale")):
             out[k] = Keep(v)
         elif explicit and k in rule.states(group) and v.is_floating_point() and form.state in DTYPES:
             out[k] = Keep(v.to(DTYPES[form.state]))
@@ -295,15 +352,19 @@ def _converted(
 def memory_report(optimizer: Optimizer) -> dict[str, float]:
     """Bytes per parameter, by kind: weight, gradient, master, ema, each state (codes and scales together), other.
 
-    ``parameters`` is the number of parameters, ``total`` the sum over all kinds. A missing gradient counts 0 bytes.
+    ``parameters`` is the number of parameters, ``total`` the sum over all kinds. A missing gradient counts 0 bytes, a
+    sparse one its indices and values.
     """
     bytes_: dict[str, float] = {"weight": 0, "gradient": 0}
     n = 0
     for p in (p for group in optimizer.param_groups for p in group["params"]):
         n += p.numel()
         bytes_["weight"] += p.numel() * p.element_size()
-        if p.grad is not None and p.grad.layout == torch.strided:
-            bytes_["gradient"] += p.grad.numel() * p.grad.element_size()
+        grad: Any = p.grad
+        sparse = grad is not None and grad.layout == torch.sparse_coo
+        for part in () if grad is None else (grad._indices(), grad._values()) if sparse else (grad,):
+            if part.layout == torch.strided:
+                bytes_["gradient"] += part.numel() * part.element_size()
         for name, value in optimizer.state.get(p, {}).items():
             if isinstance(value, torch.Tensor):
                 kind = forms.plain_name(name) if value.ndim or p.ndim == 0 else "other"
