@@ -67,14 +67,17 @@ py::dict all_formats(const Exists& exists) {
 }
 
 // Asks the system for huge pages under new memory, as NumPy does for its arrays: rows scattered over a large table
-// otherwise spend much of their time in page walks.
-void use_huge_pages(uintptr_t at, size_t bytes) {
+// otherwise spend much of their time in page walks. `used`: the memory is in use, and its pages are to be joined now.
+void use_huge_pages(uintptr_t at, size_t bytes, bool used) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   const auto page = uintptr_t(sysconf(_SC_PAGESIZE));
   const uintptr_t begin = (at + page - 1) / page * page, end = (at + bytes) / page * page;
-  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // advisory: failure is ignored
+  constexpr int kCollapse = 25;  // MADV_COLLAPSE, since Linux 6.1
+  if (begin >= end) return;      // advisory: failure is ignored
+  madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+  if (used) madvise(reinterpret_cast<void*>(begin), end - begin, kCollapse);
 #else
-  (void)at, (void)bytes;
+  (void)at, (void)bytes, (void)used;
 #endif
 }
 
@@ -116,8 +119,8 @@ PYBIND11_MODULE(_core_of_main_interpreter, m) {
         return masters;
       },
       "Name of a master -> (its number, the dtype of the residual).");
-  m.def("use_huge_pages", &use_huge_pages, py::arg("at"), py::arg("bytes"),
-        "Asks for huge pages under memory at this address that nothing has touched; does nothing outside of Linux.");
+  m.def("use_huge_pages", &use_huge_pages, py::arg("at"), py::arg("bytes"), py::arg("used"),
+        "Asks for huge pages under memory at this address, which is new or in use; does nothing outside of Linux.");
   m.def("isas", &isas, "Instruction sets this processor can run, best last.");
   m.def("isa", [] { return usable_isa(isa_in_use()); }, "The instruction set in use.");
   m.def(

@@ -25,8 +25,8 @@ def isas() -> tuple[str, ...]:
 def isa() -> str:
     """The instruction set in use."""
 
-def use_huge_pages(at: int, bytes: int) -> None:
-    """Asks for huge pages under memory at this address that nothing has touched; does nothing outside of Linux."""
+def use_huge_pages(at: int, bytes: int, used: bool) -> None:
+    """Asks for huge pages under memory at this address, which is new or in use; does nothing outside of Linux."""
 
 def use_isa(name: str | None) -> bool:
     """Forces an instruction set; None takes the best. False if it is not usable here."""

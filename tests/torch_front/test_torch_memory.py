@@ -374,17 +374,31 @@ def test_memory_that_is_not_aligned_to_its_elements_takes_torchs_step(which: str
     assert_close(*results, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="this system has no huge pages")
-def test_large_states_get_huge_pages() -> None:
-    p = torch.nn.Parameter(torch.zeros(1 << 22))
-    p.grad = torch.ones_like(p)
-    opt = ours("Adam", [p])
-    opt.step()
-    at = opt.state[p]["exp_avg"].data_ptr() + (1 << 22)
+def has_huge_pages_advised(at: int) -> bool:
+    """Whether the system has been asked for huge pages at this address."""
     advised = within = False
     for line in Path("/proc/self/smaps").read_text().splitlines():
         head = re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line)
         if head:
             within = int(head[1], 16) <= at < int(head[2], 16)
         advised |= within and line.startswith("VmFlags:") and " hg" in line
-    assert advised
+    return advised
+
+
+@pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="this system has no huge pages")
+def test_large_states_and_tables_with_sparse_gradients_get_huge_pages() -> None:
+    p = torch.nn.Parameter(torch.zeros(1 << 22))
+    p.grad = torch.ones_like(p)
+    opt = ours("Adam", [p])
+    opt.step()
+    middle = 1 << 22  # bytes from the beginning
+    assert has_huge_pages_advised(opt.state[p]["exp_avg"].data_ptr() + middle)
+    table = torch.nn.Parameter(torch.ones(1 << 16, 64))
+    before = table.detach().clone()
+    assert not has_huge_pages_advised(table.data_ptr() + middle)
+    table.grad = torch.sparse_coo_tensor([[5]], torch.ones(1, 64), table.shape, check_invariants=True)
+    opt = ours("SGD", [table], lr=1.0)
+    opt.step()
+    assert has_huge_pages_advised(table.data_ptr() + middle)
+    before[5] -= 1
+    assert torch.equal(table, before)

@@ -20,6 +20,7 @@ REFERENCE = "reference"  # another implementation of a rule of the zoo
 FUSED_F32 = "fused f32"  # torch's fused step with everything in float32, whatever our form
 FUSED_LERP = "fused + lerp"  # the same, then torch._foreach_lerp_ into the moving average
 DENSE = "fused, dense"  # torch's fused step with a dense gradient, where ours has a sparse one
+MOVED = "rows moved"  # torch's index_select and index_copy_ of the same rows of parameter and states, and no arithmetic
 BEST_NUMPY = "best NumPy"  # the faster of the two below
 NUMPY = ("NumPy whole", "NumPy blocked")
 TORCH = ("default", "foreach", "fused", COMPILED)

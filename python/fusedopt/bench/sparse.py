@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from fusedopt.bench.cases import DENSE, Case
+from fusedopt.bench.cases import DENSE, MOVED, Case
 from fusedopt.bench.shapes import draw
 from fusedopt.bench.timing import Contender
+from fusedopt.rules import RULES, SPARSE_RULES
 
 if TYPE_CHECKING:
     import torch
@@ -35,6 +36,18 @@ def builder(case: Case) -> Callable[[str], Contender]:
     values = torch.randn(case.lookups, width, generator=make).mul_(1e-2)
 
     def build(name: str) -> Contender:
+        if name == MOVED:
+            rule = {**RULES, **SPARSE_RULES}[case.rule]
+            tables = [base.clone() for _ in range(1 + len(rule.states({**rule.defaults, **case.options})))]
+            distinct = [torch.unique(at[0]) for at in indices]
+            held = iter(range(10**9))
+
+            def move() -> None:
+                at = distinct[next(held) % DRAWS]
+                for table in tables:
+                    table.index_copy_(0, at, table.index_select(0, at))
+
+            return Contender(move)
         p = base.clone().requires_grad_()
         module: Any = fusedopt.torch if name == OURS else torch.optim
         beside: dict[str, Any] = dict(case.ours) if name == OURS else {"fused": True} if name == DENSE else {}

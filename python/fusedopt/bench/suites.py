@@ -19,6 +19,7 @@ from fusedopt.bench.cases import (
     FUSED_F32,
     FUSED_LERP,
     LARGE,
+    MOVED,
     NUMPY,
     REFERENCE,
     TORCH,
@@ -166,7 +167,7 @@ def sparse(large: int) -> list[Case]:
         rule: str, name: str, rows: int, width: int, n: int, zipf: float, bars: dict[str, float], **ours: Any
     ) -> Case:
         return Case(
-            f"{rule}, {name}", (*bars, CEILING), rule, shapes=((rows * large // LARGE, width),), kind="sparse",
+            f"{rule}, {name}", (*bars, MOVED, CEILING), rule, shapes=((rows * large // LARGE, width),), kind="sparse",
             lookups=n * large // LARGE, zipf=zipf, bars=bars, ours=ours,
         )  # fmt: skip
 

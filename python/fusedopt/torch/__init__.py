@@ -6,7 +6,7 @@ Beyond torch, every class takes these keyword-only options.
 
 Options:
     state_dtype: dtype of the state arrays (``torch.float32`` or ``"float32"``; also float64, bfloat16, float16, int8);
-        None is torch's own, that of the parameter. Per group, as are the next six.
+        None is torch's own, that of the parameter. Per group, as are all options but the last.
     master: the residual of a 16-bit parameter: ``"split16"`` or ``"split8"``, its low-order bits, or ``"float32"``, a
         master weight.
     stochastic_rounding, seed: 16-bit parameters and states are rounded at random, without bias.
@@ -14,6 +14,8 @@ Options:
     l1: soft-thresholds parameters by lr * l1 after the update.
     lazy: takes sparse gradients and updates the rows that they name alone; weight decay, momentum and l1 apply to a row
         when it is named.
+    row_steps: with sparse gradients, counts the steps of each row for the bias correction; see docs/sparse.md.
+    row_wise (Adagrad): keeps one number for each row of a parameter.
     max_grad_norm: clips the gradients of all groups together to this global norm inside the step, as
         ``torch.nn.utils.clip_grad_norm_`` would; gradients are not written. The norm is ``opt.last_grad_norm``.
 

@@ -82,7 +82,7 @@ def state_reason(
         s = state.get(name)
         if not isinstance(s, torch.Tensor) or s.device != p.device or type(s) not in PLAIN:
             return f"state {name!r} is missing, or no plain tensor beside its parameter"
-        shape = (forms.blocks(p.numel()),) if name.endswith("_scale") else p.shape
+        shape: tuple[int, ...] = (forms.blocks(p.numel()),) if name.endswith("_scale") else tuple(p.shape)
         if s.shape != shape:
             raise ValueError(f"state {name!r}: expected shape {tuple(shape)}, got {tuple(s.shape)}")
         dtype = dtype_of(name, p, form, kernel)
@@ -93,8 +93,11 @@ def state_reason(
             raise RuntimeError(f"state {name!r} of shape {tuple(shape)} has no memory")
         if trouble:
             return f"state {name!r} {trouble}"
-    of_rows = {"row_steps": (len(p),)} if group["row_steps"] and grad.is_sparse else {}
-    of_rows |= {rule.row_wise: row_shape(p)} if group["row_wise"] else {}
+    of_rows: dict[str, tuple[int, ...]] = {}
+    if group["row_steps"] and grad.is_sparse:
+        of_rows["row_steps"] = (len(p),)
+    if group["row_wise"]:
+        of_rows[rule.row_wise] = row_shape(p)
     for name, shape in of_rows.items():
         s = state.get(name)
         if not isinstance(s, torch.Tensor) or s.device != p.device or type(s) not in PLAIN:

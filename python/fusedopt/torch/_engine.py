@@ -24,7 +24,7 @@ from ._device import PLAIN, capturing, has_device_kernels, readable_scalar
 from ._eligibility import device_reason, group_reason, state_reason, tensor_reason
 from ._fallback import Fallback
 from ._sparse import dense_reason, is_sparse, sparse_reason
-from ._state import DTYPES, INTEGERS, Recipe
+from ._state import DTYPES, INTEGERS, Recipe, use_huge_pages
 
 EXCHANGE = True  # read tensors by DLPack's exchange API where this torch has it (2.10 and later)
 _DONE, _ANEW, _PARAMS = range(3)  # what a step of the plan finds; see torch.cpp
@@ -328,6 +328,8 @@ class Engine:
         sparse = is_sparse(grad)
         if sparse:
             reason = sparse_reason(plan, rule, p, grad, group)
+            if not reason and p.is_contiguous():
+                use_huge_pages(p, used=True)
         else:
             reason = dense_reason(rule, p, group)
             if not reason and (careful or group.get("capturable") or not plan.takes(p, grad)):

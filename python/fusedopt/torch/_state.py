@@ -16,7 +16,7 @@ from ._device import device_refusal
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 WIDE = (torch.float32, torch.float64)
-_LARGE = 1 << 21  # elements from which a state's memory is given huge pages
+_LARGE = 1 << 21  # elements from which memory is given huge pages
 INTEGERS = {"int8": torch.int8, "uint8": torch.uint8, "int16": torch.int16, "float32": torch.float32}
 NEW_OPTIONS: dict[str, Any] = {**forms.OPTIONS, "lazy": False, "max_grad_norm": None}
 
@@ -41,9 +41,14 @@ def form_of(p: torch.Tensor, group: dict[str, Any], state: str | None = None) ->
 def like(p: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
     """A new tensor with the shape, strides and device of ``p``."""
     t = torch.empty_like(p, dtype=dtype, memory_format=torch.preserve_format, requires_grad=False)
-    if t.numel() >= _LARGE and t.device.type == "cpu":
-        _core.use_huge_pages(t.data_ptr(), t.numel() * t.element_size())
+    use_huge_pages(t, used=False)
     return t
+
+
+def use_huge_pages(t: torch.Tensor, used: bool) -> None:
+    """Asks for huge pages under a large dense tensor on the CPU, whose memory is new or in use."""
+    if t.numel() >= _LARGE and t.device.type == "cpu":
+        _core.use_huge_pages(t.data_ptr(), t.numel() * t.element_size(), used)
 
 
 def flat(t: torch.Tensor) -> Any:
@@ -59,7 +64,7 @@ class Recipe:
         names: the state arrays of the rule.
         row_sum: the state that has one number for each row; or None.
         ema: whether there is a moving average of the parameter.
-        layouts: the plan's numbers of the layouts, by (quantised, random).
+        layouts: the plan's numbers of the layouts, by (quantised, random, counting by row).
     """
 
     def __init__(self, optimizer: Optimizer, rule: Rule, p: torch.Tensor, group: dict[str, Any]) -> None:
@@ -67,7 +72,7 @@ class Recipe:
         self.form = form = form_of(p, group)
         self.names = names = rule.states(group)
         self.ema = group["ema_decay"] is not None
-        self.layouts: dict[tuple[bool, bool], int] = {}
+        self.layouts: dict[tuple[bool, bool, bool], int] = {}
         # "stream" is the name in checkpoints for the number of the tensor's random sequence.
         self._beside = forms.array_names((), form, self.ema) + ("stream",) * form.random
         self._kernel = rule.kernel(group)
