@@ -51,8 +51,9 @@ class Batch {
 
   // Checks and adds one group of tensors. names: param, grad, the kernel's states, then what is kept beside the weight
   // and its average if `extras` says so, the scale of each state if these are quantised, the carried scalar if any, the
-  // step counts and the sums of rows if `extras` says so; an error speaks of names[k], followed by [labels[i]] where labels are given. A gradient may be a Pair: indices of
-  // rows, and a row of values for each; where names[1] is empty, an error calls them indices and values.
+  // step counts and the sums of rows if `extras` says so; an error speaks of names[k], followed by [labels[i]] where
+  // labels are given. A gradient may be a Pair: indices of rows, and a row of values for each; where names[1] is empty,
+  // an error calls them indices and values.
   void add(int kernel, std::vector<double> hyper, bool maximize, py::tuple names, py::object labels, py::list operands,
            py::list steps, const Extras& extras) {
     const Rule& rule = rule_of(kernel);
@@ -380,8 +381,8 @@ void bind_batch(py::module_& m) {
   py::class_<Extras>(m, "Extras", "What a group has beyond its rule's own arrays, and how it rounds.")
       .def(py::init([](int master, bool noisy, bool noisy_state, bool quantised, bool ema, double l1, double ema_weight,
                        uint64_t seed, std::vector<int64_t> sequences, bool row_steps, bool row_sum) {
-             return Extras{Master(master), noisy, noisy_state, quantised, ema,  row_steps,
-                           row_sum,        l1,    ema_weight,  seed,      std::move(sequences)};
+             return Extras{Master(master), noisy, noisy_state,         quantised, ema, row_steps, row_sum, l1,
+                           ema_weight,     seed,  std::move(sequences)};
            }),
            py::kw_only(), py::arg("master") = 0, py::arg("noisy") = false, py::arg("noisy_state") = false,
            py::arg("quantised") = false, py::arg("ema") = false, py::arg("l1") = 0.0, py::arg("ema_weight") = 0.0,
@@ -398,8 +399,7 @@ void bind_batch(py::module_& m) {
       .def("run", &Batch::run, py::arg("max_norm"), py::arg("threads"));
   m.def("update", &update, py::arg("kernel"), py::arg("hyper"), py::arg("maximize"), py::arg("names"),
         py::arg("labels"), py::arg("operands"), py::arg("steps"), py::arg("threads"), py::arg("row_steps") = false,
-        py::arg("row_sum") = false,
-        "Adds one group to a batch and runs it.");
+        py::arg("row_sum") = false, "Adds one group to a batch and runs it.");
 }
 
 }  // namespace fusedopt

@@ -274,7 +274,7 @@ struct RowStep::Work {
     };
     struct Constants {
       alignas(16) char memory[kPreparedBytes];
-      int64_t t = 0;  // the step they are for
+      int64_t t = 0;     // the step they are for
     } constants[kKept];  // the first alone where all rows have the same
     Ready ready;
     const Tensor* tensor = nullptr;
