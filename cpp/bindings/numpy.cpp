@@ -54,8 +54,9 @@ class Batch {
   // step counts and the sums of rows if `extras` says so; an error speaks of names[k], followed by [labels[i]] where
   // labels are given. A gradient may be a Pair: indices of rows, and a row of values for each; where names[1] is empty,
   // an error calls them indices and values.
+  // Without labels the index stands for them if `numbered`.
   void add(int kernel, std::vector<double> hyper, bool maximize, py::tuple names, py::object labels, py::list operands,
-           py::list steps, const Extras& extras) {
+           const std::vector<int64_t>& steps, const Extras& extras, bool numbered) {
     const Rule& rule = rule_of(kernel);
     const int group = int(step_.groups.size());
     step_.groups.push_back({std::move(hyper), maximize, extras.l1, extras.ema_weight, extras.seed});
@@ -65,7 +66,7 @@ class Batch {
     const int row_sum = row_steps + (extras.row_steps ? 1 : 0), n_operands = row_sum + (extras.row_sum ? 1 : 0);
     const size_t n = py::len(operands[0]);
     const int first = int(group_of_.size());
-    sources_.push_back({std::move(names), std::move(labels), std::move(operands)});
+    sources_.push_back({std::move(names), std::move(labels), std::move(operands), numbered});
     const Source& source = sources_.back();
     auto where = [&](int operand, size_t i) { return source.name(operand, i); };
     for (int o = 0; o < n_operands; ++o)
@@ -99,7 +100,7 @@ class Batch {
       Tensor tensor{};
       tensor.group = group;
       tensor.kernel = kernel_of(kernel, v, extras, [&](int o) { return where(o, i); });
-      tensor.clock.t = steps[i].cast<int64_t>() - 1;
+      tensor.clock.t = steps.at(i) - 1;
       if (i < extras.sequences.size()) tensor.sequence = extras.sequences[i];
       if (parts.residual)
         expect(v[2 + rule.n_states], residual_format(extras.master), [&] { return where(2 + rule.n_states, i); });
@@ -228,8 +229,9 @@ class Batch {
   // What a group's arrays are called, and the arrays themselves: a list for each operand.
   struct Source {
     py::tuple names;
-    py::object labels;
+    py::object labels;  // a sequence, or nothing
     py::list operands;
+    bool numbered;
 
     size_t count(int operand) const { return size_t(PyList_GET_SIZE(PyList_GET_ITEM(operands.ptr(), operand))); }
     py::handle item(int operand, size_t i) const {
@@ -243,7 +245,9 @@ class Batch {
     }
     std::string name(int operand) const { return names[size_t(operand)].cast<std::string>(); }
     std::string name(int operand, size_t i) const {
-      const std::string label = labels.is_none() ? "" : "[" + std::string(py::str(labels[py::int_(i)])) + "]";
+      const std::string label = labels     ? "[" + std::string(py::str(labels[py::int_(i)])) + "]"
+                                : numbered ? "[" + std::to_string(i) + "]"
+                                           : "";
       if (operand != kIndices && !(operand == 1 && by_rows(i))) return name(operand) + label;
       const char* part = operand == kIndices ? "indices" : "values";
       return name(1).empty() ? part + label : name(1) + label + "." + part;
@@ -347,10 +351,63 @@ class Batch {
   bool on_host_ = false, on_devices_ = false;
 };
 
-// The whole of an in-place function's call. The batch is kept, so that its vectors are, too; a call within a call (from
-// an array's own __dlpack__) takes another.
-void update(int kernel, std::vector<double> hyper, bool maximize, py::tuple names, py::object labels, py::list operands,
-            py::list steps, int threads, bool row_steps, bool row_sum) {
+bool is_sequence(py::handle o) { return PyList_Check(o.ptr()) || PyTuple_Check(o.ptr()); }
+
+// The arrays of an in-place function as the lists that Batch takes. `names` is a subsequence of `all_names`; arrays
+// that it leaves out must be None.
+py::list listed(const py::tuple& names, const py::tuple& all_names, const py::tuple& arrays, bool many) {
+  py::list operands;
+  for (size_t i = 0; i < arrays.size(); ++i) {
+    const py::handle array = arrays[i];
+    auto raise = [&](const std::string& why) { throw py::type_error(all_names[i].cast<std::string>() + ": " + why); };
+    if (operands.size() == names.size() || !names[operands.size()].equal(all_names[i])) {
+      if (!array.is_none()) raise("not used with these options, expected None");
+      continue;
+    }
+    if (array.is_none()) raise("expected an array with these options, got None");
+    if (many && !is_sequence(array))
+      raise("expected a sequence of arrays, as param is, got " +
+            std::string(py::str(py::type::handle_of(array).attr("__name__"))));
+    py::list list;
+    if (many) {
+      list = py::list(py::reinterpret_borrow<py::sequence>(array));
+      if (list.is(array)) list = py::reinterpret_steal<py::list>(PyList_GetSlice(array.ptr(), 0, PY_SSIZE_T_MAX));
+    } else {
+      list.append(array);
+    }
+    operands.append(std::move(list));
+  }
+  return operands;
+}
+
+int64_t step_count(py::handle value) {
+  auto refuse = [&](const char* expected) { return std::string("step: expected ") + expected + ", got "; };
+  const auto index = py::reinterpret_steal<py::object>(PyNumber_Index(value.ptr()));
+  if (!index) {
+    PyErr_Clear();
+    throw py::type_error(refuse("an integer") + std::string(py::repr(value)));
+  }
+  int overflow = 0;
+  const int64_t count = PyLong_AsLongLongAndOverflow(index.ptr(), &overflow);
+  if (overflow < 0 || (overflow == 0 && count < 1))
+    throw py::value_error(refuse("1 or more") + std::string(py::repr(value)));
+  if (overflow > 0) throw py::value_error(refuse("9223372036854775807 or less") + std::string(py::repr(value)));
+  return count;
+}
+
+std::vector<int64_t> step_counts(py::handle step, size_t n) {
+  if (!is_sequence(step)) return std::vector<int64_t>(n, step_count(step));
+  std::vector<int64_t> counts;
+  for (py::handle value : step) counts.push_back(step_count(value));
+  if (counts.size() != n)
+    throw py::value_error("step: expected " + std::to_string(n) + " values, got " + std::to_string(counts.size()));
+  return counts;
+}
+
+// The whole of an in-place function's call: one group. The batch is kept, so that its vectors are, too; a call within a
+// call (from an array's own __dlpack__) takes another. Small arrays take no longer than the work before the kernel.
+void update(int kernel, std::vector<double> hyper, bool maximize, py::tuple names, const py::tuple& all_names,
+            const py::tuple& arrays, py::handle step, int threads, bool row_steps, bool row_sum) {
   thread_local Batch kept;
   thread_local bool taken = false;
   Batch other;
@@ -368,8 +425,11 @@ void update(int kernel, std::vector<double> hyper, bool maximize, py::tuple name
   Extras extras;
   extras.row_steps = row_steps;
   extras.row_sum = row_sum;
-  batch.add(kernel, std::move(hyper), maximize, std::move(names), std::move(labels), std::move(operands),
-            std::move(steps), extras);
+  const bool many = is_sequence(arrays[0]);
+  py::list operands = listed(names, all_names, arrays, many);
+  const size_t n = py::len(operands[0]);
+  batch.add(kernel, std::move(hyper), maximize, std::move(names), {}, std::move(operands), step_counts(step, n), extras,
+            many);
   batch.run(0, threads);
 }
 
@@ -393,13 +453,21 @@ void bind_batch(py::module_& m) {
   py::class_<Batch>(m, "Batch", "Tensors to be updated together, given as arrays.")
       .def(py::init<>())
       .def("clear", &Batch::clear)
-      .def("add", &Batch::add, py::arg("kernel"), py::arg("hyper"), py::arg("maximize"), py::arg("names"),
-           py::arg("labels"), py::arg("operands"), py::arg("steps"), py::arg("extras") = Extras{})
+      .def(
+          "add",
+          [](Batch& batch, int kernel, std::vector<double> hyper, bool maximize, py::tuple names, py::list labels,
+             py::list operands, const std::vector<int64_t>& steps, const Extras& extras) {
+            batch.add(kernel, std::move(hyper), maximize, std::move(names), std::move(labels), std::move(operands),
+                      steps, extras, false);
+          },
+          py::arg("kernel"), py::arg("hyper"), py::arg("maximize"), py::arg("names"), py::arg("labels"),
+          py::arg("operands"), py::arg("steps"), py::arg("extras") = Extras{})
       .def("check", &Batch::check, py::arg("grads"))
       .def("run", &Batch::run, py::arg("max_norm"), py::arg("threads"));
   m.def("update", &update, py::arg("kernel"), py::arg("hyper"), py::arg("maximize"), py::arg("names"),
-        py::arg("labels"), py::arg("operands"), py::arg("steps"), py::arg("threads"), py::arg("row_steps") = false,
-        py::arg("row_sum") = false, "Adds one group to a batch and runs it.");
+        py::arg("all_names"), py::arg("arrays"), py::arg("step"), py::arg("threads"), py::arg("row_steps") = false,
+        py::arg("row_sum") = false,
+        "Updates the arrays of an in-place function, of which `names` are those that the kernel uses.");
 }
 
 }  // namespace fusedopt

@@ -60,14 +60,14 @@ def update(
     hyper: Sequence[float],
     maximize: bool,
     names: tuple[str, ...],
-    labels: Any,
-    operands: list[Any],
-    steps: list[int],
+    all_names: tuple[str, ...],
+    arrays: tuple[Any, ...],
+    step: Any,
     threads: int,
     row_steps: bool = False,
     row_sum: bool = False,
 ) -> None:
-    """Adds one group to a batch and runs it."""
+    """Updates the arrays of an in-place function, of which ``names`` are those that the kernel uses."""
 
 class Pair:
     """A gradient that names rows: their indices, and a row of values for each."""

@@ -5,7 +5,6 @@ cpp/bindings/numpy.cpp checks arrays (dtype, shape, memory); the rule checks opt
 
 from __future__ import annotations
 
-import operator
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -53,93 +52,53 @@ _OWN = ("master", "ema", "stream")  # state entries that torch does not have
 _BY_ROW = {"row_steps": False, "row_wise": False}  # which an optimizer that an earlier version has pickled lacks
 
 
-def _listed(value: Any, many: bool, name: str) -> list[Any]:
-    if value is None:
-        raise TypeError(f"{name}: expected an array with these options, got None")
-    if not many:
-        return [value]
-    if not isinstance(value, list | tuple):
-        raise TypeError(f"{name}: expected a sequence of arrays, as param is, got {type(value).__name__}")
-    return list(value)
-
-
-def _counted(step: Any, n: int) -> list[int]:
-    if type(step) is int and 0 < step <= _LAST_STEP:
-        return [step] * n
-    values = list(step) if isinstance(step, list | tuple) else [step] * n
-    if len(values) != n:
-        raise ValueError(f"step: expected {n} values, got {len(values)}")
-    steps = []
-    for value in values:
-        try:
-            steps.append(operator.index(value))
-        except TypeError:
-            raise TypeError(f"step: expected an integer, got {value!r}") from None
-        if steps[-1] < 1:
-            raise ValueError(f"step: expected 1 or more, got {value!r}")
-        if steps[-1] > _LAST_STEP:
-            raise ValueError(f"step: expected {_LAST_STEP} or less, got {value!r}")
-    return steps
-
-
-_LAST_STEP = 2**63 - 1
-
-
 def _paired(param: Any, indices: Any, values: Any) -> Any:
     """The gradient of an in-place function by rows, as the core takes it: a pair, or a list of pairs."""
     if not isinstance(param, list | tuple):
         return _core.Pair(indices, values)
-    several = [_listed(value, True, name) for name, value in (("indices", indices), ("values", values))]
-    for name, value in zip(("indices", "values"), several, strict=True):
-        if len(value) != len(param):
-            raise ValueError(f"{name}: expected {len(param)} arrays, one for each of param, got {len(value)}")
-    return list(map(_core.Pair, *several))
+    for name, several in (("indices", indices), ("values", values)):
+        if not isinstance(several, list | tuple):
+            raise TypeError(f"{name}: expected a sequence of arrays, as param is, got {type(several).__name__}")
+        if len(several) != len(param):
+            raise ValueError(f"{name}: expected {len(param)} arrays, one for each of param, got {len(several)}")
+    return list(map(_core.Pair, indices, values))
 
 
-def _update(rule: Rule, options: dict[str, Any], arrays: dict[str, Any], step: Any) -> None:
+def _update(rule: Rule, options: dict[str, Any], arrays: tuple[Any, ...], step: Any) -> None:
+    """``arrays``: in the order of ``rule.all_operands``."""
     rule.check(options)
     kernel = rule.kernel(options)
-    names = kernel.operands
-    many = isinstance(arrays["param"], list | tuple)
-    operands = []
-    for name, value in arrays.items():
-        if name in names:
-            operands.append(_listed(value, many, name) if many or value is None else [value])
-        elif value is not None:
-            raise TypeError(f"{name}: not used with these options, expected None")
-    n = len(operands[0])
-    labels = range(n) if many else None
-    maximize = bool(options["maximize"])
     _core.update(
-        kernel.index, kernel.values(options), maximize, names, labels, operands, _counted(step, n), get_num_threads()
-    )
+        kernel.index, kernel.values(options), bool(options["maximize"]), kernel.operands, rule.all_operands, arrays,
+        step, get_num_threads(),
+    )  # fmt: skip
 
 
 def _update_rows(
     rule: Rule,
     options: dict[str, Any],
-    arrays: dict[str, Any],
+    arrays: tuple[Any, ...],
     step: Any,
     row_steps: Any = None,
-    row_wise: bool = False,
+    row_wise: Any = False,
 ) -> None:
     rule.check(options)
     given = {**forms.OPTIONS, **options, "row_steps": row_steps is not None, "row_wise": row_wise}
     forms.check(given)
     rule.check_rows(given)
     kernel = rule.kernel(given)
-    names = (*kernel.operands, *("row_steps",) * given["row_steps"], *(rule.row_wise,) * row_wise)
-    arrays = {**arrays, "row_steps": row_steps}
-    for name, value in arrays.items():
-        if name not in names and value is not None:
-            raise TypeError(f"{name}: not used with these options, expected None")
-    many = isinstance(arrays["param"], list | tuple)
-    operands = [_listed(arrays[name], many, name) for name in names]
-    n = len(operands[0])
-    called = (names[0], "", *names[2:])  # the two arrays of a gradient are called indices and values
+    names, all_names = kernel.operands, (*rule.all_operands, "row_steps")
+    arrays = (*arrays, row_steps)
+    if given["row_steps"]:
+        names = (*names, "row_steps")
+    if row_wise:
+        at = all_names.index(rule.row_wise)
+        arrays, all_names = ((*x[:at], *x[at + 1 :], x[at]) for x in (arrays, all_names))
+        names = (*names, rule.row_wise)
+    called, all_called = ((x[0], "", *x[2:]) for x in (names, all_names))  # a gradient is called indices and values
     _core.update(
-        kernel.index, kernel.values(given), bool(options["maximize"]), called, range(n) if many else None, operands,
-        _counted(step, n), get_num_threads(), given["row_steps"], bool(row_wise),
+        kernel.index, kernel.values(given), bool(options["maximize"]), called, all_called, arrays, step,
+        get_num_threads(), given["row_steps"], bool(row_wise),
     )  # fmt: skip
 
 
@@ -217,7 +176,7 @@ def make_function(rule: Rule, rows: bool = False) -> Callable[..., None]:
     signature = ", ".join([signature, *(f"{name}={default}" for name, default in of_rows.items())])
     names = rule.all_operands
     given = {s: s for s in names} | ({"grad": "_paired(param, indices, values)"} if rows else {})
-    arrays = "{" + ", ".join(f"{s!r}: {value}" for s, value in given.items()) + "}"
+    arrays = f"({', '.join(given.values())})"
     step = {"step": "step", "first": "1 if first else 2", None: "1"}[rule.clock]
     update = f"_update{'_rows' * rows}"
     beside = "".join(f", {name}={name}" for name in of_rows)

@@ -189,7 +189,7 @@ class Rule:
         if options["row_wise"] and options["state_dtype"]:
             raise ValueError(f"state_dtype: expected None with row_wise=True, got {options['state_dtype']!r}")
 
-    @property
+    @cached_property
     def all_operands(self) -> tuple[str, ...]:
         """The operands of all kernels; those of each are a subsequence of them."""
         return max((kernel.operands for kernel in self._by_truth.values()), key=len)

@@ -666,7 +666,7 @@ def test_operands_of_other_libraries_are_waited_for_before_and_after(
 def test_more_hyperparameters_than_a_device_holds_are_refused(device: None) -> None:
     p, g = torch.ones(5), torch.ones(5)
     with pytest.raises(ValueError, match="more hyperparameters"):
-        _core.update(0, [0.1] * 9, False, ("param", "grad"), None, [[p], [g]], [1], 1)
+        _core.update(0, [0.1] * 9, False, ("param", "grad"), ("param", "grad"), (p, g), 1, 1)
     assert bool((p == 1).all())
 
 

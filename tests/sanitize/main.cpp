@@ -389,10 +389,13 @@ void several_threads_at_once() {
 }
 
 // Tables that are updated by rows: lookups by int32 and int64, in any order, with gaps between rows and between values.
+// Of rules that carry no number every other table counts steps by row; with SGD the tables have a sum for each row, and
+// in the last one every row occurs.
 struct Tables {
   static constexpr int64_t kRows[] = {1, 700, 5}, kWidths[] = {3, 64, 640}, kLookups[] = {4, 40000, 9};
   std::vector<Block> blocks;
-  std::vector<std::unique_ptr<float[]>> scales;
+  std::vector<std::unique_ptr<float[]>> scales, of_rows;
+  std::vector<int64_t> n_of_rows;
   std::vector<std::vector<int64_t>> wide;
   std::vector<std::vector<int32_t>> narrow;
   std::vector<Lookups> rows;
@@ -404,18 +407,29 @@ struct Tables {
     const Form& f = form_of({rule, form});
     const bool coded = f.state == kI8 && k.n_states > 0;
     step.groups = {group_of(k, false), group_of(k, true)};
+    const bool sums = k.name == std::string("sgd");
+    for (Group& g : step.groups)
+      if (sums) g.hyper.insert(g.hyper.end(), {0.1, 1e-6});  // of row-wise Adagrad: lr_decay, eps
     Random r{uint64_t(rule * 100 + form + 1)};
     wide.resize(3), narrow.resize(3), rows.resize(3);
     for (size_t t = 0; t < 3; ++t) {
       if (coded && kWidths[t] % kBlock != 0) continue;
-      const int64_t n = kLookups[t], gap = coded ? 0 : 5;
+      const bool every = sums && t == 2;
+      const int64_t n = every ? kRows[t] : kLookups[t], gap = coded ? 0 : 5;
       Lookups& l = rows[t];
-      l = {nullptr, t != 1, 1, n, kRows[t], kWidths[t], {}, {}, {}};
+      l = {nullptr, t != 1, 1, n, kRows[t], kWidths[t], {}, {}, {}, nullptr, {}};
+      auto numbers = [&] {
+        of_rows.emplace_back(new float[size_t(kRows[t])]);
+        n_of_rows.push_back(kRows[t]);
+        return std::fill_n(of_rows.back().get(), kRows[t], float(t)) - kRows[t];
+      };
+      if (t % 2 == 1 && !k.carries) l.steps = numbers();
+      if (sums) l.sum = {numbers(), false, kHost};
       for (int64_t i = 0; i < n; ++i) {
         const auto row = int64_t(r.next() % (1 + r.next() % uint64_t(kRows[t])));
         wide[t].push_back(row), narrow[t].push_back(int32_t(row));
       }
-      l.indices = l.wide ? static_cast<const void*>(wide[t].data()) : narrow[t].data();
+      if (!every) l.indices = l.wide ? static_cast<const void*>(wide[t].data()) : narrow[t].data();
       Tensor tensor = {};
       tensor.kernel = {rule, form}, tensor.group = int(t % 2), tensor.rows = &l, tensor.clock.carry = 1;
       tensor.span.n = kRows[t] * kWidths[t], tensor.sequence = int64_t(t);
@@ -463,6 +477,8 @@ struct Tables {
     }
     std::vector<std::string> out;
     for (const Block& b : blocks) out.emplace_back(b.memory.get(), b.bytes);
+    for (size_t i = 0; i < of_rows.size(); ++i)
+      out.emplace_back(reinterpret_cast<const char*>(of_rows[i].get()), size_t(n_of_rows[i]) * sizeof(float));
     return out;
   }
 };
@@ -480,6 +496,7 @@ void rows_every_way(int rule, int form) {
   }
   use_isa(nullptr);
   Tables bad(rule, form);
+  if (!bad.rows.back().indices) return;
   bad.wide.back()[5] = bad.rows.back().rows;
   bad.step.clear();
   for (Tensor& t : bad.tensors) bad.step.add(t);
