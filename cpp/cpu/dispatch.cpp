@@ -6,9 +6,13 @@
 #include <atomic>
 #include <mutex>
 
-#if defined(_MSC_VER) && defined(_M_X64)
+#ifdef FUSEDOPT_X86
+#ifdef _MSC_VER
 #include <immintrin.h>
 #include <intrin.h>
+#else
+#include <cpuid.h>
+#endif
 #endif
 
 namespace fusedopt {
@@ -22,27 +26,32 @@ namespace {
 enum Level { kBaseline, kAvx2, kAvx512, kLevels };
 const char* const names[kLevels] = {"baseline", "avx2", "avx512"};
 
-#if defined(FUSEDOPT_X86) && defined(_MSC_VER)
+#ifdef FUSEDOPT_X86
+#ifdef _MSC_VER
+void cpuid(int leaf, int r[4]) { __cpuidex(r, leaf, 0); }
+unsigned long long enabled_states() { return _xgetbv(0); }
+#else
+void cpuid(int leaf, int r[4]) { __cpuid_count(leaf, 0, r[0], r[1], r[2], r[3]); }
+unsigned long long enabled_states() {
+  unsigned low, high;
+  __asm__("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+  return static_cast<unsigned long long>(high) << 32 | low;
+}
+#endif
+
+// Asks the processor itself: __builtin_cpu_supports asks the runtime library of the compiler, and Zig's knows nothing.
 Level processor() {
   int r[4];
-  __cpuid(r, 0);
+  cpuid(0, r);
   if (r[0] < 7) return kBaseline;
-  __cpuidex(r, 1, 0);
+  cpuid(1, r);
   bool fma = r[2] >> 12 & 1, osxsave = r[2] >> 27 & 1;
   if (!fma || !osxsave) return kBaseline;
-  unsigned long long state = _xgetbv(0);
-  __cpuidex(r, 7, 0);
-  if (!(r[1] >> 5 & 1) || (state & 6) != 6) return kBaseline;
+  unsigned long long states = enabled_states();
+  cpuid(7, r);
+  if (!(r[1] >> 5 & 1) || (states & 6) != 6) return kBaseline;
   bool f = r[1] >> 16 & 1, dq = r[1] >> 17 & 1, bw = r[1] >> 30 & 1, vl = r[1] >> 31 & 1;
-  return f && dq && bw && vl && (state & 0xe6) == 0xe6 ? kAvx512 : kAvx2;
-}
-#elif defined(FUSEDOPT_X86)
-Level processor() {
-  __builtin_cpu_init();
-  if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return kBaseline;
-  bool wide = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
-              __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
-  return wide ? kAvx512 : kAvx2;
+  return f && dq && bw && vl && (states & 0xe6) == 0xe6 ? kAvx512 : kAvx2;
 }
 #else
 Level processor() { return kBaseline; }

@@ -3,11 +3,14 @@ threads, flush-to-zero mode. Mostly in fresh interpreters."""
 
 import importlib
 import os
+import platform
+import re
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -105,6 +108,15 @@ def test_info_on_the_command_line(command: list[str]) -> None:
         [sys.executable, "-m", "fusedopt", "nonsense"], capture_output=True, timeout=120, check=False
     )
     assert wrong.returncode == 2
+
+
+@pytest.mark.skipif(not Path("/proc/cpuinfo").exists() or platform.machine() != "x86_64", reason="Linux on x86-64")
+def test_the_instruction_sets_are_those_of_the_processor() -> None:
+    """Whatever compiled the core: Zig's runtime library answers no to every __builtin_cpu_supports."""
+    (flags, *_) = re.findall(r"^flags\s*: (.*)", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    avx2 = {"avx2", "fma"} <= set(flags.split())
+    avx512 = avx2 and {"avx512f", "avx512dq", "avx512bw", "avx512vl"} <= set(flags.split())
+    assert list(fusedopt.isas()) == ["baseline", *["avx2"] * avx2, *["avx512"] * avx512]
 
 
 def test_isas_are_known_names_with_the_baseline_first() -> None:
