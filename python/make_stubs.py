@@ -76,6 +76,7 @@ from torch.optim.optimizer import Optimizer, ParamsT
 from ..training import Callback as Callback
 from ..training import Trainer as Trainer
 from ..training import fit as fit
+from . import functional as functional
 from ._backward import InBackward as InBackward
 from ._backward import step_in_backward as step_in_backward
 from ._fallback import FallbackWarning as FallbackWarning

@@ -57,8 +57,10 @@ _LAZY = {
 def __getattr__(name: str) -> Any:
     if name in _LAZY:
         return getattr(importlib.import_module(_LAZY[name], __name__), name)
+    if name == "functional":
+        return importlib.import_module(".functional", __name__)
     return getattr(torch.optim, name)
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_LAZY, *dir(torch.optim)})
+    return sorted({*globals(), *_LAZY, "functional", *dir(torch.optim)})

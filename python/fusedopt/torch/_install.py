@@ -39,10 +39,11 @@ def installed() -> bool:
 
 
 def install() -> None:
-    """From now on ``torch.optim.Adam(...)`` and its siblings return the classes of ``fusedopt.torch``.
+    """From now on ``torch.optim.Adam(...)`` and its siblings return the classes of ``fusedopt.torch``, and
+    the functions of ``torch.optim.functional`` (torch 2.15) are those of ``fusedopt.torch.functional``.
 
-    Optimizers that exist are not changed (see ``convert``); neither are classes derived from torch's. Calling it again
-    does nothing.
+    Optimizers that exist are not changed (see ``convert``); neither are classes derived from torch's, nor functions
+    that were imported by their names before. Calling it again does nothing.
 
     Example:
         >>> import torch, fusedopt.torch
@@ -56,6 +57,7 @@ def install() -> None:
         if "__new__" not in vars(theirs):
             theirs.__new__ = _maker(theirs, mine)  # type: ignore[method-assign]
     _active = True
+    _set_functions(True)
 
 
 def uninstall() -> None:
@@ -63,6 +65,26 @@ def uninstall() -> None:
     global _active
     # __new__ stays in place, without effect: object.__new__ refuses arguments for good once a class has had its own.
     _active = False
+    _set_functions(False)
+
+
+_torch_functions: dict[str, Any] = {}
+
+
+def _set_functions(ours: bool) -> None:
+    """Puts our functions into ``torch.optim.functional``, or torch's back, where this torch has the module."""
+    module = getattr(torch.optim, "functional", None)
+    if module is None:
+        return
+    from . import functional
+
+    for name in functional.__all__:
+        mine = getattr(functional, name)
+        if ours and getattr(module, name) is not mine:
+            _torch_functions[name] = getattr(module, name)
+            setattr(module, name, mine)
+        elif not ours and getattr(module, name) is mine:
+            setattr(module, name, _torch_functions[name])
 
 
 def _maker(theirs: type[Optimizer], mine: type[Optimizer]) -> Callable[..., Any]:
