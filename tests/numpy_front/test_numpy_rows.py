@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import fusedopt
+from fusedopt.bench.own import OwnAdam
 from fusedopt.rules import RULES
 from helpers import (
     F32,
@@ -460,6 +461,19 @@ def test_a_row_that_counts_its_steps_moves_as_if_it_were_alone(rule: Any, dtype:
     assert_same_bits(opt.state[0]["row_steps"], steps, "counts")
     assert_same_bits(counts, steps, "counts of the function")
     assert opt.state[0]["step"] == 39
+
+
+def test_a_rule_written_in_python_counts_steps_by_row() -> None:
+    rng = np.random.default_rng(16)
+    built_in = normal(rng, (ROWS, 70), F32)
+    own = built_in.copy()
+    a, b = fusedopt.Adam(built_in, lr=0.1, row_steps=True), OwnAdam.numpy(own, lr=0.1, row_steps=True)
+    for _ in range(5):
+        gradient = fusedopt.Rows(*lookups(rng, 30, ROWS, 70, F32))
+        a.step(gradient)
+        b.step(gradient)
+    assert_same_bits(own, built_in, "parameter")
+    assert_same_bits(b.state[0]["row_steps"], a.state[0]["row_steps"], "counts")
 
 
 def test_a_dense_gradient_does_not_count_the_steps_of_rows() -> None:
