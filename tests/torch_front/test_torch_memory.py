@@ -397,8 +397,9 @@ def test_large_states_and_tables_with_sparse_gradients_get_huge_pages() -> None:
     before = table.detach().clone()
     assert not has_huge_pages_advised(table.data_ptr() + middle)
     table.grad = torch.sparse_coo_tensor([[5]], torch.ones(1, 64), table.shape, check_invariants=True)
-    opt = ours("SGD", [table], lr=1.0)
+    opt = ours("Adagrad", [table], lr=1.0)  # torch's constructor makes its state
     opt.step()
     assert has_huge_pages_advised(table.data_ptr() + middle)
+    assert has_huge_pages_advised(opt.state[table]["sum"].data_ptr() + middle)
     before[5] -= 1
     assert torch.equal(table, before)

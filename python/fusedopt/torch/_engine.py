@@ -328,8 +328,6 @@ class Engine:
         sparse = is_sparse(grad)
         if sparse:
             reason = sparse_reason(plan, rule, p, grad, group)
-            if not reason and p.is_contiguous():
-                use_huge_pages(p, used=True)
         else:
             reason = dense_reason(rule, p, group)
             if not reason and (careful or group.get("capturable") or not plan.takes(p, grad)):
@@ -341,6 +339,10 @@ class Engine:
         if recipe is None:
             recipe = self._recipes[key] = Recipe(optimizer, rule, p, group)
         state, done, new = recipe.create(optimizer, p, sparse)
+        if sparse:
+            for t in (p, *state.values()):
+                if isinstance(t, torch.Tensor) and t.is_contiguous():
+                    use_huge_pages(t, used=True)
         if new:
             created[id(p)] = (p, new)
         if careful:
