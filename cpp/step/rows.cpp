@@ -37,6 +37,14 @@ int bits_for(uint64_t n) {
 // The first position of a part of `n`.
 int64_t bound(int64_t n, int part, int parts) { return part == parts ? n : int64_t(double(n) * part / parts); }
 
+// Prefetches into the L2 cache: L1 tracks too few outstanding lines.
+void fetch(const void* from, int64_t bytes) {
+  const auto* at = static_cast<const char*>(from);
+  const char* const last = at + std::min(bytes, kPrefetched) - 1;
+  for (; at < last; at += 64) prefetch_far(at);
+  prefetch_far(last);
+}
+
 // Sums of rows stored in one format.
 template <class F>
 struct Sum {
@@ -67,7 +75,11 @@ struct Sum {
     if (count == 1) return x;
     Number sum[kTile];
     for (int64_t i = 0; i < n; ++i) sum[i] = F::load(x[i]);
+    const bool ahead = l.inner_shape.empty();
     for (int64_t k = 1; k < count; ++k) {
+      if (ahead && k + kAhead < count)
+        fetch(static_cast<const Stored*>(all) + position(k + kAhead) * l.stride[1] + first,
+              n * int64_t(sizeof(Stored)));
       const Stored* y = values(l, all, position(k), first, n, copy);
       for (int64_t i = 0; i < n; ++i) sum[i] += F::load(y[i]);
     }
@@ -356,12 +368,6 @@ struct RowStep::Work {
     void prefetch_values(int64_t lookup) const {
       fetch(values.data + lookup * values.row, rows->width * values.element);
     }
-    // Prefetches into the L2 cache: L1 tracks too few outstanding lines.
-    static void fetch(const char* at, int64_t bytes) {
-      const char* const last = at + std::min(bytes, kPrefetched) - 1;
-      for (; at < last; at += 64) prefetch_far(at);
-      prefetch_far(last);
-    }
     // `grad`: the gradient of the row's elements from `from` on.
     void update(int64_t row, int64_t from, int64_t length, const void* grad) {
       Span span = ready.span(*tensor, key, row * numbered + from, length);
@@ -381,7 +387,8 @@ struct RowStep::Work {
     each(bound(n, part, parts), bound(n, part + 1, parts), [&](size_t t, int64_t row_at, int64_t i, int64_t count) {
       if (t != open) table.open(*this, t);
       open = t;
-      for (int64_t k = i + kAhead; k < std::min(n, i + count + kAhead) && row(k) < table.end; ++k) {
+      // Sum::of prefetches the other values of this row.
+      for (int64_t k = i + std::max(count, kAhead); k < std::min(n, i + count + kAhead) && row(k) < table.end; ++k) {
         if (row(k) != row(k - 1)) table.prefetch_row(int64_t(row(k) - table.first));
         table.prefetch_values(int64_t(words[k] & mask()) - table.before);
       }
