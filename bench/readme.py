@@ -1,8 +1,8 @@
-"""Writes measured ratios into README.md and bench/README.md, README's table of tested versions, and draws
-docs/speedup.png, from the committed results.
+"""Writes measured ratios into README.md, bench/README.md and docs/own-rule.md, README's table of tested versions, and
+draws docs/speedup.png, from the committed results.
 
-``python bench/readme.py [bench/results]`` reads readme.json and bytes.json, which ``fusedopt bench --json`` wrote, and
-versions.json of ``make matrix``, rewrites the text between two marks of a page, and draws the
+``python bench/readme.py [bench/results]`` reads readme.json, bytes.json and own.json, which ``fusedopt bench --json``
+wrote, and versions.json of ``make matrix``, rewrites the text between two marks of a page, and draws the
 picture. ``--check`` writes nothing and exits 1 if a page or the picture is out of date. Only ratios, GB/s and shares
 are shown, never a time alone.
 """
@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from fusedopt.bench import Result
-from fusedopt.bench.cases import BEST_NUMPY, CEILING, COMPILED, FUSED_F32, NUMPY, Case
+from fusedopt.bench.cases import BEST_NUMPY, BUILT_IN, CEILING, COMPILED, FUSED_F32, NUMPY, REFERENCE, Case
 from fusedopt.bench.contenders import OURS
 from fusedopt.bench.timing import Times
 
@@ -171,6 +171,24 @@ def section(folder: Path) -> str:
     return "\n" + "\n\n".join(parts) + "\n\n"
 
 
+def own(folder: Path) -> str:
+    """The tables of docs/own-rule.md: rules written in Python against the same rules compiled, by form; the zoo."""
+    data = _load(folder, "own")
+    of_rule: dict[str, dict[str, str]] = {}
+    zoo = [("`fusedopt.zoo`, float32", "share of `mul_`", "other implementation / ours")]
+    for row in data["results"]:
+        contenders = row["contenders"]
+        if row["case"].startswith("zoo "):
+            other = contenders.get(REFERENCE, {}).get("ratio_to_ours")
+            zoo.append((row["rule"], ratio(row["share_of_ceiling"]), ratio(other)))
+        elif named := re.fullmatch(r"own (.+?) ((?:f32|bf16)\b.*), \S+", row["case"]):
+            of_rule.setdefault(named[1], {})[named[2]] = ratio(contenders[BUILT_IN]["ratio_to_ours"])
+    forms = list(dict.fromkeys(form for cells in of_rule.values() for form in cells))
+    built_in = [("built-in / ours", *forms)]
+    built_in += [(name, *(cells.get(form, "-") for form in forms)) for name, cells in of_rule.items()]
+    return f"\n{grid(built_in)}\n\n{grid(zoo)}\n\n{_provenance(data['machine'])}\n\n"
+
+
 def tested(folder: Path) -> str:
     """README's table of the environments in which the tests have run."""
     packages = ("python", "numpy", "torch", "scikit-learn")
@@ -189,6 +207,7 @@ SECTIONS: tuple[tuple[Path, str, Callable[[Path], str]], ...] = (
     (ROOT / "README.md", "bench", gains),
     (ROOT / "README.md", "versions", tested),
     (ROOT / "bench" / "README.md", "bench", section),
+    (ROOT / "docs" / "own-rule.md", "own", own),
 )
 
 

@@ -51,7 +51,7 @@ struct HostKernel {
 };
 
 // One form on the host, for any rule. Numbers have the type that rules compute with: double for kF64, else float.
-// `codes` are the formats of the codes of a quantised form's states. Without `g` no gradient is decoded.
+// `codes` are the formats of the codes of a quantised form's states. decode() leaves out operands that are nullptr.
 struct HostForm {
   void (*finish)(const Finish& finish, const Span& span);
   void (*decode)(const Span& span, int n_states, const Format* codes, void* p, void* g, void* const* states);

@@ -241,7 +241,7 @@ class TorchPlan {
   // One step. Where all is on one device found_inf, grad_scale and the tensor for the norm may be there, too; else
   // they are None.
   int step(py::handle state, py::handle param_groups, double unscale, double max_norm, int threads,
-           py::object found_inf, py::object grad_scale, py::object norm) {
+           py::object found_inf, py::object grad_scale, py::object norm, py::object complete) {
     dropped_.clear();
     stale_.clear();
     conflicts_.clear();
@@ -259,9 +259,19 @@ class TorchPlan {
     if (!found_inf.is_none()) scaling.found_inf = scalar(found_inf.ptr());
     if (!grad_scale.is_none()) scaling.grad_scale = scalar(grad_scale.ptr());
     if (!norm.is_none()) scaling.norm = scalar(norm.ptr());
+    CompleteSums complete_sums;
+    if (!complete.is_none())
+      complete_sums = [&](const std::vector<size_t>& tensors, double* rows) {
+        const py::gil_scoped_acquire gil;
+        py::list numbers;
+        for (size_t r : tensors) numbers.append(r);
+        complete(numbers,
+                 py::memoryview::from_buffer(rows, {py::ssize_t(tensors.size()), py::ssize_t(kSumRow)},
+                                             {py::ssize_t(kSumRow * sizeof(double)), py::ssize_t(sizeof(double))}));
+      };
     try {
       py::gil_scoped_release nogil;
-      norm_ = step_.run(scaling, Team::kTorch, threads);
+      norm_ = step_.run(scaling, Team::kTorch, threads, complete_sums);
     } catch (const BadIndex& e) {
       grads_.clear();
       const auto [group, number] = tables_[e.table];
@@ -1064,7 +1074,7 @@ void bind_torch_plan(py::module_& m) {
       .def_property_readonly("conflicts", &TorchPlan::conflicts)
       .def("step", &TorchPlan::step, py::arg("state"), py::arg("param_groups"), py::arg("unscale"), py::arg("max_norm"),
            py::arg("threads"), py::arg("found_inf") = py::none(), py::arg("grad_scale") = py::none(),
-           py::arg("norm") = py::none())
+           py::arg("norm") = py::none(), py::arg("complete") = py::none())
       .def_property_readonly("norm", &TorchPlan::norm);
 }
 

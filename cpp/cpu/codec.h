@@ -35,10 +35,12 @@ struct Codec {
   static FUSEDOPT_HD uint32_t bits16(uint32_t random) { return St::blocked ? St::bits_of(random) : random; }
 
   static void decode(const Span& span, int n_states, const Format* codes, void* p, void* g, void* const* states) {
-    load_weights(static_cast<const Param*>(span.param), static_cast<const Residual*>(span.residual), span.n,
-                 static_cast<T*>(p));
+    if (p)
+      load_weights(static_cast<const Param*>(span.param), static_cast<const Residual*>(span.residual), span.n,
+                   static_cast<T*>(p));
     if (g) load<G>(static_cast<const typename G::Stored*>(span.grad), span.n, static_cast<T*>(g));
     for (int k = 0; k < n_states; ++k) {
+      if (!states[k]) continue;
       auto* from = static_cast<const State*>(span.state[k]);
       auto* to = static_cast<T*>(states[k]);
       if constexpr (St::quantised) {

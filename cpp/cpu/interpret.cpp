@@ -12,7 +12,8 @@ namespace fusedopt {
 namespace {
 
 constexpr int64_t kCache = 24576;      // bytes for the registers of a tile
-constexpr int64_t kLongestTile = 512;  // elements
+constexpr int64_t kLongestTile = 256;  // elements
+constexpr int64_t kLine = 64;          // bytes of a cache line
 
 // The smaller of two; NaN if either is NaN.
 template <class T>
@@ -395,6 +396,48 @@ struct Ready {
   T k[5];
 };
 
+FUSEDOPT_HD void prefetch(const char* at) {
+#if defined(__GNUC__)
+  __builtin_prefetch(at);
+#else
+  (void)at;
+#endif
+}
+
+// Prefetches the operands of the next tile, a share of them before each instruction. Otherwise memory would be idle
+// while an instruction computes on what is in the cache.
+class Ahead {
+ public:
+  Ahead(const ProgramKernel& kernel, const Variant& code, bool updates, const Span& span, int64_t tile) {
+    if (span.n <= tile || code.n_instructions == 0) return;
+    auto add = [&](int r, const void* at, int size) {
+      const int64_t bytes = tile * size, lines = (bytes + kLine - 1) / kLine;
+      const int64_t share = (lines + code.n_instructions - 1) / code.n_instructions * kLine;
+      if (code.needed >> r & 1 || (updates && r != 1)) operands_[n_++] = {static_cast<const char*>(at), bytes, share};
+    };
+    add(0, span.param, kernel.size_param);
+    if (span.residual) add(0, span.residual, kernel.size_residual);
+    add(1, span.grad, kernel.size_grad);
+    for (int k = 0; k < kernel.program->n_states; ++k) add(2 + k, span.state[k], kernel.size_state);
+  }
+  // Before the instruction i, while the tile with this number is updated.
+  FUSEDOPT_HD void prefetch_share(int64_t number, int i) const {
+    for (int o = 0; o < n_; ++o) {
+      const Operand& x = operands_[o];
+      const char* const next = x.at + (number + 1) * x.bytes;
+      const int64_t begin = i * x.share, end = begin + x.share < x.bytes ? begin + x.share : x.bytes;
+      for (int64_t b = begin; b < end; b += kLine) prefetch(next + b);
+    }
+  }
+
+ private:
+  struct Operand {
+    const char* at;
+    int64_t bytes, share;  // of a tile, and of what is prefetched before each instruction
+  } operands_[3 + kMaxStates];
+  int n_ = 0;
+};
+
 // Runs the prepared variant over a span, one tile at a time. After each tile it calls then(part, registers, n); `part`
 // is the tile's part of the span, set only if the operands were decoded.
 template <class T, class Then>
@@ -418,9 +461,15 @@ FUSEDOPT_HD void run(const void* self, const void* prepared, const Span& span, T
     for (int o = 0; o < 4; ++o) to.from[o] = from.from[o];
     for (int o = 0; o < 5; ++o) to.k[o] = ready.constants[from.constant[o]];
   }
-  const bool scales = ready.scale != T(1);
+  const bool updates = ready.code >> kernel.program->n_conditions == kernel.program->n_passes;
+  const Ahead ahead(kernel, code, updates, span, tile);
+  void* decoded[2 + kMaxStates] = {};  // what the codec of the form decodes
+  for (int r = 0; r < 2 + n_states; ++r)
+    if (code.needed >> r & 1) decoded[r] = registers[r];
+  const bool scales = ready.scale != T(1) && decoded[1];
   const T scale[] = {T(1), T(1), T(1), T(1), ready.scale};
-  for (int64_t begin = 0; begin < span.n; begin += tile) {
+  int64_t number = 0;
+  for (int64_t begin = 0; begin < span.n; begin += tile, ++number) {
     const int64_t n = span.n - begin < tile ? span.n - begin : tile;
     Span part;
     if (kernel.direct) {
@@ -429,8 +478,7 @@ FUSEDOPT_HD void run(const void* self, const void* prepared, const Span& span, T
       for (int k = 0; k < n_states; ++k) registers[2 + k] = static_cast<T*>(span.state[k]) + begin;
     } else {
       part = part_of(kernel, span, begin, n);
-      kernel.form.decode(part, n_states, kernel.codes, registers[0], registers[1],
-                         reinterpret_cast<void* const*>(registers + 2));
+      kernel.form.decode(part, n_states, kernel.codes, decoded[0], decoded[1], decoded + 2);
     }
     if (scales) {
       const T* const g[4] = {registers[1], registers[1], registers[1], registers[1]};
@@ -439,6 +487,7 @@ FUSEDOPT_HD void run(const void* self, const void* prepared, const Span& span, T
     }
     for (int i = 0; i < code.n_instructions; ++i) {
       const Ready<T>& at = instructions[i];
+      if (begin + tile < span.n) ahead.prefetch_share(number, i);
       const T* const from[4] = {registers[at.from[0]], registers[at.from[1]], registers[at.from[2]],
                                 registers[at.from[3]]};
       at.run(registers[at.to], from, at.k, n);

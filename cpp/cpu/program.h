@@ -39,6 +39,24 @@ struct Instruction {
   int16_t constant[5];  // the factor of each operand, then of the result: indices of constants; number 0 is 1
 };
 
+// The operands of an instruction that are vectors: bit i for the operand i.
+constexpr unsigned vectors_of(int code) {
+  if (code < kFmas) {
+    const int outer = code % kOuters, inner = code / (int(kOuters) * kRoots);
+    const unsigned x = outer == kPlusV || outer == kTimesV || outer == kOverV || outer == kByV ? 1 : 0;
+    const unsigned y = inner == kDivKV ? 0 : 2;
+    return x | y | (inner == kSame || inner == kAddVK || inner == kDivVK ? 0 : 4);
+  }
+  if (code < kLerps) return 1 | ((code - kFmas) & 2 ? 0 : 2) | ((code - kFmas) & 1 ? 0 : 4);
+  if (code < kSelects) return code == kLerps ? 7 : 3;
+  if (code < kBounds) {
+    const int constant = (code - kSelects) % 8;
+    return 1 | (constant & 4 ? 0 : 2) | (constant & 2 ? 0 : 4) | (constant & 1 ? 0 : 8);
+  }
+  if (code < kUnary) return (code - kBounds) % 3 == 0 ? 3 : (code - kBounds) % 3 == 1 ? 1 : 2;
+  return 1;
+}
+
 // The instructions for one combination of the values of the conditions.
 struct Variant {
   const Instruction* instructions;
@@ -47,6 +65,7 @@ struct Variant {
   const int8_t* signs;       // of the constants: 1 or -1
   int n_constants;
   int16_t results[kMaxSums];  // of a pass: the registers to sum
+  unsigned needed;            // bit r: the parameter, the gradient or the state in register r is read
 };
 
 enum NumberOp : int {

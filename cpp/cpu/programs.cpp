@@ -76,6 +76,20 @@ void check(const ProgramSource& s, int n_hyper, int n_states) {
   }
 }
 
+// The operands that a variant reads, of the first `n` registers: those of its instructions, the results of a pass, and
+// what the update leaves as it is, because it is encoded, too.
+unsigned needed(const CodeSource& v, int n, bool updates) {
+  unsigned read = 0, written = 0;
+  for (const Instruction& i : v.instructions) {
+    for (int o = 0; o < 4; ++o)
+      if (vectors_of(i.code) >> o & 1 && i.from[o] < n) read |= 1u << i.from[o];
+    if (i.to < n) written |= 1u << i.to;
+  }
+  for (int r : v.results)
+    if (r < n) read |= 1u << r;
+  return updates ? read | (~written & ((1u << n) - 1) & ~2u) : read;
+}
+
 int size_of(Format f) { return f == kF64 ? 8 : f == kF32 ? 4 : f == kI8 || f == kU8 ? 1 : 2; }
 
 // Whether a rule with these states has this form; the same condition as Update::exists.
@@ -128,6 +142,7 @@ int add_program(ProgramSource source) {
   auto* const all = new Registered;  // never freed: the catalogue keeps pointers to it
   all->source = std::move(source);
   const ProgramSource& s = all->source;
+  const size_t n_reading = s.passes.size() << s.conditions.size();  // variants of the passes
   for (const CodeSource& v : s.variants) {
     Variant to{v.instructions.data(),
                int(v.instructions.size()),
@@ -135,7 +150,8 @@ int add_program(ProgramSource source) {
                v.constants.data(),
                v.signs.data(),
                int(v.constants.size()),
-               {}};
+               {},
+               needed(v, 2 + n_states, all->variants.size() >= n_reading)};
     for (size_t k = 0; k < v.results.size(); ++k) to.results[k] = v.results[k];
     all->variants.push_back(to);
   }

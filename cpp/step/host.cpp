@@ -152,6 +152,13 @@ double lane_sum(double* lane) {
   return lane[0];
 }
 
+// The number of a pass's first sum.
+int first_sum(const Reduction& reduction, int pass) {
+  int first = 0;
+  for (int p = 0; p < pass; ++p) first += reduction.n_sums[p];
+  return first;
+}
+
 double block_sum(const HostTable& t, const Tensor& tensor, int64_t begin, int64_t n) {
   const Format f = grad_format(tensor.kernel);
   if (!tensor.strided) return t.square_sum[f](moved(tensor.span.grad, begin, f), n);
@@ -200,7 +207,7 @@ struct HostStep::Work {
       if (!last || last->group != tensor.group || !(last->kernel == tensor.kernel) || last->clock.t != tensor.clock.t ||
           last->clock.carry != tensor.clock.carry || ready.kernel->reduction) {
         if (!last || !(last->kernel == tensor.kernel)) ready.resolve(tensor.kernel);
-        const double* sums = step.sums_.empty() ? nullptr : step.sums_.data() + r * kMaxSums;
+        const double* sums = step.sums_.empty() ? nullptr : step.sums_.data() + r * kSumRow;
         ready.prepare(tensor, group, step.scale_[size_t(tensor.group)], sums, constants);
         last = &tensor;
       }
@@ -227,8 +234,9 @@ struct HostStep::Work {
       ready.resolve(tensor.kernel);
       const Reduction* reduction = ready.kernel->reduction;
       if (!reduction || pass >= reduction->n_passes) return;
+      const double* row = step.sums_.data() + r * kSumRow;
       reduction->prepare(ready.kernel->self, pass, group.hyper.data(), tensor.clock, step.scale_[size_t(tensor.group)],
-                         step.sums_.data() + r * kMaxSums, tensor.span.n, constants);
+                         row, int64_t(row[kMaxSums]), constants);
       ready.constants = constants;
       double* out = partial + first_block(r);
       for (int64_t b = begin; b < end; b += kNormBlock) {
@@ -281,7 +289,7 @@ double HostStep::norm(Team team, int threads) {
   return sqrt(sum);
 }
 
-void HostStep::reduce(const std::vector<Group>& groups, Team team, int threads) {
+void HostStep::reduce(const std::vector<Group>& groups, Team team, int threads, const CompleteSums& complete) {
   int passes = 0;
   for (size_t r = 0; r < tensors.size(); ++r) {
     if (r > 0 && tensors[r].kernel == tensors[r - 1].kernel) continue;
@@ -292,31 +300,54 @@ void HostStep::reduce(const std::vector<Group>& groups, Team team, int threads) 
   int parts;
   const int64_t total = split(kNormGrain, threads, &parts), leaves = total / kNormBlock + int64_t(tensors.size()) + 1;
   partial_.assign(size_t(leaves) * kMaxSums, 0.0);
-  sums_.assign(tensors.size() * kMaxSums, 0.0);
+  sums_.assign(tensors.size() * kSumRow, 0.0);
+  for (size_t r = 0; r < tensors.size(); ++r) sums_[r * kSumRow + kMaxSums] = double(tensors[r].span.n);
   Work work{*this, &groups, total, parts, partial_.data()};
   for (int pass = 0; pass < passes; ++pass) {
     parallel(team, threads, parts, [&](int part) { work.reduce(part, pass, leaves); });
     for (size_t r = 0; r < tensors.size(); ++r) {
       const Reduction* reduction = host_kernel(tensors[r].kernel).reduction;
       if (!reduction || pass >= reduction->n_passes) continue;
-      int first = 0;
-      for (int p = 0; p < pass; ++p) first += reduction->n_sums[p];
+      const int first = first_sum(*reduction, pass);
       const int64_t blocks = (tensors[r].span.n + kNormBlock - 1) / kNormBlock;
       for (int s = 0; s < reduction->n_sums[pass]; ++s)
-        sums_[r * kMaxSums + size_t(first + s)] = tree_sum(partial_.data() + s * leaves + work.first_block(r), blocks);
+        sums_[r * kSumRow + size_t(first + s)] = tree_sum(partial_.data() + s * leaves + work.first_block(r), blocks);
     }
+    if (complete) complete_pass(pass, complete);
   }
+}
+
+void HostStep::complete_pass(int pass, const CompleteSums& complete) {
+  std::vector<size_t> which;
+  std::vector<double> rows;
+  auto each_new = [&](size_t r, auto&& visit) {  // the places in a row that are new in this pass
+    const Reduction& reduction = *host_kernel(tensors[r].kernel).reduction;
+    const int first = first_sum(reduction, pass);
+    for (int s = first; s < first + reduction.n_sums[pass]; ++s) visit(size_t(s));
+    if (pass == 0) visit(size_t(kMaxSums));
+  };
+  for (size_t r = 0; r < tensors.size(); ++r) {
+    const Reduction* reduction = host_kernel(tensors[r].kernel).reduction;
+    if (!reduction || pass >= reduction->n_passes) continue;
+    which.push_back(r);
+    rows.resize(which.size() * kSumRow);
+    each_new(r, [&](size_t s) { rows[(which.size() - 1) * kSumRow + s] = sums_[r * kSumRow + s]; });
+  }
+  complete(which, rows.data());
+  for (size_t i = 0; i < which.size(); ++i)
+    each_new(which[i], [&](size_t s) { sums_[which[i] * kSumRow + s] = rows[i * kSumRow + s]; });
 }
 
 void HostStep::advance(const std::vector<Group>& groups) {
   for (Tensor& t : tensors) t.advance(groups[size_t(t.group)]);
 }
 
-void HostStep::update(const std::vector<Group>& groups, double factor, Team team, int threads) {
+void HostStep::update(const std::vector<Group>& groups, double factor, Team team, int threads,
+                      const CompleteSums& complete) {
   FloatMode mode;
   scale_.resize(groups.size());
   for (size_t g = 0; g < groups.size(); ++g) scale_[g] = groups[g].maximize ? -factor : factor;
-  reduce(groups, team, threads);
+  reduce(groups, team, threads, complete);
   int parts;
   int64_t total = split(kStepGrain, threads, &parts);
   Work work{*this, &groups, total, parts, nullptr};

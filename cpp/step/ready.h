@@ -32,10 +32,12 @@ class Ready {
     n_states = rule.n_states;
     codes = rule.codes;
   }
-  // Computes the constants of a step into `memory`, of kPreparedBytes. `sums`: over the tensor, where the rule has any.
+  // Computes the constants of a step into `memory`, of kPreparedBytes. `sums`: over the tensor, kMaxSums of them and
+  // then its length, where the rule has any.
   void prepare(const Tensor& tensor, const Group& group, double scale, const double* sums, void* memory) {
     if (const Reduction* r = kernel->reduction) {
-      r->prepare(kernel->self, r->n_passes, group.hyper.data(), tensor.clock, scale, sums, tensor.span.n, memory);
+      const int64_t length = sums ? int64_t(sums[kMaxSums]) : tensor.span.n;
+      r->prepare(kernel->self, r->n_passes, group.hyper.data(), tensor.clock, scale, sums, length, memory);
     } else {
       kernel->prepare(kernel->self, group.hyper.data(), tensor.clock, scale, memory);
     }

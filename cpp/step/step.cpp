@@ -38,7 +38,7 @@ bool Step::on_devices() const {
   return false;
 }
 
-double Step::run(const Scaling& whole, Team team, int threads) {
+double Step::run(const Scaling& whole, Team team, int threads, const CompleteSums& complete) {
   FloatMode mode;
   std::vector<Place*> devices;
   for (auto& [key, p] : places_)
@@ -70,7 +70,7 @@ double Step::run(const Scaling& whole, Team team, int threads) {
   }
   if (!host_.tensors.empty()) {
     host_.advance(groups);
-    host_.update(groups, scaling.unscale, team, threads);
+    host_.update(groups, scaling.unscale, team, threads, complete);
   }
   if (tables) {
     rows_.advance(groups);

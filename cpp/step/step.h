@@ -36,8 +36,8 @@ class Step {
 
   // Returns the global norm of the unscaled gradients if it clips and the host knows the norm, else -1: a norm that is
   // written to scaling.norm stays on the device. Throws BadIndex, before anything is written, for an index that is no
-  // row.
-  double run(const Scaling& scaling, Team team, int threads);
+  // row. With `complete` the sums over the host's tensors are completed after each pass; see host.h.
+  double run(const Scaling& scaling, Team team, int threads, const CompleteSums& complete = nullptr);
 
  private:
   struct Place {

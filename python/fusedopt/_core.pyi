@@ -278,6 +278,7 @@ class TorchPlan:
         found_inf: Any = None,
         grad_scale: Any = None,
         norm: Any = None,
+        complete: Callable[[list[int], memoryview], None] | None = None,
     ) -> int: ...
     @property
     def norm(self) -> float: ...

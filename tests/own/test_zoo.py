@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 import fusedopt
+from form_cases import BF16
 from fusedopt import zoo
 from fusedopt.bench.peers import ZOO, module_alone
 from fusedopt.rule import OwnRule, RuleError, rule, scalar, state, tensor_mean, tensor_norm, tensor_sum, where
@@ -126,6 +127,20 @@ def test_sums_over_a_tensor_do_not_depend_on_threads_isas_and_layouts() -> None:
                         seen.append(np.concatenate([p.ravel() for p in params]))
             assert all(np.array_equal(x, seen[0]) for x in seen[1:])
             assert np.isfinite(seen[0]).all()
+
+
+@pytest.mark.parametrize("made", [r for r in RULES if r.reduces], ids=lambda r: r.name)
+def test_sums_are_those_of_the_decoded_numbers(made: OwnRule) -> None:
+    rng = np.random.default_rng(4)
+    weights, *grads = (rng.standard_normal(9001).astype(BF16) for _ in range(4))
+    wide = made.numpy(weights.astype(np.float32), weight_decay=0.1)
+    split = made.numpy(weights, weight_decay=0.1, master="float32")
+    for g in grads:
+        wide.step(g.astype(np.float32))
+        split.step(g)
+    for name, value in wide.state[0].items():
+        np.testing.assert_array_equal(split.state[0][name], value)
+    np.testing.assert_array_equal(split.state[0]["master"], wide.param_groups[0]["params"][0])
 
 
 def test_sums_in_several_passes_and_of_every_kind() -> None:

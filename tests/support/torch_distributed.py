@@ -1,6 +1,6 @@
-"""Two gloo processes for test_torch_distributed.py, and the cases that they run. No tests here.
+"""Two or three gloo processes for test_torch_distributed.py, and the cases that they run. No tests here.
 
-The processes start once for all tests. A case is a function of this file; it runs in both at the same time and returns
+The processes start once for all tests. A case is a function of this file; it runs in all at the same time and returns
 its result, or the text of its exception, from each.
 """
 
@@ -23,7 +23,7 @@ import torch.multiprocessing as mp
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Partial
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
@@ -37,13 +37,13 @@ Options = dict[str, Any]
 class Cluster:
     """The parent process: starts the processes and sends them cases."""
 
-    def __init__(self) -> None:
+    def __init__(self, ranks: int = RANKS) -> None:
         context = mp.get_context("spawn")
         self.folder = tempfile.TemporaryDirectory()
         self.pipes, self.processes = [], []
-        for rank in range(RANKS):
+        for rank in range(ranks):
             mine, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, self.folder.name, theirs), daemon=True)
+            process = context.Process(target=_serve, args=(rank, ranks, self.folder.name, theirs), daemon=True)
             process.start()
             self.pipes.append(mine)
             self.processes.append(process)
@@ -69,12 +69,12 @@ class Cluster:
         self.folder.cleanup()
 
 
-def _serve(rank: int, folder: str, pipe: Connection) -> None:
+def _serve(rank: int, ranks: int, folder: str, pipe: Connection) -> None:
     torch.set_num_threads(1)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     warnings.simplefilter("ignore")
     warnings.simplefilter("error", FallbackWarning)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/init", rank=rank, world_size=RANKS)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/init", rank=rank, world_size=ranks)
     try:
         while (message := pipe.recv()) is not None:
             name, args = message
@@ -108,14 +108,14 @@ def net(dtype: torch.dtype = torch.float32) -> Net:
 
 
 def batch(rank: int | None, step: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """The rank's half of a batch; with None the whole batch."""
+    """The rank's part of a batch; with None the whole batch."""
     whole = torch.randn(8, 6, generator=torch.Generator().manual_seed(100 + step), dtype=torch.float64).to(dtype)
-    return whole if rank is None else whole.chunk(RANKS)[rank]
+    return whole if rank is None else whole.chunk(dist.get_world_size())[rank]
 
 
-def backward(model: torch.nn.Module, opt: Any, rank: int | None, step: int) -> None:
+def backward(model: torch.nn.Module, opt: Any, rank: int | None, step: int, dtype: torch.dtype = torch.float32) -> None:
     opt.zero_grad()
-    model(batch(rank, step)).square().mean().backward()
+    model(batch(rank, step, dtype)).square().mean().backward()
 
 
 def full(t: Any) -> torch.Tensor:
@@ -185,12 +185,13 @@ def ddp(name: str, options: Options) -> dict[str, torch.Tensor]:
     return everything(opt, params)
 
 
-def fsdp_refused(name: str) -> tuple[str, bool]:
-    """The error of a step, and whether it has changed nothing."""
+def sums_refused(name: str) -> tuple[str, bool]:
+    """The error of a step that no kernel makes, and whether it has changed nothing."""
     model = net()
     fully_shard(model)
     params = list(model.parameters())
     opt = class_of(name)(params, lr=0.01)
+    opt.param_groups[0]["differentiable"] = True
     backward(model, opt, dist.get_rank(), 0)
     before = [full(p) for p in params]
     try:
@@ -198,6 +199,56 @@ def fsdp_refused(name: str) -> tuple[str, bool]:
     except RuntimeError as error:
         return str(error), not opt.state and all(torch.equal(full(p), q) for p, q in zip(params, before, strict=True))
     return "", False
+
+
+def partial_refused(name: str) -> list[str]:
+    """The errors of two steps on a parameter of partial sums."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    p = torch.nn.Parameter(DTensor.from_local(torch.ones(3), mesh, [Partial()], run_check=False))
+    p.grad = DTensor.from_local(torch.ones(3), mesh, [Partial()], run_check=False)
+    opt = class_of(name)([p], lr=0.01)
+    messages = []
+    for _ in range(2):
+        try:
+            opt.step()
+        except RuntimeError as error:
+            messages.append(str(error))
+    return messages
+
+
+def sums(name: str, options: Options, dtype: str, how: str, rtol: float) -> dict[str, torch.Tensor]:
+    """A rule with sums over a tensor on shards, against the same on whole tensors.
+
+    ``how``: "shard"; "replicate": copies along a dimension of the mesh; "some": all but one layer are plain tensors.
+    """
+    kind, int8 = getattr(torch, dtype), options.get("state_dtype") == "int8"
+    model = net(kind)
+    if how == "replicate":
+        mesh = init_device_mesh("cpu", (dist.get_world_size(), 1), mesh_dim_names=("replicate", "shard"))
+        fully_shard(model, mesh=mesh)
+    else:
+        fully_shard(model.up)
+        if how == "shard":
+            fully_shard(model)
+    params = list(model.parameters())
+    assert sum(isinstance(p, DTensor) for p in params) == (2 if how == "some" else 5)
+    opt = class_of(name)(params, **options)
+    twin = Twin(name, options, params)
+    for step in range(4):
+        backward(model, opt, None if how == "some" else dist.get_rank(), step, kind)
+        if step == 2:
+            params[1].grad = None
+        twin.step(params)
+        opt.step()
+        if "max_grad_norm" in options:
+            torch.testing.assert_close(opt.last_grad_norm, twin.opt.last_grad_norm, rtol=1e-6, atol=0)
+        if int8:  # the states of shards are rounded with other random numbers than those of whole tensors
+            got, want = (torch.cat([full(p).flatten() for p in side]) for side in (params, twin.params))
+            torch.testing.assert_close(got, want, rtol=rtol if step == 0 else 0.1, atol=0.02 * (step > 0))
+    if int8:
+        return {str(i): full(p) for i, p in enumerate(params)}
+    twin.check(opt, params, rtol)
+    return everything(opt, params)
 
 
 def fsdp(name: str, options: Options, rtol: float) -> dict[str, torch.Tensor]:

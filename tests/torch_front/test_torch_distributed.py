@@ -66,12 +66,53 @@ def test_rules_written_in_python_on_shards(cluster: cases.Cluster, name: str) ->
     assert_ranks_agree(cluster.run(cases.fsdp, name, {"lr": 0.01, "max_grad_norm": 0.01}, 1e-5))
 
 
-@pytest.mark.parametrize("name", ["LAMB", "CautiousAdamW"])
-def test_a_sum_over_a_tensor_is_refused_on_shards(cluster: cases.Cluster, name: str) -> None:
-    assert_ranks_agree(cluster.run(cases.ddp, f"fusedopt.zoo.{name}", {"lr": 0.01}))
-    for message, unchanged in cluster.run(cases.fsdp_refused, f"fusedopt.zoo.{name}"):
-        assert message == f"{name} needs sums over whole tensors, and of a DTensor this process has only a part"
+Sums = tuple[str, dict[str, Any], str, str, float]
+SUMS: dict[str, Sums] = {
+    "float64": ("LAMB", {"weight_decay": 0.1}, "float64", "shard", 1e-12),
+    "float32": ("LAMB", {"weight_decay": 0.1}, "float32", "shard", 1e-5),
+    "clipping": ("LAMB", {"max_grad_norm": 0.01}, "float64", "shard", 1e-6),
+    "bfloat16": ("LAMB", {"weight_decay": 0.1}, "bfloat16", "shard", 0.02),
+    "int8 states": ("LAMB", {"weight_decay": 0.1, "state_dtype": "int8"}, "float32", "shard", 1e-5),
+    "two sums, and a mean": ("CautiousAdamW", {}, "float64", "shard", 1e-12),
+    "norms of weight and gradient": ("LARS", {"weight_decay": 0.1}, "float64", "shard", 1e-12),
+    "replicated": ("CautiousAdamW", {}, "float64", "replicate", 1e-12),
+    "plain parameters": ("StableAdamW", {}, "float64", "some", 1e-12),
+}
+
+
+@pytest.mark.integration("FSDP2 `fully_shard`", "rules with sums over a tensor (LAMB): within 1e-12 in float64")
+@pytest.mark.parametrize("case", SUMS.values(), ids=SUMS)
+def test_sums_over_a_tensor_on_shards(
+    cluster: cases.Cluster, case: tuple[str, dict[str, Any], str, str, float]
+) -> None:
+    name, options, *rest = case
+    assert_ranks_agree(cluster.run(cases.sums, f"fusedopt.zoo.{name}", {"lr": 0.01, **options}, *rest))
+
+
+def test_sums_over_a_tensor_in_three_processes() -> None:
+    cluster = cases.Cluster(3)
+    try:
+        for name in ("LAMB", "StableAdamW"):
+            given = (f"fusedopt.zoo.{name}", {"lr": 0.01, "weight_decay": 0.1}, "float64", "shard", 1e-12)
+            assert_ranks_agree(cluster.run(cases.sums, *given))
+    finally:
+        cluster.close()
+
+
+def test_sums_over_a_tensor_under_tensor_parallelism(cluster: cases.Cluster) -> None:
+    assert_ranks_agree(cluster.run(cases.tensor_parallel, "fusedopt.zoo.LAMB", {"lr": 0.01}, 1e-5))
+
+
+def test_a_sum_over_a_tensor_is_refused_on_shards_where_no_kernel_steps(cluster: cases.Cluster) -> None:
+    for message, unchanged in cluster.run(cases.sums_refused, "fusedopt.zoo.LAMB"):
+        assert message.startswith("LAMB needs sums over whole tensors, and only the kernels complete those of a shard")
         assert unchanged
+
+
+@pytest.mark.parametrize("name", ["AdamW", "fusedopt.zoo.LAMB"])
+def test_a_parameter_of_partial_sums_is_refused(cluster: cases.Cluster, name: str) -> None:
+    for messages in cluster.run(cases.partial_refused, name):
+        assert [m.partition(" (")[0] for m in messages] == ["a parameter of partial sums"] * 2
 
 
 @pytest.mark.integration("FSDP2 `fully_shard`", "every class: the bits of one process; uneven and empty shards")

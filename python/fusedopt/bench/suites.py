@@ -29,6 +29,7 @@ from fusedopt.bench.cases import (
 from fusedopt.bench.numpy_best import BODIES
 from fusedopt.bench.shapes import F32, FORMATS, MANY, Format, Shapes, gpt2, human, mlp, resnet50
 from fusedopt.bench.training import MODELS
+from fusedopt.rules import RULES
 
 
 def bars(large: int) -> list[Case]:
@@ -213,6 +214,10 @@ def own(large: int) -> list[Case]:
         against = tuple(name for name in bars if name != EXTRA) or (BUILT_IN,)
         return Case(f"own {label}", against, rule, options, kind="own", bars=bars, **rest)
 
+    def quantised(rule: str, options: dict[str, Any]) -> bool:
+        kernel = RULES[rule].kernel({**RULES[rule].defaults, **options})
+        return bool(kernel.codes) and all(kernel.codes)
+
     alone = {"shapes": ((large,),)}
     return [
         *(
@@ -220,8 +225,12 @@ def own(large: int) -> list[Case]:
             for label, rule, options in rows()
             for default in ({"default": 4.0} if label == "Adam" else {},)
         ),
-        case(f"Adam bf16, {human(large)}", "Adam", {}, {BUILT_IN: 0.6}, format=bf16, **alone),
-        case(f"Adam f32 + int8 states, {human(large)}", "Adam", {}, {BUILT_IN: 0.6}, format=int8, **alone),
+        *(
+            case(f"{label} {form}, {human(large)}", rule, options, {BUILT_IN: 0.6}, format=stored, **alone)
+            for form, stored in (("bf16", bf16), ("f32 + int8 states", int8))
+            for label, rule, options in rows()
+            if stored is bf16 or quantised(rule, options)
+        ),
         case(
             f"Adam bf16 + split8 + int8 states, {human(large)}", "Adam", {}, {BUILT_IN: 0.6},
             format=Format("bf16", "bf16", "int8"), ours={"master": "split8"}, **alone,
@@ -261,4 +270,4 @@ _SUITES = (bars, rules, formats, shapes, bytes_, numpy, training, estimators, sp
 SUITES: dict[str, Callable[[int], list[Case]]] = {f.__name__.rstrip("_"): f for f in _SUITES}
 SUITES |= {"gpu": gpu.cases, "short": short}
 # Seconds per case; the default is 4.
-SECONDS = {"bars": 8.0, "estimators": 12.0, "short": 1.5, "formats": 2.5, "integrations": 40.0}
+SECONDS = {"bars": 8.0, "estimators": 12.0, "short": 1.5, "formats": 2.5, "integrations": 40.0, "own": 2.5}

@@ -1,18 +1,20 @@
 """Steps on DTensors (FSDP2's ``fully_shard``, tensor parallelism): the kernels update the shards of this process.
 
-Every rule is elementwise, so the step of a sharded parameter is the step of its shards. An inner optimizer of the same
+The step of a sharded parameter is the step of its shards: updates are elementwise. An inner optimizer of the same
 class holds the local tensors and updates them. The outer one, the user's, holds the state as DTensors, which
-checkpoints and resharding need. Only the norm for clipping is reduced over the mesh.
+checkpoints and resharding need. The norm for clipping is reduced over the mesh, as are the sums over a tensor that a
+rule written in Python may use.
 """
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.distributed._functional_collectives import AsyncCollectiveTensor
-from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor import DTensor, Partial, Replicate
 
 from .. import _core
 
@@ -39,6 +41,7 @@ class Shards:
         self.local: dict[torch.Tensor, torch.Tensor] = {}
         self._published = -1  # engine.plans_built when the outer optimizer last got new state
         self._params: list[list[torch.Tensor]] = []  # the outer parameters that the inner optimizer was made for
+        self._stepped: list[torch.Tensor] = []  # during a step: the outer parameters with a gradient, in its order
         self._wrapped: dict[torch.Tensor, dict[str, tuple[Any, Any]]] = {}  # param -> name -> (outer, inner) state
 
     def step(self, engine: Any, outer: Any, unscale: float, max_norm: float) -> torch.Tensor | None:
@@ -49,9 +52,12 @@ class Shards:
         """
         self._follow(engine, outer)
         inner = self.inner
+        self._stepped = []
         for theirs, ours in zip(outer.param_groups, inner.param_groups, strict=True):
             for p, local in zip(theirs["params"], ours["params"], strict=True):
                 local.grad = _local_grad(p)
+                if local.grad is not None:
+                    self._stepped.append(p)
         norm, factor = None, 1.0
         if max_norm:
             norm = self._norm(outer) * abs(unscale)
@@ -59,9 +65,11 @@ class Shards:
         vars(inner).pop("grad_scale", None)
         if unscale * factor != 1.0:
             inner.grad_scale = 1.0 / (unscale * factor) if unscale * factor != 0 else float("inf")
+        self.engine.complete = self._complete if engine.rule.reduces else None
         try:
             self.engine.run(inner)
         finally:
+            self.engine.complete, self._stepped = None, []
             for group in inner.param_groups:
                 for local in group["params"]:
                     local.grad = None
@@ -100,6 +108,9 @@ class Shards:
                 self.inner.state[local] = {name: pair[1] for name, pair in pairs.items()}
 
     def _rebuild(self, engine: Any, outer: Any, params: list[list[torch.Tensor]]) -> None:
+        for p in itertools.chain(*params):
+            if isinstance(p, DTensor) and any(isinstance(place, Partial) for place in p.placements):
+                raise RuntimeError("a parameter of partial sums (placement Partial) cannot be updated: redistribute it")
         self._params = [list(group) for group in params]
         self.local = {p: _local(p) for group in params for p in group}
         self._wrapped = {}
@@ -122,7 +133,26 @@ class Shards:
                     known[name] = (_like(value, p) if spread else value, value)
             outer.state[p] = {name: known[name][0] for name in entry}
 
-    # --- the norm ---
+    # --- sums over the mesh ---
+
+    def _complete(self, rows: list[int], sums: memoryview) -> None:
+        """Adds up, over the processes, the sums of one pass of a rule: one all-reduce for each dimension of a mesh that
+        splits parameters.
+
+        Args:
+            rows: which of the tensors of the step have sums in this pass.
+            sums: float64, a row for each of these.
+        """
+        table = torch.frombuffer(sums, dtype=torch.float64).view(len(rows), -1)
+        of_mesh: dict[Any, list[int]] = {}
+        for at, row in enumerate(rows):
+            if isinstance(p := self._stepped[row], DTensor):
+                of_mesh.setdefault(_split(p), []).append(at)
+        for (mesh, dims), places in of_mesh.items():
+            part = table[places]
+            for dim in dims:
+                dist.all_reduce(part, group=mesh.get_group(dim))
+            table[places] = part
 
     def _norm(self, outer: Any) -> torch.Tensor:
         """The norm of all gradients: squares summed over local shards in float64, then over the meshes that split them.
@@ -136,8 +166,7 @@ class Shards:
                     continue
                 key: Any = None
                 if isinstance(p, DTensor):
-                    split = tuple(i for i, place in enumerate(p.placements) if not isinstance(place, Replicate))
-                    key = (p.device_mesh, split)
+                    key = _split(p)
                 square = torch.linalg.vector_norm(local.grad, dtype=torch.float64).square()
                 sums[key] = sums[key] + square if key in sums else square
         total = torch.zeros((), dtype=torch.float64, device="cpu")
@@ -148,6 +177,11 @@ class Shards:
                     dist.all_reduce(value, group=mesh.get_group(dim))
             total = total + value.cpu()
         return total.sqrt()
+
+
+def _split(p: DTensor) -> tuple[Any, tuple[int, ...]]:
+    """The mesh of a parameter, and the dimensions of the mesh that split it: those that do not replicate it."""
+    return p.device_mesh, tuple(i for i, place in enumerate(p.placements) if not isinstance(place, Replicate))
 
 
 def _like(value: Any, p: Any) -> Any:

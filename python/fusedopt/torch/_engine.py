@@ -62,6 +62,7 @@ class Engine:
         shards: the local side of the optimizer where parameters are DTensors; or None.
         norm: the norm of all gradients in the last step, if it clipped.
         skipped: whether the last step was skipped because of ``found_inf``; on a device a tensor, read when asked for.
+        complete: during a step on shards, what completes the sums of a rule; see _dtensor.py.
         number: names the optimizer to torch.compile's operator; a string, since a compiler takes an int for a variable.
         traced_params, traced_views: what _compile.py has derived from the groups.
     """
@@ -74,6 +75,7 @@ class Engine:
         self.shards: Any = None
         self.norm: torch.Tensor | None = None
         self.skipped: bool | torch.Tensor = False
+        self.complete: Callable[[list[int], memoryview], None] | None = None
         self.number = str(next(_numbers))
         self.traced_params: list[torch.Tensor] | None = None
         self.traced_views: dict[tuple[int, ...], Any] = {}
@@ -171,7 +173,7 @@ class Engine:
                 self.norm = norm.to(_norm_dtype(groups))
             return
         norm = torch.zeros((), dtype=_norm_dtype(groups), device=home) if max_norm and home is not None else None
-        scaling = (unscale, max_norm, get_num_threads(), found_inf, scale, norm)
+        scaling = (unscale, max_norm, get_num_threads(), found_inf, scale, norm, self.complete)
         if plan is not None and self.fallback.places:
             self.fallback.announce(groups, max_norm, unscale != 1.0 or scale is not None)
         try:
@@ -198,10 +200,6 @@ class Engine:
             if any_dtensor(groups):
                 if any(group["row_wise"] for group in groups):
                     raise RuntimeError("row_wise: expected False for a DTensor, of whose rows this process has a part")
-                if self.rule.reduces:
-                    raise RuntimeError(
-                        f"{self.rule.name} needs sums over whole tensors, and of a DTensor this process has only a part"
-                    )
                 self.shards = Shards()
         return self.shards is not None
 
@@ -214,7 +212,8 @@ class Engine:
         created: Created = {}
         tries: Counter[Any] = Counter()
         groups, state = optimizer.param_groups, optimizer.state
-        unscale, max_norm, _, found_inf, scale, _ = scaling
+        unscale, max_norm, _, found_inf, scale, _, _ = scaling
+        rule = self.rule
         plan = self.plan
         try:
             while found != _DONE:
@@ -223,6 +222,11 @@ class Engine:
                     self.plan = plan = self._new_plan(optimizer)
                 else:
                     self._plan_params(optimizer, plan, created, tries)
+                if self.complete is not None and self.fallback.places:
+                    raise RuntimeError(
+                        f"{rule.name} needs sums over whole tensors, and only the kernels complete those of a shard: "
+                        f"{next(iter(self.fallback.places))}"
+                    )
                 if max(tries.values(), default=0) > 2:
                     raise RuntimeError("the parameters or their state change while step() looks at them")
                 self.fallback.announce(groups, max_norm, unscale != 1.0 or scale is not None)
