@@ -51,7 +51,10 @@ class Shards:
         inner = self.inner
         for theirs, ours in zip(outer.param_groups, inner.param_groups, strict=True):
             for p, local in zip(theirs["params"], ours["params"], strict=True):
-                local.grad = _local_grad(p)
+                grad = _local_grad(p)
+                if grad is not None and grad.dtype != local.dtype and hasattr(local, "grad_dtype"):
+                    local.grad_dtype = None
+                local.grad = grad
         norm, factor = None, 1.0
         if max_norm:
             norm = self._norm(outer) * abs(unscale)
