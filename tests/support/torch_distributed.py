@@ -295,6 +295,42 @@ def fsdp_like_torch(name: str) -> None:
         torch.testing.assert_close(results[0][key], value, rtol=1e-5, atol=1e-6)
 
 
+def fsdp_wide_gradients(name: str, options: Options) -> None:
+    """float32 gradients of bfloat16 shards: the bits of the same shards as plain tensors."""
+    model = net().to(torch.bfloat16)
+    fully_shard(model)
+    params: list[Any] = list(model.parameters())
+    plain: list[Any] = [torch.nn.Parameter(p.to_local().detach().clone()) for p in params]
+    opt, other = class_of(name)(params, **options), class_of(name)(plain, **options)
+    torch.manual_seed(dist.get_rank())
+    for _ in range(3):
+        for p, q in zip(params, plain, strict=True):
+            p.grad_dtype = q.grad_dtype = None
+            q.grad = torch.randn(q.shape)
+            p.grad = DTensor.from_local(
+                q.grad, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride()
+            )
+        opt.step()
+        other.step()
+        assert all(torch.equal(p.to_local(), q) for p, q in zip(params, plain, strict=True))
+
+
+def fsdp_grad_dtype(name: str) -> None:
+    """torch 2.15 shards parameters with their grad_dtype."""
+    model = net().to(torch.bfloat16)
+    for p in model.parameters():
+        p.grad_dtype = torch.float32
+    fully_shard(model)
+    opt = class_of(name)(model.parameters(), lr=0.01)
+    before = [full(p) for p in model.parameters()]
+    for step in range(2):
+        opt.zero_grad()
+        model(batch(dist.get_rank(), step).to(torch.bfloat16)).float().square().mean().backward()
+        assert all(p.grad.dtype == torch.float32 for p in model.parameters() if p.grad is not None)
+        opt.step()
+    assert not any(torch.equal(full(p), q) for p, q in zip(model.parameters(), before, strict=True))
+
+
 def fsdp_scaler(name: str) -> None:
     """GradScaler with DTensors: one step is skipped on both processes, though only one overflows."""
     model = net()

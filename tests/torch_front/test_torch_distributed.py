@@ -133,6 +133,19 @@ def test_fsdp2_gives_torchs_values(cluster: cases.Cluster, name: str) -> None:
     cluster.run(cases.fsdp_like_torch, name)
 
 
+@pytest.mark.skipif(not hasattr(torch.Tensor, "grad_dtype"), reason="torch gives gradients the dtype of the weight")
+@pytest.mark.parametrize("options", [{}, {"master": "split16", "state_dtype": "float32"}], ids=["plain", "split16"])
+def test_fsdp2_with_float32_gradients_of_bfloat16_weights(cluster: cases.Cluster, options: dict[str, Any]) -> None:
+    cluster.run(cases.fsdp_wide_gradients, "AdamW", {"lr": 0.01, **options})
+
+
+@pytest.mark.skipif(
+    not hasattr(torch.Tensor, "_has_grad_dtype_override"), reason="torch's fully_shard drops grad_dtype"
+)
+def test_fsdp2_shards_the_dtype_of_gradients(cluster: cases.Cluster) -> None:
+    cluster.run(cases.fsdp_grad_dtype, "AdamW")
+
+
 @pytest.mark.integration("FSDP2 `fully_shard`", "GradScaler: an overflow on one process skips the step on all")
 def test_fsdp2_with_a_scaler(cluster: cases.Cluster) -> None:
     cluster.run(cases.fsdp_scaler, "AdamW")

@@ -55,8 +55,11 @@ class Shards:
         self._stepped = []
         for theirs, ours in zip(outer.param_groups, inner.param_groups, strict=True):
             for p, local in zip(theirs["params"], ours["params"], strict=True):
-                local.grad = _local_grad(p)
-                if local.grad is not None:
+                grad = _local_grad(p)
+                if grad is not None and grad.dtype != local.dtype and hasattr(local, "grad_dtype"):
+                    local.grad_dtype = None
+                local.grad = grad
+                if grad is not None:
                     self._stepped.append(p)
         norm, factor = None, 1.0
         if max_norm:
