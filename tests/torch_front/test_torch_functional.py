@@ -192,3 +192,28 @@ def test_install_replaces_the_functions_of_torch() -> None:
     finally:
         optim.uninstall()
     assert {name: getattr(module, name) for name in module.__all__} == before
+
+
+@pytest.mark.skipif(
+    not hasattr(torch.optim, "swap_in_optimizer_params_and_state"), reason="torch cannot swap parameters in"
+)
+def test_parameters_and_state_are_swapped_in_as_with_torchs_class() -> None:
+    swapped_in: Any = torch.optim.swap_in_optimizer_params_and_state  # type: ignore[attr-defined]
+
+    def run(module: Any) -> list[torch.Tensor]:
+        params = [torch.nn.Parameter(torch.arange(1.0, 5.0)), torch.nn.Parameter(torch.ones(3))]
+        others = {str(i): torch.nn.Parameter(torch.full_like(p, 5.0)) for i, p in enumerate(params)}
+        for p in (*params, *others.values()):
+            p.grad = torch.ones_like(p)
+        opt = module.AdamW(params, lr=0.1)
+        opt.step()
+        kept = opt.state_dict()
+        kept["state"] = {i: {name: value.clone() for name, value in s.items()} for i, s in kept["state"].items()}
+        with swapped_in(opt, others, kept):
+            opt.step()
+        opt.step()
+        states = [*kept["state"].values(), *(opt.state[p] for p in params)]
+        return [*params, *others.values(), *(s[name] for s in states for name in sorted(s))]
+
+    for ours, theirs in zip(run(optim), run(torch.optim), strict=True):
+        torch.testing.assert_close(ours, theirs)
