@@ -26,7 +26,7 @@ struct Form {
 
   // Whether results depend on an element's position, so that spans must begin at multiples of kBlock.
   bool counts() const { return state == kI8 || master == kSplit8 || noisy || noisy_state; }
-  bool operator==(const Form& o) const {
+  constexpr bool operator==(const Form& o) const {
     return param == o.param && grad == o.grad && state == o.state && master == o.master && noisy == o.noisy &&
            noisy_state == o.noisy_state;
   }
