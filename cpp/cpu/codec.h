@@ -151,7 +151,7 @@ struct Codec {
     }
   }
   template <class C>
-  static FUSEDOPT_HD void encode_carefully(const T* from, const float* shift, int64_t n, uint8_t* to, float* scale) {
+  static FUSEDOPT_APART void encode_carefully(const T* from, const float* shift, int64_t n, uint8_t* to, float* scale) {
     uint32_t top = 0;
     for (int64_t i = 0; i < n; ++i) {
       const uint32_t b = size_bits(from[i]);
@@ -159,7 +159,6 @@ struct Codec {
     }
     *scale = bits<float>(top);
     const Encoder<C> encoder(bits<float>(top));
-    FUSEDOPT_INDEPENDENT
     for (int64_t i = 0; i < n; ++i) to[i] = encoder(from[i], shift[i]);
   }
 };
