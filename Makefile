@@ -92,7 +92,8 @@ $(VENV)/.%: $(SOURCES) | $(PY)
 	@echo "Installing fusedopt[$*] into $(VENV); the first time this takes minutes, most of them PyTorch's download"
 	@$(PY) -m pip install --quiet -c constraints.txt $(BUILD_TOOLS)
 	@$(PY) -m pip install --quiet -c constraints.txt --no-build-isolation --editable '.[$*]' -C build-dir=build/dev \
-	  -C cmake.define.FUSEDOPT_WERROR=$(strict) -C cmake.define.FUSEDOPT_SIMULATED=$(strict)
+	  -C cmake.define.FUSEDOPT_WERROR=$(strict) -C cmake.define.FUSEDOPT_SIMULATED=$(strict) \
+	  -C cmake.define.FUSEDOPT_QUICK=$(or $(QUICK),OFF)
 	@# The optimizers of timm need none of its dependencies, and the index's torchvision does not fit a torch for the CPU.
 	@$(if $(filter integrations,$*),$(PY) -m pip install --quiet -c constraints.txt --no-deps timm)
 	@touch $@

@@ -1,6 +1,6 @@
 // Decodes and encodes the operands of a span without a rule, with the rounding and the random bits of the kernels.
-// Programs and float32 gradients of 16-bit weights use it; the kernels of built-in rules do the same steps inside their
-// own loops.
+// Programs, float32 gradients of 16-bit weights and blocks with unusual scales use it; the kernels of built-in rules do
+// the same steps inside their own loops.
 #pragma once
 #include "library.h"
 #include "rules/update.h"
@@ -119,13 +119,17 @@ struct Codec {
       FUSEDOPT_INDEPENDENT
       for (int j = 0; j < kBlock; ++j) to[i + j] = decoder(from[i + j]);
     }
-    for (; i < n; i += kBlock) {
-      const Decoder<C> decoder(scale[i / kBlock]);
-      for (int64_t j = i; j < n && j < i + kBlock; ++j) to[j] = decoder(from[j]);
-    }
+    for (; i + kBlock <= n; i += kBlock) decode_carefully<C>(from + i, scale[i / kBlock], kBlock, to + i);
+    if (i < n) decode_carefully<C>(from + i, scale[i / kBlock], n - i, to + i);
+  }
+  template <class C>
+  static FUSEDOPT_HD void decode_carefully(const uint8_t* from, float scale, int64_t n, T* to) {
+    const Decoder<C> decoder(scale);
+    FUSEDOPT_INDEPENDENT
+    for (int64_t i = 0; i < n; ++i) to[i] = decoder(from[i]);
   }
 
-  // Fast path for a full block with a normal scale; any other is encoded element by element.
+  // Without care for a full block with a normal scale.
   template <class C>
   static FUSEDOPT_HD void encode_states(const T* from, const float* shift, int64_t n, uint8_t* to, float* scale) {
     uint32_t top = 0;
@@ -139,6 +143,9 @@ struct Codec {
       const Encoder<C, true> encoder(size);
       FUSEDOPT_INDEPENDENT
       for (int i = 0; i < kBlock; ++i) to[i] = encoder(from[i], shift[i]);
+    } else if (top == 0) {  // what has had no gradient
+      *scale = 0;
+      memset(to, 0, size_t(n));
     } else {
       encode_carefully<C>(from, shift, n, to, scale);
     }

@@ -3,9 +3,6 @@
 // kernels, under names that contain the instruction set; nothing else has external linkage.
 #include "cpu/sweep.h"
 
-#ifndef FUSEDOPT_ISA
-#error "FUSEDOPT_ISA: baseline, avx2 or avx512"
-#endif
 #ifndef FUSEDOPT_PARTS
 #define FUSEDOPT_PARTS 1
 #define FUSEDOPT_PART 0
@@ -15,10 +12,15 @@
 namespace fusedopt {
 namespace {
 
+template <class U>
+void prepare(const void*, const double* hyper, const Clock& clock, double scale, void* prepared) {
+  U::prepare(hyper, clock, scale, prepared);
+}
+
 template <class K>
 constexpr HostKernel host_kernel() {
   if constexpr (K::exists) {
-    return {nullptr, K::prepare, K::sweep, nullptr};
+    return {nullptr, prepare<typename K::Alone>, K::sweep, nullptr};
   } else {
     return {nullptr, nullptr, nullptr, nullptr};
   }
@@ -56,8 +58,6 @@ const HostKernel* FUSEDOPT_KERNELS(FUSEDOPT_PART)(int rule) {
 const HostKernel* FUSEDOPT_KERNELS(1)(int rule);
 #endif
 static_assert(FUSEDOPT_PARTS <= 2, "name the other parts");
-const HostForm* FUSEDOPT_CAT(forms_, FUSEDOPT_ISA)();
-
 namespace {
 
 const HostKernel* kernels[kRules];

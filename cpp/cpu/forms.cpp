@@ -3,10 +3,6 @@
 #include "cpu/codec.h"
 #include "cpu/sweep.h"
 
-#ifndef FUSEDOPT_ISA
-#error "FUSEDOPT_ISA: baseline, avx2 or avx512"
-#endif
-
 namespace fusedopt {
 namespace {
 

@@ -90,8 +90,6 @@ unsigned needed(const CodeSource& v, int n, bool updates) {
   return updates ? read | (~written & ((1u << n) - 1) & ~2u) : read;
 }
 
-int size_of(Format f) { return f == kF64 ? 8 : f == kF32 ? 4 : f == kI8 || f == kU8 ? 1 : 2; }
-
 // Whether a rule with these states has this form; the same condition as Update::exists.
 bool has_form(const Rule& rule, const Form& form) {
   if (rule.n_states == 0) return !form.noisy_state;
@@ -99,9 +97,16 @@ bool has_form(const Rule& rule, const Form& form) {
 }
 
 ProgramKernel kernel_of(const Program& program, const Rule& rule, const Form& form, const HostForm& codec) {
-  ProgramKernel k{&program, codec, {}, false, size_of(form.param), size_of(form.grad), size_of(form.state), 0};
+  auto size = [](Format f) { return int(size_of(f)); };
+  ProgramKernel k{&program,
+                  codec,
+                  {},
+                  false,
+                  size(form.param),
+                  size(form.grad),
+                  size(form.state),
+                  size(residual_format(form.master))};
   for (int s = 0; s < kMaxStates; ++s) k.codes[s] = rule.codes[s];
-  k.size_residual = form.master == kSplit16 ? 2 : form.master == kSplit8 ? 1 : 4;
   const bool numbers = form.param == kF64 || form.param == kF32;
   k.direct = numbers && form.grad == form.param && (form.state == form.param || rule.n_states == 0);
   return k;

@@ -10,6 +10,8 @@ enum Format : int { kF64, kF32, kBF16, kF16, kFloats, kI16 = kFloats, kI8, kU8, 
 constexpr Format kSigned = kI8, kNonNegative = kU8, kNotQuantised = kFormats;
 // The residual of a 16-bit weight: its low-order bits, or a float32 copy.
 enum Master : int { kNoMaster, kSplit16, kSplit8, kFloat32, kMasters };
+constexpr size_t size_of(Format f) { return f == kF64 ? 8 : f == kF32 ? 4 : f == kI8 || f == kU8 ? 1 : 2; }
+constexpr Format residual_format(Master m) { return m == kSplit16 ? kI16 : m == kSplit8 ? kI8 : kF32; }
 
 #if defined(__BYTE_ORDER__) && __BYTE_ORDER__ == __ORDER_BIG_ENDIAN__
 constexpr bool kLittleEndian = false;
@@ -26,7 +28,7 @@ struct Form {
 
   // Whether results depend on an element's position, so that spans must begin at multiples of kBlock.
   bool counts() const { return state == kI8 || master == kSplit8 || noisy || noisy_state; }
-  bool operator==(const Form& o) const {
+  constexpr bool operator==(const Form& o) const {
     return param == o.param && grad == o.grad && state == o.state && master == o.master && noisy == o.noisy &&
            noisy_state == o.noisy_state;
   }

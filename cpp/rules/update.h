@@ -147,6 +147,11 @@ constexpr Form forms[] = {FUSEDOPT_FORMATS(FUSEDOPT_FORM)};
 enum { FUSEDOPT_RULES(FUSEDOPT_NUMBER) kRules };
 #undef FUSEDOPT_NUMBER
 constexpr int kForms = int(sizeof(forms) / sizeof(Form));
+constexpr int number_of(const Form& form) {
+  int f = 0;
+  while (!(forms[f] == form)) ++f;
+  return f;
+}
 
 }  // namespace
 }  // namespace fusedopt

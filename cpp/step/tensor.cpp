@@ -16,7 +16,6 @@ void Tensor::advance(const Group& of) {
   if (done) *done = clock.t;
 }
 
-Format residual_format(Master m) { return m == kSplit16 ? kI16 : m == kSplit8 ? kI8 : kF32; }
 Format ema_format(Format param) { return param == kF64 ? kF64 : kF32; }
 
 const char* name_of(Format f) {

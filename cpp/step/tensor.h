@@ -90,10 +90,7 @@ struct Scaling {
   Scalar norm = {};  // receives the norm if max_norm > 0
 };
 
-// The formats of a weight's residual and of its moving average.
-Format residual_format(Master master);
-Format ema_format(Format param);
-constexpr size_t size_of(Format f) { return f == kF64 ? 8 : f == kF32 ? 4 : f == kI8 || f == kU8 ? 1 : 2; }
+Format ema_format(Format param);  // of the moving average of a weight
 const char* name_of(Format format);
 const char* name_of(Master master);  // "" for none
 

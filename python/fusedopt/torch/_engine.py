@@ -92,7 +92,7 @@ class Engine:
 
     def run(self, optimizer: Optimizer) -> None:
         """Does one update with the gradients that are there, without hooks, profiler or closure."""
-        if not self._running.acquire(blocking=False):
+        if not self._running.acquire(False):
             raise RuntimeError("step() of this optimizer is already running in another thread")
         try:
             if self.plan is None and self.shards is None:
@@ -150,7 +150,7 @@ class Engine:
         if home is not None and home.type != "cpu" and "capturable" in optimizer.defaults:
             _check_capture(optimizer)
         self.skipped = False
-        given = vars(optimizer)
+        given = optimizer.__dict__
         if "found_inf" in given or "grad_scale" in given:  # GradScaler's fused protocol
             found_inf, scale = getattr(optimizer, "found_inf", None), getattr(optimizer, "grad_scale", None)
             readable = home is not None and all(readable_scalar(x, home) for x in (found_inf, scale))
@@ -163,7 +163,8 @@ class Engine:
                 unscale = 1.0 if scale is None else 1.0 / float(scale)
                 found_inf = scale = None
         groups = optimizer.param_groups
-        max_norm = _max_norm(groups)
+        alone = len(groups) == 1 and groups[0]["max_grad_norm"] is None  # a call for a small step is measurable
+        max_norm = 0.0 if alone else _max_norm(groups)
         plan = self.plan
         if plan is None and self._sharded(groups):
             if found_inf is not None and float(found_inf):
@@ -174,12 +175,15 @@ class Engine:
             return
         norm = torch.zeros((), dtype=_norm_dtype(groups), device=home) if max_norm and home is not None else None
         scaling = (unscale, max_norm, get_num_threads(), found_inf, scale, norm, self.complete)
-        if plan is not None and self.fallback.places:
+        places = self.fallback.places
+        if plan is not None and places:
             self.fallback.announce(groups, max_norm, unscale != 1.0 or scale is not None)
         try:
             found = _ANEW if plan is None else plan.step(optimizer.state, groups, *scaling)
             if found != _DONE:
                 plan = self._replan(optimizer, scaling, found)
+            elif not max_norm and not places:
+                return
         except _core.DeviceOutOfMemoryError:  # raised before anything is launched, with one device
             if home is None or capturing(home):
                 raise
