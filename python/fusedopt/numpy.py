@@ -707,8 +707,8 @@ def make_class(rule: Rule) -> type[Optimizer]:
     body = f"self._setup(params, {option_dict(rule)}, max_grad_norm, {given})"
     init = compile_function(rule, f"fusedopt.{rule.name}.__init__", signature, body, {})
     row_wise = (
-        f"\n        row_wise: keeps one number in {rule.row_wise!r} for each row of a parameter, the sum of the mean"
-        "\n            squares of the row's gradients, as FBGEMM and TorchRec do; without weight_decay and state_dtype."
+        f"\n    row_wise: keeps one number in {rule.row_wise!r} for each row of a parameter, the sum of the mean"
+        "\n        squares of the row's gradients, as FBGEMM and TorchRec do; without weight_decay and state_dtype."
     )
     doc = _fill(rule_doc(rule, _CLASS_DOC), {"{name}": rule.name, "{row_wise}": row_wise * bool(rule.row_wise)})
     timed: tuple[str, ...] = tuple(k for k in ("lr", "betas", "momentum", "weight_decay") if k in rule.defaults)
