@@ -51,10 +51,9 @@ class Batch {
 
   // Checks and adds one group of tensors. names: param, grad, the kernel's states, then what is kept beside the weight
   // and its average if `extras` says so, the scale of each state if these are quantised, the carried scalar if any, the
-  // step counts and the sums of rows if `extras` says so; an error speaks of names[k], followed by [labels[i]] where
-  // labels are given. A gradient may be a Pair: indices of rows, and a row of values for each; where names[1] is empty,
-  // an error calls them indices and values.
-  // Without labels the index stands for them if `numbered`.
+  // step counts and the sums of rows if `extras` says so. An error speaks of names[k], followed by [labels[i]] where
+  // labels are given, or by [i] if `numbered`. A gradient may be a Pair: indices of rows, and a row of values for each;
+  // where names[1] is empty, an error calls them indices and values.
   void add(int kernel, std::vector<double> hyper, bool maximize, py::tuple names, py::object labels, py::list operands,
            const std::vector<int64_t>& steps, const Extras& extras, bool numbered) {
     const Rule& rule = rule_of(kernel);
@@ -370,8 +369,8 @@ py::list listed(const py::tuple& names, const py::tuple& all_names, const py::tu
             std::string(py::str(py::type::handle_of(array).attr("__name__"))));
     py::list list;
     if (many) {
-      list = py::list(py::reinterpret_borrow<py::sequence>(array));
-      if (list.is(array)) list = py::reinterpret_steal<py::list>(PyList_GetSlice(array.ptr(), 0, PY_SSIZE_T_MAX));
+      list = py::reinterpret_steal<py::list>(PySequence_List(array.ptr()));  // a copy
+      if (!list) throw py::error_already_set();
     } else {
       list.append(array);
     }

@@ -966,10 +966,10 @@ class TorchPlan {
     };
     for (int k = 0; k < layout.scales; ++k)
       used(tensor.span.scale[k], size_t((size + kBlock - 1) / kBlock) * sizeof(float));
-    for (const Scalar* s : {&tensor.step, &tensor.carry}) used(s->at, s->wide ? 8 : 4);
+    for (const Scalar* s : {&tensor.step, &tensor.carry}) used(s->at, size_t(s->size()));
     if (tensor.rows) {
       used(tensor.rows->steps, size_t(tensor.rows->rows) * sizeof(float));
-      used(tensor.rows->sum.at, size_t(tensor.rows->rows) * (tensor.rows->sum.wide ? 8 : 4));
+      used(tensor.rows->sum.at, size_t(tensor.rows->rows * tensor.rows->sum.size()));
     }
     return meets;
   }

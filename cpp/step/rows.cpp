@@ -78,8 +78,7 @@ struct Sum {
     const bool ahead = l.inner_shape.empty();
     for (int64_t k = 1; k < count; ++k) {
       if (ahead && k + kAhead < count)
-        fetch(static_cast<const Stored*>(all) + position(k + kAhead) * l.stride[1] + first,
-              n * int64_t(sizeof(Stored)));
+        fetch(values(l, all, position(k + kAhead), first, n, copy), n * int64_t(sizeof(Stored)));
       const Stored* y = values(l, all, position(k), first, n, copy);
       for (int64_t i = 0; i < n; ++i) sum[i] += F::load(y[i]);
     }
@@ -353,16 +352,16 @@ struct RowStep::Work {
     // learning rate of the row's own. FBGEMM and TorchRec define it so. The kernel is SGD's, and the hyperparameters
     // are lr, weight_decay (which is 0), lr_decay, eps.
     void row_wise_adagrad(int64_t row, double squares, int64_t t, void* memory) {
-      const size_t size = rows->sum.wide ? sizeof(double) : sizeof(float);
-      const Scalar sum = {static_cast<char*>(rows->sum.at) + row * int64_t(size), rows->sum.wide, kHost};
+      const Scalar sum = {sum_of(row), rows->sum.wide, kHost};
       if (rows->width > 0) sum.set(sum.get() + squares * scale * scale / double(rows->width));
       const double lr = group->hyper[0] / (1 + double(t - 1) * group->hyper[2]);
       const double hyper[] = {lr / (sqrt(sum.get()) + group->hyper[3]), 0};
       ready.kernel->prepare(ready.kernel->self, hyper, tensor->clock, scale, memory);
     }
+    char* sum_of(int64_t row) const { return static_cast<char*>(rows->sum.at) + row * rows->sum.size(); }
     void prefetch_row(int64_t row) const {
       if (rows->steps) prefetch_far(rows->steps + row);
-      if (rows->sum.at) prefetch_far(static_cast<char*>(rows->sum.at) + row * (rows->sum.wide ? 8 : 4));
+      if (rows->sum.at) prefetch_far(sum_of(row));
       for (int k = 0; k < n; ++k) fetch(written[k].data + row * written[k].row, rows->width * written[k].element);
     }
     void prefetch_values(int64_t lookup) const {

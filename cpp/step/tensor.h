@@ -20,6 +20,7 @@ struct Scalar {
   bool wide = false;  // float64, else float32
   int device = kHost;
 
+  int64_t size() const { return wide ? sizeof(double) : sizeof(float); }
   double get() const { return wide ? *static_cast<double*>(at) : double(*static_cast<float*>(at)); }
   void set(double x) const {
     if (wide) {

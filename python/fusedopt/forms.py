@@ -98,6 +98,11 @@ def unused_by(rule: Rule) -> tuple[str, ...]:
     return () if rule.row_wise else ("row_wise",)
 
 
+def row_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of a state with one number for each row of a parameter of this shape."""
+    return (*shape[:1], *(1 for _ in shape[1:]))
+
+
 def explicit(options: Mapping[str, Any]) -> bool:
     """Whether the options select a form. 16-bit states are then rounded stochastically, unlike torch's."""
     return any(options[k] for k in ("state_dtype", "master", "stochastic_rounding"))

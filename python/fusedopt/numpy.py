@@ -49,7 +49,6 @@ class Rows:
 
 
 _OWN = ("master", "ema", "stream")  # state entries that torch does not have
-_BY_ROW = {"row_steps": False, "row_wise": False}  # which an optimizer that an earlier version has pickled lacks
 
 
 def _paired(param: Any, indices: Any, values: Any) -> Any:
@@ -169,7 +168,7 @@ def make_function(rule: Rule, rows: bool = False) -> Callable[..., None]:
     first = ["first=False"] if rule.clock == "first" else []
     signature = ", ".join(["param", *grad, *positional, "*", *clock, option_signature(rule, rule.once), *late, *first])
     of_rows = {}
-    if rows and rule.clock and not rule.carried:
+    if rows and rule.counts_by_row:
         of_rows["row_steps"] = "None"
     if rows and rule.row_wise:
         of_rows["row_wise"] = "False"
@@ -236,18 +235,14 @@ def _is_timed(value: Any) -> bool:
     return callable(value) or (type(value) is tuple and any(map(callable, value)))
 
 
-def _row_shape(param: Any) -> tuple[int, ...]:
-    """The shape of a state with one number for each row."""
-    return (*param.shape[:1], *(1 for _ in param.shape[1:]))
-
-
 def _row_dtype(param: Any) -> Any:
+    """The dtype of a state with one number for each row."""
     return np.float64 if param.dtype == np.float64 else np.float32
 
 
 def _row_means(param: Any, state: Any) -> Any:
     """A state of the shape of its parameter as one number for each row, the mean; one that is so already as it is."""
-    if state.shape != param.shape or param.shape == _row_shape(param):
+    if state.shape != param.shape or param.shape == forms.row_shape(param.shape):
         return state
     return state.astype(_row_dtype(param)).mean(axis=tuple(range(1, param.ndim)), keepdims=True)
 
@@ -300,11 +295,11 @@ class Optimizer:
         params = group["params"]
         new = {"params": list(params) if isinstance(params, list | tuple) else [params]}
         new.update({k: group.get(k, v) for k, v in self.defaults.items()})
-        self._check(new, 0)
+        options = self._check(new, 0)
         for i, p in enumerate(new["params"]):
             if not isinstance(p, np.ndarray):
                 raise TypeError(f"params[{self._label(len(self.state) + i)}]: expected a NumPy array, got {p!r:.80}")
-        states = [self._initial(p, len(self.state) + i, new) for i, p in enumerate(new["params"])]
+        states = [self._initial(p, len(self.state) + i, options) for i, p in enumerate(new["params"])]
         self.param_groups.append(new)
         self.state.extend(states)
         try:  # the checks of a step, over all groups, with parameters in place of gradients
@@ -319,7 +314,7 @@ class Optimizer:
             self._batch.clear()
 
     def _check(self, group: dict[str, Any], step: int) -> dict[str, Any]:
-        options = {**_BY_ROW, **{k: group[k] for k in self.defaults}}
+        options = {**forms.OPTIONS, **{k: group[k] for k in self.defaults}}  # a pickle of an earlier version lacks some
         for name in self._timed:
             if _is_timed(value := options[name]):
                 options[name] = value(step) if callable(value) else [v(step) if callable(v) else v for v in value]
@@ -359,9 +354,9 @@ class Optimizer:
             state["ema"] = param.astype(np.float32 if param.dtype.itemsize < 8 else param.dtype)
         if form.random:
             state["stream"] = index
-        if options.get("row_wise"):
+        if options["row_wise"]:
             first = rule.first(rule.row_wise, options)
-            state[rule.row_wise] = np.full(_row_shape(param), first, _row_dtype(param))
+            state[rule.row_wise] = np.full(forms.row_shape(param.shape), first, _row_dtype(param))
         return state
 
     @staticmethod
@@ -618,7 +613,7 @@ class Optimizer:
             return fresh
         numbers = forms.decoded({k: v.ravel() for k, v in entry.items() if isinstance(v, np.ndarray)}, states)
         out = {k: v for k, v in entry.items() if forms.plain_name(k) not in (*states, *_OWN)}
-        if options.get("row_wise"):
+        if options["row_wise"]:
             out[self._rule.row_wise] = _row_means(param, out[self._rule.row_wise])
         for name, x in (forms.encoded(numbers, self._rule.kernel(options)) if form.quantised else numbers).items():
             same = name in entry and entry[name].dtype == fresh[name].dtype
@@ -648,7 +643,7 @@ class Optimizer:
         elif name == "row_steps":
             if array.shape != param.shape[:1]:
                 raise ValueError(f"state_dict: {key}: expected shape {param.shape[:1]}, got {array.shape}")
-        elif name == self._rule.row_wise and array.shape == _row_shape(param):
+        elif name == self._rule.row_wise and array.shape == forms.row_shape(param.shape):
             pass
         elif name not in self._rule.carried and array.shape != param.shape:
             raise ValueError(f"state_dict: {key}: expected shape {param.shape}, got {array.shape}")

@@ -174,9 +174,14 @@ class Rule:
         sources = tuple((name, -1, 0.0) for name in hyper)
         return Kernel("sgd", index, (), ("param", "grad"), sources, values_of(sources), hyper, ())
 
+    @property
+    def counts_by_row(self) -> bool:
+        """Whether the rows of a table may count their own steps: the option ``row_steps``."""
+        return self.clock is not None and not self.carried and not self.reduces
+
     def check_rows(self, options: Options) -> None:
         """Raises ValueError unless the rule has the options ``row_steps`` and ``row_wise`` as they are given."""
-        if options["row_steps"] and (self.clock is None or self.carried or self.reduces):
+        if options["row_steps"] and not self.counts_by_row:
             carried = "a number from step to step that belongs to the whole table"
             why = (
                 "sums over the whole tensor" if self.reduces else carried if self.carried else "no use for step counts"

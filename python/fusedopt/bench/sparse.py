@@ -36,14 +36,14 @@ def builder(case: Case) -> Callable[[str], Contender]:
     values = torch.randn(case.lookups, width, generator=make).mul_(1e-2)
 
     def build(name: str) -> Contender:
+        turn = iter(range(10**9))
         if name == MOVED:
             rule = {**RULES, **SPARSE_RULES}[case.rule]
             tables = [base.clone() for _ in range(1 + len(rule.states({**rule.defaults, **case.options})))]
             distinct = [torch.unique(at[0]) for at in indices]
-            held = iter(range(10**9))
 
             def move() -> None:
-                at = distinct[next(held) % DRAWS]
+                at = distinct[next(turn) % DRAWS]
                 for table in tables:
                     table.index_copy_(0, at, table.index_select(0, at))
 
@@ -55,7 +55,6 @@ def builder(case: Case) -> Callable[[str], Contender]:
         if name == DENSE:
             p.grad = torch.zeros_like(base).index_add_(0, indices[0][0], values)
             return Contender(opt.step)
-        turn = iter(range(10**9))
 
         def replace() -> None:
             at = indices[next(turn) % DRAWS]

@@ -10,7 +10,7 @@ import torch
 from .. import forms
 from ..rules import Rule
 from ._device import PLAIN, device_refusal, has_device_kernels
-from ._state import NAMES, WIDE, dtype_of, form_of, row_dtype, row_shape
+from ._state import NAMES, WIDE, dtype_of, form_of, row_dtype
 
 
 def group_reason(group: dict[str, Any]) -> str | None:
@@ -97,7 +97,7 @@ def state_reason(
     if group["row_steps"] and grad.is_sparse:
         of_rows["row_steps"] = (len(p),)
     if group["row_wise"]:
-        of_rows[rule.row_wise] = row_shape(p)
+        of_rows[rule.row_wise] = forms.row_shape(p.shape)
     for name, shape in of_rows.items():
         s = state.get(name)
         if not isinstance(s, torch.Tensor) or s.device != p.device or type(s) not in PLAIN:

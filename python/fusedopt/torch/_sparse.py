@@ -29,8 +29,6 @@ def _row_wise_reason(p: torch.Tensor, group: dict[str, Any]) -> str | None:
     """Why no kernel updates a parameter with one number for each row; None if one does, or if it need not."""
     if not group["row_wise"]:
         return None
-    if group["weight_decay"]:
-        return f"weight_decay is {group['weight_decay']}"
     if p.ndim == 0:
         return "a parameter has no dimensions, and so no rows"
     if p.device.type != "cpu":

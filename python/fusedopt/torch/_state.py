@@ -184,27 +184,23 @@ class Recipe:
         return torch.full((), value, dtype=torch.float64 if wide else torch.float32, device=p.device)
 
 
-def row_shape(p: torch.Tensor) -> tuple[int, ...]:
-    """The shape of a state that has one number for each row of a parameter."""
-    return (*p.shape[:1], *(1 for _ in p.shape[1:]))
-
-
 def row_dtype(p: torch.Tensor) -> torch.dtype:
-    """The dtype of such a state."""
+    """The dtype of a state that has one number for each row of a parameter."""
     return torch.float64 if p.dtype == torch.float64 else torch.float32
 
 
 def row_state(p: torch.Tensor, value: float) -> torch.Tensor:
     """Such a state in which every number has this value."""
-    return torch.full(row_shape(p), value, dtype=row_dtype(p), device=p.device)
+    return torch.full(forms.row_shape(p.shape), value, dtype=row_dtype(p), device=p.device)
 
 
 def row_means(p: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
     """A state of the shape of its parameter as one number for each row, the mean; one that is so already as it is."""
-    if state.shape != p.shape or p.shape == row_shape(p):
+    shape = forms.row_shape(p.shape)
+    if state.shape != p.shape or p.shape == shape:
         return state
     wide = state.detach().to(row_dtype(p))
-    return wide.mean(dim=tuple(range(1, p.ndim)), keepdim=True) if p.numel() else wide.new_zeros(row_shape(p))
+    return wide.mean(dim=tuple(range(1, p.ndim)), keepdim=True) if p.numel() else wide.new_zeros(shape)
 
 
 def create_state(optimizer: Optimizer, rule: Rule, p: torch.Tensor, group: dict[str, Any]) -> None:
